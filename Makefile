@@ -1,0 +1,53 @@
+# The words to remember: demo, test, bench, lint. Each makes .venv first, if it is not there yet.
+# MAX_JOBS limits the compiler; PYTHON picks the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The CPU build of torch comes first: a bare `torch` brings several GB of CUDA packages on Linux.
+# On a GPU machine install the torch you want into .venv beforehand; it is kept.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test bench lint format native clean
+
+demo: $(VENV)/.installed
+	$(RUN) benchmarks/demo.py
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest
+
+bench: $(VENV)/.installed-dev
+	$(RUN) benchmarks/bench_group_norm.py
+	$(RUN) benchmarks/bench_digits_quality.py
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*
+
+# Rebuilds the compiled libraries in place after a change under csrc/.
+native: $(VENV)/.installed
+	$(RUN) setup.py build_ext --inplace
+
+$(VENV)/.torch:
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c "import torch" 2>/dev/null || $(VENV)/bin/pip install -q "$(TORCH)"
+	$(VENV)/bin/pip install -q "setuptools>=77" wheel "cmake>=3.22" ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	$(VENV)/bin/pip install -q --no-build-isolation -e .
+	touch $@ $(VENV)/.torch
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sdfast/_C_*.so

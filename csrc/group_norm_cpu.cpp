@@ -1,0 +1,188 @@
+// group_norm on CPU: checks, launch and registration. The kernels are in group_norm_cpu.h.
+#include "group_norm_cpu.h"
+
+#include <tuple>
+
+#include "tensor_checks.h"
+
+namespace sdfast {
+namespace {
+
+using group_norm::Affine;
+using group_norm::Tiling;
+
+// Calls f with a value of the storage type and with the two flags as compile-time constants.
+template <typename F>
+void dispatch(ScalarType dtype, bool channels_last, bool silu, const F& f) {
+  const auto with_flags = [&](auto element) {
+    if (channels_last && silu) return f(element, std::true_type(), std::true_type());
+    if (channels_last) return f(element, std::true_type(), std::false_type());
+    if (silu) return f(element, std::false_type(), std::true_type());
+    return f(element, std::false_type(), std::false_type());
+  };
+  if (dtype == ScalarType::Float) return with_flags(float());
+  if (dtype == ScalarType::BFloat16) return with_flags(simd::BFloat16());
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "x: expected float32, bfloat16 or float16");
+  with_flags(simd::Half());
+}
+
+template <typename F>
+void dispatch(ScalarType dtype, const F& f) {
+  dispatch(dtype, false, false, [&](auto element, auto, auto) { f(element); });
+}
+
+// A parameter's values in fp32; null where it is absent.
+class Parameter {
+ public:
+  Parameter(const std::optional<Tensor>& tensor, const char* name,
+            std::initializer_list<int64_t> shape) {
+    if (!tensor) return;
+    check_cpu(*tensor, name);
+    check_shape(*tensor, name, shape);
+    const Tensor dense = torch::stable::contiguous(*tensor);
+    values_.resize(dense.numel());
+    dispatch(dense.scalar_type(), [&](auto element) {
+      const auto* from = static_cast<const decltype(element)*>(dense.const_data_ptr());
+      simd::for_each_vector(dense.numel(), [&](int64_t i, auto lanes) {
+        simd::store(values_.data() + i, simd::load(from + i, lanes), lanes);
+      });
+    });
+    present_ = true;
+  }
+  const float* data() const { return present_ ? values_.data() : nullptr; }
+
+ private:
+  std::vector<float> values_;
+  bool present_ = false;
+};
+
+// The gradient of a parameter, value(i) for each of its elements; of no elements where it is
+// absent.
+template <typename Value>
+Tensor parameter_gradient(const Tensor& x, const std::optional<Tensor>& parameter,
+                          const Value& value) {
+  if (!parameter) return new_empty(x, {0}, x.scalar_type());
+  Tensor gradient =
+      torch::stable::new_empty(*parameter, parameter->sizes(), parameter->scalar_type());
+  dispatch(gradient.scalar_type(), [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(gradient.mutable_data_ptr());
+    for (int64_t i = 0; i < gradient.numel(); ++i) {
+      simd::store(to + i, simd::broadcast(static_cast<float>(value(i))), 1);
+    }
+  });
+  return gradient;
+}
+
+// The layout a kernel reads x in. Where both fit (one pixel, one channel) rows of channels are
+// longer.
+Layout layout_of(const Tensor& x) {
+  const bool channels_last = has_layout(x, Layout::kChannelsLast);
+  const bool single_channel = x.size(1) == 1 && has_layout(x, Layout::kChannelsFirst);
+  return channels_last && !single_channel ? Layout::kChannelsLast : Layout::kChannelsFirst;
+}
+
+Tiling tiling_of(const Tensor& x, int64_t num_groups, Layout layout) {
+  int64_t pixels = 1;
+  for (int64_t axis = 2; axis < x.dim(); ++axis) pixels *= x.size(axis);
+  return Tiling(layout == Layout::kChannelsLast, x.size(0), x.size(1), pixels, num_groups);
+}
+
+void check_input(const Tensor& x, int64_t num_groups) {
+  check_cpu(x, "x");
+  STD_TORCH_CHECK(x.dim() >= 2, "x: expected (N, C, *)");
+  STD_TORCH_CHECK(num_groups > 0 && x.size(1) % num_groups == 0,
+                  "num_groups: must divide the channels");
+}
+
+// x: (N, C, *). weight, bias: (C). scale, shift: (N, C). Returns y as x, mean and rstd: (N, G),
+// fp32.
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_groups,
+                                                      std::optional<Tensor> weight,
+                                                      std::optional<Tensor> bias, double eps,
+                                                      bool silu, std::optional<Tensor> scale,
+                                                      std::optional<Tensor> shift) {
+  check_input(x, num_groups);
+  const int64_t images = x.size(0), channels = x.size(1);
+  const Parameter w(weight, "weight", {channels}), b(bias, "bias", {channels});
+  const Parameter s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
+  const Affine affine{w.data(), b.data(), s.data(), t.data()};
+  const Layout layout = layout_of(x);
+  const Tensor input = in_layout(x, layout);
+  Tensor y = empty_in_layout(x, layout);
+  Tensor mean = new_empty(x, {images, num_groups}, ScalarType::Float);
+  Tensor rstd = new_empty(x, {images, num_groups}, ScalarType::Float);
+  if (x.numel() == 0) {
+    torch::stable::zero_(mean);
+    torch::stable::zero_(rstd);
+    return {y, mean, rstd};
+  }
+  const Tiling tiling = tiling_of(x, num_groups, layout);
+  dispatch(
+      x.scalar_type(), tiling.channels_last, silu, [&](auto element, auto last, auto with_silu) {
+        using T = decltype(element);
+        group_norm::forward<last, with_silu>(tiling, static_cast<const T*>(input.const_data_ptr()),
+                                             affine, eps, static_cast<T*>(y.mutable_data_ptr()),
+                                             mean.mutable_data_ptr<float>(),
+                                             rstd.mutable_data_ptr<float>());
+      });
+  return {y, mean, rstd};
+}
+
+// dy, x: (N, C, *). mean, rstd: (N, G), fp32. Returns dx in the layout of x, then the gradients of
+// weight, bias, scale and shift in their dtypes, each of no elements where the parameter is absent.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
+    Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, bool silu, std::optional<Tensor> scale,
+    std::optional<Tensor> shift) {
+  check_input(x, num_groups);
+  check_cpu(dy, "dy");
+  STD_TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
+                  "dy: expected as x");
+  const int64_t images = x.size(0), channels = x.size(1);
+  const Parameter saved_mean(mean, "mean", {images, num_groups});
+  const Parameter saved_rstd(rstd, "rstd", {images, num_groups});
+  const Parameter w(weight, "weight", {channels}), b(bias, "bias", {channels});
+  const Parameter s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
+  const Affine affine{w.data(), b.data(), s.data(), t.data()};
+  const Layout layout = layout_of(x);
+  const Tensor input = in_layout(x, layout), output_gradient = in_layout(dy, layout);
+  Tensor dx = empty_in_layout(x, layout);
+  std::vector<double> sum_dz(images * channels), sum_dz_xhat(images * channels);
+  if (x.numel() > 0) {
+    const Tiling tiling = tiling_of(x, num_groups, layout);
+    dispatch(x.scalar_type(), tiling.channels_last, silu,
+             [&](auto element, auto last, auto with_silu) {
+               using T = decltype(element);
+               group_norm::backward<last, with_silu>(
+                   tiling, static_cast<const T*>(output_gradient.const_data_ptr()),
+                   static_cast<const T*>(input.const_data_ptr()), affine, saved_mean.data(),
+                   saved_rstd.data(), static_cast<T*>(dx.mutable_data_ptr()), sum_dz.data(),
+                   sum_dz_xhat.data());
+             });
+  }
+  const auto over_images = [&](const std::vector<double>& sums) {
+    return [&](int64_t c) {
+      double total = 0;
+      for (int64_t n = 0; n < images; ++n) {
+        total += sums[n * channels + c] * affine.factor_of(n * channels + c);
+      }
+      return total;
+    };
+  };
+  const auto scale_gradient = [&](int64_t i) {
+    return affine.weight_of(i % channels) * sum_dz_xhat[i] +
+           affine.bias_of(i % channels) * sum_dz[i];
+  };
+  return {dx, parameter_gradient(x, weight, over_images(sum_dz_xhat)),
+          parameter_gradient(x, bias, over_images(sum_dz)),
+          parameter_gradient(x, scale, scale_gradient),
+          parameter_gradient(x, shift, [&](int64_t i) { return sum_dz[i]; })};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("group_norm_forward", TORCH_BOX(&group_norm_forward));
+  m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
+}
+
+}  // namespace
+}  // namespace sdfast

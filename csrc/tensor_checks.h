@@ -1,0 +1,97 @@
+// Checks, layouts and allocation on torch::stable::Tensor, shared by every operation.
+//
+// Python has validated the call with better messages; what is checked here is what memory safety
+// needs when the registered operation is called directly.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace sdfast {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (const int64_t size : shape) same = same && t.size(axis++) == size;
+  STD_TORCH_CHECK(same, name, ": the shape does not fit the input");
+}
+
+// How (N, C, *spatial) lies in memory when it is dense: which of C and the pixels varies fastest.
+enum class Layout { kChannelsFirst, kChannelsLast };
+
+// The strides of a dense tensor of these sizes in this layout.
+inline std::vector<int64_t> dense_strides(IntHeaderOnlyArrayRef sizes, Layout layout) {
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  std::vector<int64_t> strides(dim);
+  int64_t stride = 1;
+  const auto place = [&](int64_t axis) {
+    strides[axis] = stride;
+    stride *= sizes[axis] > 1 ? sizes[axis] : 1;
+  };
+  if (layout == Layout::kChannelsLast) place(1);
+  for (int64_t axis = dim - 1; axis >= 2; --axis) place(axis);
+  if (layout == Layout::kChannelsFirst) place(1);
+  place(0);
+  return strides;
+}
+
+inline bool has_layout(const Tensor& t, Layout layout) {
+  const std::vector<int64_t> expected = dense_strides(t.sizes(), layout);
+  for (int64_t axis = 0; axis < t.dim(); ++axis) {
+    if (t.size(axis) > 1 && t.stride(axis) != expected[axis]) return false;
+  }
+  return true;
+}
+
+// A new tensor like t, of this shape and dtype, in this layout. Allocated through the dispatcher,
+// so that torch.utils.deterministic fills it.
+inline Tensor new_empty_strided(const Tensor& t, IntHeaderOnlyArrayRef sizes,
+                                IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{from(t),
+                                    from(sizes),
+                                    from(strides),
+                                    from(std::optional<ScalarType>(dtype)),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor new_empty(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(t, IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+// t itself where it has the layout already, else a copy of it that has.
+inline Tensor in_layout(const Tensor& t, Layout layout) {
+  if (has_layout(t, layout)) return t;
+  Tensor copy = new_empty_strided(t, t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// A new tensor with the strides of t where t has the layout, also on axes of size 1; else dense.
+inline Tensor empty_in_layout(const Tensor& t, Layout layout) {
+  if (has_layout(t, layout)) return new_empty_strided(t, t.sizes(), t.strides(), t.scalar_type());
+  return new_empty_strided(t, t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
+}
+
+}  // namespace sdfast

@@ -1,0 +1,67 @@
+"""sdfast: the fast backend for latent diffusion in PyTorch.
+
+    pipe = sdfast.StableDiffusion.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    pipe.text_to_image("a lighthouse at dusk", seed=0).images[0].save("lighthouse.png")
+
+Names load when they are first used, so that importing sdfast costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdfast import diffusion, models, ops, training
+    from sdfast.dispatch import use_backend
+    from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
+    from sdfast.models.checkpoint import CheckpointError
+    from sdfast.pipelines import GeneratedImages, StableDiffusion
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextEncoder",
+    "CheckpointError",
+    "GeneratedImages",
+    "StableDiffusion",
+    "UNet2D",
+    "UNet2DCondition",
+    "__version__",
+    "diffusion",
+    "models",
+    "ops",
+    "training",
+    "use_backend",
+]
+
+# Public name -> the module that has it; a module stands for itself.
+_HOMES = {
+    "AutoencoderKL": "sdfast.models",
+    "CLIPTextEncoder": "sdfast.models",
+    "CheckpointError": "sdfast.models.checkpoint",
+    "GeneratedImages": "sdfast.pipelines",
+    "StableDiffusion": "sdfast.pipelines",
+    "UNet2D": "sdfast.models",
+    "UNet2DCondition": "sdfast.models",
+    "diffusion": "sdfast.diffusion",
+    "models": "sdfast.models",
+    "ops": "sdfast.ops",
+    "training": "sdfast.training",
+    "use_backend": "sdfast.dispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'sdfast' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if home == f"sdfast.{name}" else getattr(module, name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,65 @@
+"""Which implementation serves a call.
+
+Names: `reference` is the definition (fp32 arithmetic), `torch` the same formula in the tensors' own
+dtype through torch's kernels, `cpu` and `cuda` are compiled kernels, `triton` is Triton.
+The order below is set from recorded benchmarks; the first that can run serves the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+
+# Device type -> candidates, best first. `torch` can always run, so it ends every list.
+ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+
+# Process-wide, as torch.backends flags are; a plain global, so that torch.compile guards on it.
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call that names no backend itself by `name`, where that can run.
+
+    An operation that has no such implementation falls back to torch, so that
+    `use_backend("cpu")` means "compiled kernels wherever there are any".
+
+    Raises:
+        ValueError: `name` is not one of `BACKENDS`.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(op: str, device_type: str, unavailable: Mapping[str, str], backend: str | None) -> str:
+    """Return the backend that serves one call of `op`.
+
+    Args:
+        op: the operation's name, for the error text.
+        device_type: "cpu", "cuda", ... of the tensors.
+        unavailable: reason by backend, for each backend that cannot serve this call.
+        backend: the caller's own choice, or None.
+
+    Raises:
+        ValueError: `backend` is unknown, or cannot run; the reason is in the message.
+    """
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+        if backend in unavailable:
+            raise ValueError(f"{op}: backend {backend!r} cannot run: {unavailable[backend]}")
+        return backend
+    if _forced is not None:
+        return _forced if _forced not in unavailable else "torch"
+    for candidate in ORDER.get(device_type, ("torch",)):
+        if candidate not in unavailable:
+            return candidate
+    return "torch"

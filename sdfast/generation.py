@@ -1,0 +1,163 @@
+"""One run of a pipeline: from first latents, through the reverse steps, to images, batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdfast.conditioning import TextConditioner
+from sdfast.diffusion import SamplingPlan, sample
+from sdfast.images import to_pil
+from sdfast.memory import peak_memory_bytes, reset_peak_memory
+from sdfast.models import AutoencoderKL, UNet2DCondition
+from sdfast.request import Request
+
+# Image pixels that the VAE decodes at once: its memory grows with them, its speed hardly.
+_IMAGE_PIXELS_PER_DECODE = 512 * 512
+
+OnStep = Callable[[int, int], None]
+# (which images, their generators) -> their first latents, (n, c, h, w)
+Start = Callable[[slice, list[torch.Generator]], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedImages:
+    """What a pipeline made.
+
+    Attributes:
+        images: N pictures; or a tensor, (N, C, H, W) float32 in [0, 1] for output="tensor", the final
+            latents (N, c, h, w) for output="latent".
+        seeds: N seeds; `seed=seeds[i]` makes image i again, alone.
+        seconds: all of it, text encoder and VAE included.
+        seconds_per_step: the mean over steps, a step being one pass over one batch.
+        peak_memory_bytes: of the process so far, or of this call on a GPU; None where unknown.
+        settings: what made them, ready for JSON.
+    """
+
+    images: list[Image.Image] | Tensor
+    seeds: list[int]
+    seconds: float
+    seconds_per_step: float
+    peak_memory_bytes: int | None
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A request and what serves it."""
+
+    request: Request
+    plan: SamplingPlan
+    unet: UNet2DCondition
+    vae: AutoencoderKL
+    text: TextConditioner
+
+    @torch.inference_mode()
+    def run(self, start: Start, on_step: OnStep | None, settings: dict[str, Any]) -> GeneratedImages:
+        """Algorithm 2 for every batch, then the decoder.
+
+        Args:
+            start: makes the first latents of some of the images.
+            on_step: called as on_step(done, total) after each step of each batch.
+            settings: for the result.
+        """
+        request, device = self.request, self._device
+        reset_peak_memory(device)
+        began, stepping = self._now(), 0.0
+        batches = list(request.batches())
+        done, total = 0, len(batches) * len(self.plan)
+
+        def step_done(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            if on_step is not None:
+                on_step(done, total)
+
+        outputs = []
+        for part in batches:
+            generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[part]]
+            latents = start(part, generators)
+            denoiser = self._denoiser(part)
+            before = self._now()
+            latents = sample(
+                self.plan,
+                denoiser,
+                latents,
+                guidance_scale=request.guidance_scale if request.guided else None,
+                draw_noise=lambda like, own=generators: draw_noise(
+                    own, like.shape[1:], like.dtype, like.device
+                ),
+                on_step=step_done,
+            )
+            stepping += self._now() - before
+            outputs.append(latents if request.output == "latent" else self._decode(latents))
+        result = torch.cat(outputs)
+        return GeneratedImages(
+            images=to_pil(result) if request.output == "pil" else result,
+            seeds=request.seeds,
+            seconds=self._now() - began,
+            seconds_per_step=stepping / total,
+            peak_memory_bytes=peak_memory_bytes(device),
+            settings=settings,
+        )
+
+    def _denoiser(self, part: slice) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, timestep) -> the U-Net's output for the images of `part`; if guided, unconditional first."""
+        request = self.request
+        condition = self.text.batch(
+            request.prompts[part], request.negative_prompts[part], guided=request.guided
+        )
+        added = None
+        if condition.pooled is not None:
+            time_ids = torch.tensor([request.time_ids], dtype=torch.float32, device=self._device)
+            added = {"text_embeds": condition.pooled, "time_ids": time_ids.expand(len(condition.pooled), -1)}
+
+        def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
+            doubled = torch.cat([x, x]) if request.guided else x
+            return self.unet(doubled, timestep, condition.hidden_states, added)
+
+        return denoiser
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, c, h, w) -> images (N, C, H, W) float32 in [0, 1]."""
+        z = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.config.scaling_factor
+        pixels = self.request.height * self.request.width
+        parts = z.split(max(1, _IMAGE_PIXELS_PER_DECODE // pixels))
+        images = torch.cat([self.vae.decode(part).float() for part in parts])
+        if not images.isfinite().all():
+            warnings.warn(
+                f"the image has values that are not numbers: {latents.dtype} overflowed, try float32"
+            )
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    def _now(self) -> float:
+        """Seconds, when what was started on the device is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def draw_noise(
+    generators: Sequence[torch.Generator], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Standard normal noise as diffusers draws it: on the CPU, in the dtype of the latents.
+
+    Args:
+        generators: N of them, on the CPU; each draws the noise of one image.
+        shape: of one image, (c, h, w).
+
+    Returns:
+        (N, c, h, w) of `dtype` on `device`.
+    """
+    return torch.cat([torch.randn(1, *shape, generator=one, dtype=dtype) for one in generators]).to(device)

@@ -1,0 +1,35 @@
+"""How much memory there is and was used, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+
+def total_memory_bytes(device: torch.device) -> int | None:
+    """All memory of the device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):  # Windows has no sysconf
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak, where the device can: the peak of a process cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most that was in use: by this process, or on the GPU since `reset_peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

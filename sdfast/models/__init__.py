@@ -1,0 +1,17 @@
+"""Thin torch models with diffusers' parameter names."""
+
+from sdfast.models.text_encoder import CLIPTextConfig, CLIPTextEncoder
+from sdfast.models.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
+from sdfast.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
+
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "DiagonalGaussian",
+    "UNet2D",
+    "UNet2DCondition",
+    "UNet2DConditionConfig",
+    "UNet2DConfig",
+]

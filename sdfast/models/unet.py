@@ -1,0 +1,377 @@
+"""The denoising U-Nets: text-conditioned (Stable Diffusion 1.x, 2.x, inpainting, SDXL) and unconditional (DDPM).
+
+Both are Ronneberger's U in ResNet form: halve the size and widen, a middle, then back up, each level
+of the way up reading what the same level left on the way down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.models.layers import (
+    Conv2d,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    SelfAttention2D,
+    TimestepEmbedding,
+    Transformer2D,
+    Upsample2D,
+    timestep_embedding,
+)
+
+# Makes the attention of one layer at one level, or nothing where the level has none.
+MakeAttention = Callable[[], nn.Module] | None
+MakeResnet = Callable[[int, int], ResnetBlock2D]
+
+
+class DownBlock2D(nn.Module):
+    """`layers` ResNet blocks, each followed by attention if there is any, then a downsampler."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, resnet: MakeResnet, attention: MakeAttention,
+        downsample_padding: int | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)
+        )
+        self.attentions = nn.ModuleList(attention() for _ in range(layers)) if attention else None
+        self.downsamplers = (
+            None
+            if downsample_padding is None
+            else nn.ModuleList([Downsample2D(out_channels, downsample_padding)])
+        )
+
+    def forward(
+        self, x: Tensor, emb: Tensor | None, context: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (N, C, H, W) -> the downsampled image and what each layer leaves for the way up."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions is not None:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock2D(nn.Module):
+    """ResNet block, attention, ResNet block."""
+
+    def __init__(self, channels: int, resnet: MakeResnet, attention: MakeAttention) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([resnet(channels, channels), resnet(channels, channels)])
+        self.attentions = nn.ModuleList([attention()]) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        x = self.resnets[0](x, emb)
+        if self.attentions is not None:
+            x = self.attentions[0](x, context)
+        return self.resnets[1](x, emb)
+
+
+class UpBlock2D(nn.Module):
+    """The mirror of `DownBlock2D`: each ResNet block reads a skip beside its input, then an upsampler."""
+
+    def __init__(
+        self, in_channels: int, skip_channels: list[int], out_channels: int, resnet: MakeResnet,
+        attention: MakeAttention, upsample: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            resnet((in_channels if i == 0 else out_channels) + skip, out_channels)
+            for i, skip in enumerate(skip_channels)
+        )
+        self.attentions = nn.ModuleList(attention() for _ in skip_channels) if attention else None
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if upsample else None
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None = None
+    ) -> Tensor:
+        """Takes its skips off the end of the list; (N, C, H, W) -> (N, C', 2H, 2W) or the size of the next skip."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            if self.attentions is not None:
+                x = self.attentions[i](x, context)
+        if self.upsamplers is not None:
+            height, width = skips[-1].shape[2:]
+            x = self.upsamplers[0](x, (height, width))
+        return x
+
+
+class _UNet(nn.Module):
+    """What both U-Nets share: the blocks and their order."""
+
+    def _build(
+        self, config: UNet2DConditionConfig | UNet2DConfig, layers: tuple[int, ...], dropout: float,
+        down_attention: list[MakeAttention], mid_attention: MakeAttention, up_attention: list[MakeAttention],
+    ) -> None:  # fmt: skip
+        widths = config.block_out_channels
+        levels = len(widths)
+        time_channels = config.time_embedding_dim or 4 * widths[0]
+        groups, eps = config.norm_num_groups, config.norm_eps
+
+        def resnet(in_channels: int, out_channels: int) -> ResnetBlock2D:
+            return ResnetBlock2D(
+                in_channels, out_channels, time_channels=time_channels, groups=groups, eps=eps, dropout=dropout,
+                scale_shift=config.resnet_time_scale_shift == "scale_shift",
+            )  # fmt: skip
+
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], time_channels)
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [widths[0]]  # what the way down leaves, in order
+        for i, width in enumerate(widths):
+            padding = None if i == levels - 1 else config.downsample_padding
+            self.down_blocks.append(
+                DownBlock2D(widths[max(i - 1, 0)], width, layers[i], resnet, down_attention[i], padding)
+            )
+            skip_channels += [width] * (layers[i] + (padding is not None))
+        self.mid_block = MidBlock2D(widths[-1], resnet, mid_attention)
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(levels)):
+            block_skips = [skip_channels.pop() for _ in range(layers[i] + 1)]
+            self.up_blocks.append(
+                UpBlock2D(
+                    widths[min(i + 1, levels - 1)],
+                    block_skips,
+                    widths[i],
+                    resnet,
+                    up_attention[levels - 1 - i],
+                    i > 0,
+                )
+            )
+        self.conv_norm_out = GroupNorm(groups, widths[0], eps)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def _denoise(self, sample: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        x = self.conv_in(sample)
+        skips = [x]
+        for down_block in self.down_blocks:
+            x, left = down_block(x, emb, context)
+            skips += left
+        x = self.mid_block(x, emb, context)
+        for up_block in self.up_blocks:
+            x = up_block(x, skips, emb, context)
+        return self.conv_out(self.conv_norm_out(x, activation="silu"))
+
+
+def _as_levels(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    """One number for each level, from one for all or a tuple."""
+    values = (value,) * levels if isinstance(value, int) else tuple(value)
+    if len(values) != levels:
+        raise ValueError(f"got {values}, expected {levels} numbers as there are block_out_channels")
+    return values
+
+
+def _timesteps(timesteps: Tensor | float, sample: Tensor) -> Tensor:
+    """One timestep for each image: (N,)."""
+    return torch.as_tensor(timesteps, device=sample.device).expand(sample.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig:
+    """Settings of `UNet2DCondition`, named as in diffusers' config.json; the defaults are Stable Diffusion 1.5."""
+
+    sample_size: int | tuple[int, int] | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 768
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8  # the number of heads: a misnomer that checkpoints keep
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    addition_embed_type: str | None = None  # "text_time" for SDXL
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+
+class UNet2DCondition(_UNet):
+    """ε_θ(x_t, t, text): the U-Net of Stable Diffusion (Rombach et al. 2022; SDXL: Podell et al. 2023)."""
+
+    config_class = UNet2DConditionConfig
+    diffusers_class = "UNet2DConditionModel"
+    fixed_config: Mapping[str, object] = {
+        "act_fn": "silu",
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_scale_factor": 1,
+        "dropout": 0.0,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "attention_type": "default",
+    }
+    # Scores are accumulated in fp32 whatever upcast_attention says; the other is read with a type we do not have.
+    ignored_config = frozenset({"upcast_attention", "addition_embed_type_num_heads"})
+
+    def __init__(self, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.config = config
+        levels = len(config.block_out_channels)
+        heads = _as_levels(config.num_attention_heads or config.attention_head_dim, levels)
+        depths = _as_levels(config.transformer_layers_per_block, levels)
+
+        def attention(i: int) -> MakeAttention:
+            return lambda: Transformer2D(
+                config.block_out_channels[i], config.cross_attention_dim, heads[i], depths[i],
+                groups=config.norm_num_groups, linear_projection=config.use_linear_projection,
+            )  # fmt: skip
+
+        down = _attention_by_level(config.down_block_types, "DownBlock2D", "CrossAttnDownBlock2D", attention)
+        up = _attention_by_level(
+            config.up_block_types, "UpBlock2D", "CrossAttnUpBlock2D", lambda i: attention(levels - 1 - i)
+        )
+        self._build(config, _as_levels(config.layers_per_block, levels), 0.0, down, attention(levels - 1), up)
+        if config.addition_embed_type == "text_time":
+            width = config.projection_class_embeddings_input_dim
+            if width is None or config.addition_time_embed_dim is None:
+                raise ValueError(
+                    "addition_embed_type 'text_time' needs projection_class_embeddings_input_dim and"
+                    " addition_time_embed_dim"
+                )
+            self.add_embedding = TimestepEmbedding(
+                width, config.time_embedding_dim or 4 * config.block_out_channels[0]
+            )
+        elif config.addition_embed_type is not None:
+            raise ValueError(
+                f"addition_embed_type: got {config.addition_embed_type!r}, expected None or 'text_time'"
+            )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor | float,
+        encoder_hidden_states: Tensor,
+        added_cond: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Predict the noise (or v, or x_0, as trained) in a batch of noisy latents.
+
+        Args:
+            sample: (N, in_channels, H, W), in the model's dtype.
+            timesteps: (N,) or one number, on the training schedule's scale (0 … T-1).
+            encoder_hidden_states: (N, S, cross_attention_dim), the text.
+            added_cond: SDXL only: "text_embeds" (N, E) and "time_ids" (N, 6).
+
+        Returns:
+            (N, out_channels, H, W).
+
+        Raises:
+            ValueError: `added_cond` is absent where the model needs it.
+        """
+        config = self.config
+        sinusoid = timestep_embedding(
+            _timesteps(timesteps, sample), config.block_out_channels[0],
+            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
+        ).to(sample.dtype)  # fmt: skip
+        added = self._added_embedding(sample, added_cond) if config.addition_embed_type else None
+        # Every ResNet block projects silu(emb): one SiLU here instead of one in each.
+        emb = self.time_embedding(sinusoid, activation="silu", residual=added)
+        return self._denoise(sample, emb, encoder_hidden_states)
+
+    def _added_embedding(self, sample: Tensor, added_cond: Mapping[str, Tensor] | None) -> Tensor:
+        """SDXL's pooled text and picture sizes, (N, time_channels)."""
+        if added_cond is None or not {"text_embeds", "time_ids"} <= added_cond.keys():
+            raise ValueError("added_cond: this U-Net needs 'text_embeds' (N, E) and 'time_ids' (N, 6)")
+        time_ids = added_cond["time_ids"]
+        sizes = timestep_embedding(
+            time_ids.flatten(), self.config.addition_time_embed_dim or 0,
+            flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift,
+        ).reshape(time_ids.shape[0], -1)  # fmt: skip
+        return self.add_embedding(torch.cat([added_cond["text_embeds"], sizes.to(sample.dtype)], dim=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConfig:
+    """Settings of `UNet2D`, named and with the defaults as in diffusers' config.json."""
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("DownBlock2D", *("AttnDownBlock2D",) * 3)
+    up_block_types: tuple[str, ...] = (*("AttnUpBlock2D",) * 3, "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    dropout: float = 0.0
+    attention_head_dim: int | None = 8  # channels per head here, unlike in UNet2DConditionConfig
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    attn_norm_num_groups: int | None = None  # of the middle's attention; None means norm_num_groups
+    add_attention: bool = True
+    time_embedding_dim: int | None = None
+
+
+class UNet2D(_UNet):
+    """ε_θ(x_t, t): the unconditional U-Net of Ho et al. 2020 (the report's section 3.3)."""
+
+    config_class = UNet2DConfig
+    diffusers_class = "UNet2DModel"
+    fixed_config: Mapping[str, object] = {
+        "act_fn": "silu",
+        "mid_block_type": "UNetMidBlock2D",
+        "mid_block_scale_factor": 1,
+        "time_embedding_type": "positional",
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+    }
+    ignored_config = frozenset({"num_train_timesteps"})
+
+    def __init__(self, config: UNet2DConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        levels = len(widths)
+
+        def attention(i: int, groups: int = config.norm_num_groups) -> MakeAttention:
+            heads = widths[i] // (config.attention_head_dim or widths[i])
+            return lambda: SelfAttention2D(widths[i], heads, groups=groups, eps=config.norm_eps)
+
+        down = _attention_by_level(config.down_block_types, "DownBlock2D", "AttnDownBlock2D", attention)
+        up = _attention_by_level(
+            config.up_block_types, "UpBlock2D", "AttnUpBlock2D", lambda i: attention(levels - 1 - i)
+        )
+        mid_groups = config.attn_norm_num_groups or config.norm_num_groups
+        mid = attention(levels - 1, mid_groups) if config.add_attention else None
+        self._build(config, _as_levels(config.layers_per_block, levels), config.dropout, down, mid, up)
+
+    def forward(self, sample: Tensor, timesteps: Tensor | float) -> Tensor:
+        """sample (N, in_channels, H, W), timesteps (N,) or one number -> (N, out_channels, H, W)."""
+        sinusoid = timestep_embedding(
+            _timesteps(timesteps, sample), self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift,
+        ).to(sample.dtype)  # fmt: skip
+        return self._denoise(sample, self.time_embedding(sinusoid, activation="silu"), None)
+
+
+def _attention_by_level(
+    block_types: tuple[str, ...], plain: str, attentive: str, attention: Callable[[int], MakeAttention]
+) -> list[MakeAttention]:
+    """For each named block its maker of attention, or None for the plain kind."""
+    unknown = set(block_types) - {plain, attentive}
+    if unknown:
+        raise ValueError(f"block types: got {', '.join(sorted(unknown))}, expected {plain} or {attentive}")
+    return [attention(i) if name == attentive else None for i, name in enumerate(block_types)]

@@ -1,0 +1,307 @@
+"""Tensors in files: opened lazily, checked by name and shape, then put into a model without a second copy.
+
+A safetensors file is mapped into memory, copy on write: a parameter's pages are read from disk when they are
+first used, a changed parameter never reaches the file, and several processes share what they only read.
+Do not change such a file in place while a model uses it; `write_weights` replaces files, which is safe.
+
+Nothing here unpickles code. A `.bin` or `.ckpt` is read by torch's restricted unpickler, which knows tensors
+and plain containers only, and there is no way round it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_MOST_NAMES_IN_ERROR = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found, read, or fitted to its model; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of an open file: its shape now, its values when `read` is called."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+Tensors = dict[str, LazyTensor]
+
+
+def read_file(path: pathlib.Path) -> Tensors:
+    """The tensors of a `.safetensors` file, or of a `.bin`, `.ckpt`, `.pt` or `.pth` without code in it.
+
+    Raises:
+        CheckpointError: the file is absent, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        return _read_pickle(path)
+    raise CheckpointError(
+        f"{path}: got a {path.suffix!r} file, expected .safetensors, .bin, .ckpt, .pt or .pth"
+    )
+
+
+def _read_safetensors(path: pathlib.Path) -> Tensors:
+    try:
+        file = safe_open(path, framework="pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); download or copy it again") from error
+    return {
+        name: LazyTensor(shape, functools.partial(_read_aligned, file, name))
+        for name, shape in shapes.items()
+    }
+
+
+def _read_aligned(file: Any, name: str) -> Tensor:
+    """A tensor mapped from the file, or a copy where it lies at an address that its dtype does not allow."""
+    tensor = file.get_tensor(name)
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def _read_pickle(path: pathlib.Path) -> Tensors:
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds Python objects besides tensors; loading them could run any code: refused."
+            " Take a .safetensors version of it, or convert it on a machine that has nothing to lose"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); download or copy it again") from error
+    while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # Lightning wraps it
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors")
+    return {
+        str(name): LazyTensor(tuple(value.shape), lambda value=value: value)  # type: ignore[misc]
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def read_folder(folder: pathlib.Path, variant: str | None = None) -> Tensors:
+    """The tensors of a component's folder, one file or shards, safetensors before anything else.
+
+    Args:
+        variant: "fp16" reads `model.fp16.safetensors` and its like, and only those.
+
+    Raises:
+        CheckpointError: no weights, or an index that is damaged or leads out of the folder.
+    """
+    dot = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        if (folder / f"{stem}{dot}.safetensors").exists():
+            return read_file(folder / f"{stem}{dot}.safetensors")
+        index = folder / f"{stem}.safetensors.index{dot}.json"
+        if index.exists():
+            return _read_shards(index)
+    for stem in ("diffusion_pytorch_model", "pytorch_model"):
+        if (folder / f"{stem}{dot}.bin").exists():
+            return read_file(folder / f"{stem}{dot}.bin")
+    found = ", ".join(sorted(p.name for p in folder.glob("*model*"))) or "none"
+    raise CheckpointError(
+        f"{folder}: no weights for variant={variant!r}; expected diffusion_pytorch_model{dot}.safetensors,"
+        f" model{dot}.safetensors, or shards of one; weight files there: {found}"
+    )
+
+
+def _read_shards(index: pathlib.Path) -> Tensors:
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(entry, str) for entry in entries.values()):
+        raise CheckpointError(f"{index}: no 'weight_map' from tensor names to file names; download it again")
+    tensors: Tensors = {}
+    for entry in sorted(set(entries.values())):
+        shard = read_file(_shard_path(index, entry))
+        twice = tensors.keys() & shard.keys()
+        if twice:
+            raise CheckpointError(f"{index}: {_listed(twice)} in more than one shard; download it again")
+        tensors |= shard
+    return tensors
+
+
+def _shard_path(index: pathlib.Path, entry: str) -> pathlib.Path:
+    """The shard an index names. An index is data from elsewhere, so it may name only a file beside itself.
+
+    A link is followed if it ends in the same folder, or in the same repository of the Hugging Face cache,
+    whose snapshots/<commit>/<component>/<file> are links to blobs/<hash>.
+    """
+    if "/" in entry or "\\" in entry or entry in ("", ".", "..") or not entry.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{index}: names the shard {entry!r}; only a .safetensors file beside it is allowed"
+        )
+    folder = pathlib.Path(os.path.abspath(index)).parent
+    allowed = [folder.resolve()]
+    allowed += [p.parent.resolve() / "blobs" for p in folder.parents if p.name == "snapshots"][:1]
+    path = folder / entry
+    if path.resolve().parent not in allowed:
+        raise CheckpointError(
+            f"{index}: its shard {entry!r} is a link to {path.resolve()}, outside this checkpoint"
+        )
+    return path
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def build(model_class: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """`model_class(config)` whose parameters take no memory yet; buffers are real."""
+    with _parameters_on_meta():
+        return model_class(config)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    # Not `with torch.device("meta")`: that empties computed buffers too, and one that is not in the
+    # checkpoint could never be filled. The hook is global, so it heeds this thread's modules only.
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    # The stub says that such a hook returns None; its documentation says that it may return a replacement.
+    handle = nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fill(
+    model: nn.Module,
+    tensors: Tensors,
+    source: object,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give `model` exactly the tensors of a checkpoint.
+
+    Args:
+        model: its parameters may be on the meta device.
+        tensors: from `read_file` or `read_folder`, under the model's names.
+        source: where they are from, for the error text.
+        dtype: what floating-point tensors become, one by one; None keeps what the file has.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: names or shapes differ; one error lists all that do.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    floating = {name: value.is_floating_point() for name, value in model.state_dict().items()}
+    missing = expected.keys() - tensors.keys()
+    extra = tensors.keys() - expected.keys()
+    misshapen = {
+        f"{name} {tensors[name].shape} for {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    }
+    problems = [
+        f"{len(names)} {kind}: {_listed(names)}"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{source}: does not fit {type(model).__name__}: {'; '.join(problems)}")
+    state = {}
+    for name in expected:
+        tensor = tensors[name].read()
+        if tensor.is_floating_point() != floating[name]:
+            raise CheckpointError(
+                f"{source}: {name} has dtype {tensor.dtype}; quantised weights are not supported"
+            )
+        state[name] = tensor.to(device, dtype if floating[name] else None)
+    model.load_state_dict(state, assign=True)
+    model.to(device)  # buffers that no checkpoint holds
+
+
+def _listed(names: Any) -> str:
+    first = sorted(names)[:_MOST_NAMES_IN_ERROR]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
+
+
+def write_weights(model: nn.Module, folder: pathlib.Path, stem: str, max_shard_bytes: int) -> None:
+    """Write a model's tensors as `<stem>.safetensors`, or as shards and their index if they exceed the limit.
+
+    Every file is written under another name first and then renamed, and files of an earlier save that would
+    be read in their stead are removed last. So an interrupted save leaves no half-written file.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = total = 0
+    for name, tensor in model.state_dict().items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    count = len(shards)
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = [f"{stem}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        dense = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
+        with replacing(folder / name) as temporary:
+            save_file(dense, temporary, metadata={"format": "pt"})
+    index = folder / f"{stem}.safetensors.index.json"
+    if count > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names.append(index.name)
+    for stale in [folder / f"{stem}.safetensors", index, *folder.glob(f"{stem}-*-of-*.safetensors")]:
+        if stale.name not in names:
+            stale.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+    """Write JSON in one step, as `write_weights` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`, moved over it if the block succeeds and removed otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

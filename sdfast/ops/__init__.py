@@ -1,0 +1,25 @@
+"""The operations a latent diffusion model spends its time in. Each has a file of its own name."""
+
+from sdfast import _library
+from sdfast.ops.add_noise import add_noise
+from sdfast.ops.attention import attention
+from sdfast.ops.conv2d import NormPrologue, conv2d
+from sdfast.ops.diffusion_step import diffusion_step
+from sdfast.ops.group_norm import group_norm
+from sdfast.ops.layer_norm import layer_norm
+from sdfast.ops.linear import linear
+from sdfast.ops.reparameterize import reparameterize
+
+_library.load_cpu_library()  # after the schemas: kernels register under them
+
+__all__ = [
+    "NormPrologue",
+    "add_noise",
+    "attention",
+    "conv2d",
+    "diffusion_step",
+    "group_norm",
+    "layer_norm",
+    "linear",
+    "reparameterize",
+]

@@ -1,0 +1,69 @@
+"""Argument checks and the fp32 wrapper shared by the operations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NO_KERNEL_YET = {name: "no such kernel for this operation" for name in ("cpu", "triton", "cuda")}
+
+
+def check_tensor(
+    name: str, value: object, *, rank: int | None = None, shape: tuple[int, ...] | None = None,
+    like: Tensor | None = None,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless it is the tensor asked for.
+
+    Args:
+        rank: the number of dimensions it must have.
+        shape: the exact shape it must have.
+        like: a tensor whose device and dtype it must share.
+    """  # fmt: skip
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected float32, bfloat16, float16 or float64")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {rank} dimensions")
+    if shape is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: is on {value.device}, expected {like.device} as the input")
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the input")
+
+
+def check_optional(name: str, value: object, **expected: object) -> None:
+    """`check_tensor` unless the argument is None."""
+    if value is not None:
+        check_tensor(name, value, **expected)  # type: ignore[arg-type]
+
+
+def widened(composite: Callable[..., object]) -> Callable[..., object]:
+    """The reference of an operation: its formula evaluated in fp32 (fp64 where an input is fp64).
+
+    Floating tensors are widened on the way in and the results rounded once on the way out, to the
+    dtype of the first argument.
+    """
+
+    def cast(value: object, dtype: torch.dtype) -> object:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(dtype)
+        if isinstance(value, tuple):
+            return tuple(cast(item, dtype) for item in value)
+        return value
+
+    @functools.wraps(composite)
+    def reference(x: Tensor, *args: object, **kwargs: object) -> object:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            result = composite(
+                cast(x, wide), *(cast(a, wide) for a in args), **{k: cast(a, wide) for k, a in kwargs.items()}
+            )
+        return cast(result, x.dtype)
+
+    return reference

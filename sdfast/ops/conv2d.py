@@ -1,0 +1,184 @@
+"""conv2d: a convolution with the pointwise work around it fused.
+
+    h = up(a),   a = silu?(GroupNorm(x)) or x,   up = nearest 2x or identity
+    y = W * h + bias + time_embedding[:, :, None, None] + residual
+
+A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
+a kernel never forms `up(a)`; the composite below does. With `stats_groups` the operation also returns
+the mean and rstd of y per group, which the next GroupNorm would otherwise read y once more to find.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdfast import _library, dispatch
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+
+
+class NormPrologue(NamedTuple):
+    """GroupNorm (and SiLU) applied to the input while it is loaded.
+
+    Attributes:
+        num_groups: G, divides the input channels.
+        weight, bias: (C_in,).
+        eps: added to the variance.
+        silu: whether SiLU follows.
+    """
+
+    num_groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+    silu: bool = True
+
+
+def conv2d_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    upsample: bool = False,
+    time_embedding: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_silu: bool = False,
+) -> Tensor:
+    """The formula, in the dtype of its arguments."""
+    if norm_groups:
+        x = F.group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps)
+        x = F.silu(x) if norm_silu else x
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    left, right, top, bottom = padding
+    if left == right and top == bottom:
+        y = F.conv2d(x, weight, bias, stride, (top, left))
+    else:
+        y = F.conv2d(F.pad(x, padding), weight, bias, stride)
+    if time_embedding is not None:
+        y = y + time_embedding[:, :, None, None]
+    return y if residual is None else y + residual
+
+
+conv2d_reference = widened(conv2d_torch)
+
+_library.define(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[4] padding=[0, 0, 0, 0], *,"
+    " bool upsample=False, Tensor? time_embedding=None, Tensor? residual=None, int norm_groups=0,"
+    " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-5, bool norm_silu=False) -> Tensor",
+    conv2d_torch,
+)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int | tuple[int, int, int, int] = 0,
+    *,
+    norm: NormPrologue | None = None,
+    upsample: bool = False,
+    time_embedding: Tensor | None = None,
+    residual: Tensor | None = None,
+    stats_groups: int | None = None,
+    stats_eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Convolution as `torch.nn.functional.conv2d`, with its prologue and epilogue fused.
+
+    Args:
+        x: (N, C_in, H, W), fp32, bf16, fp16 or fp64, contiguous or channels_last; other strides are copied.
+        weight: (C_out, C_in, kh, kw), same dtype.
+        bias: (C_out,) or None.
+        stride: 1 or 2, ...
+        padding: zeros on every side, or (left, right, top, bottom) as `torch.nn.functional.pad` counts.
+        norm: GroupNorm and SiLU of the input, before anything else.
+        upsample: nearest-2x of the (normalised) input before the convolution.
+        time_embedding: (N, C_out), added to every pixel.
+        residual: (N, C_out, H_out, W_out), added last.
+        stats_groups: also return the statistics of y over this many channel groups.
+        stats_eps: added to the variance in the returned rstd.
+        backend: see `sdfast.dispatch`; None takes the best that can run.
+
+    Returns:
+        y (N, C_out, H_out, W_out) in the dtype of `x`; with `stats_groups` the tuple
+        (y, mean, rstd), the last two fp32 (fp64 for fp64) of shape (N, stats_groups).
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+    """
+    check_tensor("x", x, rank=4)
+    check_tensor("weight", weight, rank=4, like=x)
+    batch, channels_in, height, width = x.shape
+    channels_out, weight_channels, kernel_height, kernel_width = weight.shape
+    if weight_channels != channels_in:
+        raise ValueError(f"x: got {channels_in} channels, expected {weight_channels} to fit weight")
+    check_optional("bias", bias, shape=(channels_out,), like=x)
+    if stride < 1:
+        raise ValueError(f"stride: got {stride}, expected at least 1")
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) != 4 or min(sides) < 0:
+        raise ValueError(f"padding: got {padding}, expected an int >= 0 or (left, right, top, bottom)")
+    scale = 2 if upsample else 1
+    out_height = (height * scale + sides[2] + sides[3] - kernel_height) // stride + 1
+    out_width = (width * scale + sides[0] + sides[1] - kernel_width) // stride + 1
+    if out_height < 1 or out_width < 1:
+        raise ValueError(
+            f"x: {height}x{width} is smaller than the {kernel_height}x{kernel_width} kernel; enlarge padding"
+        )
+    check_optional("time_embedding", time_embedding, shape=(batch, channels_out), like=x)
+    check_optional("residual", residual, shape=(batch, channels_out, out_height, out_width), like=x)
+    if norm is not None:
+        _check_groups("norm.num_groups", norm.num_groups, channels_in)
+        check_tensor("norm.weight", norm.weight, shape=(channels_in,), like=x)
+        check_tensor("norm.bias", norm.bias, shape=(channels_in,), like=x)
+    if stats_groups is not None:
+        _check_groups("stats_groups", stats_groups, channels_out)
+
+    serve = dispatch.choose("conv2d", x.device.type, NO_KERNEL_YET, backend)
+    run = conv2d_reference if serve == "reference" else conv2d_torch
+    y = cast(
+        Tensor,
+        run(
+            x,
+            weight,
+            bias,
+            stride,
+            cast("tuple[int, int, int, int]", sides),
+            upsample=upsample,
+            time_embedding=time_embedding,
+            residual=residual,
+            norm_groups=norm.num_groups if norm else 0,
+            norm_weight=norm.weight if norm else None,
+            norm_bias=norm.bias if norm else None,
+            norm_eps=norm.eps if norm else 1e-5,
+            norm_silu=norm.silu if norm else False,
+        ),
+    )
+    if stats_groups is None:
+        return y
+    mean, rstd = group_statistics(y, stats_groups, stats_eps)
+    return y, mean, rstd
+
+
+def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/sqrt(var + eps) of x (N, C, ...) per group, both (N, num_groups), fp32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.to(wide).reshape(x.shape[0], num_groups, -1)  # (N, G, C/G * pixels)
+    var, mean = torch.var_mean(grouped, dim=-1, correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _check_groups(name: str, groups: int, channels: int) -> None:
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{name}: got {groups}, expected a divisor of the {channels} channels")

@@ -1,0 +1,107 @@
+"""diffusion_step: guidance and one reverse step x_t -> x_{t-1} of any linear sampler.
+
+    m  = u + g (c - u)                              Ho & Salimans 2022, "Classifier-free guidance", eq. 6
+    x̂₀ = clamp(k₀ x + k₁ m, ±clip)                  eq. 15 solved for x₀
+    x' = k₂ x̂₀ + k₃ x + k₄ m + k₅ x̂₀ᵖ + k₆ z        eq. 22 and its relatives (DDIM, Euler, DPM-Solver++ 2M)
+
+x is the sample x_t, m the model's output, x̂₀ᵖ the x̂₀ of the step before, z the step's noise. A sampler is a
+table of the seven k, one row a step (`sdfast.diffusion.samplers`), so that one kernel serves them all.
+The arithmetic is fp32 whatever the dtype of the latents (fp64 for fp64); each result is rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdfast import _library, dispatch
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor
+
+
+def diffusion_step_torch(
+    sample: Tensor, model_output: Tensor, coefficients: Tensor, *, guidance_scale: float | None = None,
+    previous_x0: Tensor | None = None, noise: Tensor | None = None, clip: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The formula, in fp32 or fp64."""
+    wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    k = coefficients.to(wide).unbind()
+    x, m = sample.to(wide), model_output.to(wide)
+    if guidance_scale is not None:
+        unconditional, conditional = m.chunk(2)
+        m = unconditional + guidance_scale * (conditional - unconditional)
+    x0 = k[0] * x + k[1] * m
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    previous = k[2] * x0 + k[3] * x + k[4] * m
+    if previous_x0 is not None:
+        previous = previous + k[5] * previous_x0.to(wide)
+    if noise is not None:
+        previous = previous + k[6] * noise.to(wide)
+    return previous.to(sample.dtype), x0.to(sample.dtype)
+
+
+# The composite widens by itself, so it is the reference as well.
+diffusion_step_reference = diffusion_step_torch
+
+_library.define(
+    "diffusion_step(Tensor sample, Tensor model_output, Tensor coefficients, *, float? guidance_scale=None, "
+    "Tensor? previous_x0=None, Tensor? noise=None, float? clip=None) -> (Tensor, Tensor)",
+    diffusion_step_torch,
+)
+
+
+def diffusion_step(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    *,
+    guidance_scale: float | None = None,
+    previous_x0: Tensor | None = None,
+    noise: Tensor | None = None,
+    clip: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One reverse step, with classifier-free guidance in front of it.
+
+    Args:
+        sample: x_t, (N, ...), fp32, bf16, fp16 or fp64, any strides.
+        model_output: m, same dtype: (N, ...), or with guidance (2N, ...), the unconditional half first.
+        coefficients: k₀ to k₆, (7,), fp32 or fp64, on the CPU or on the device of `sample`: a row of
+            `SamplingPlan.coefficients`.
+        guidance_scale: g, or None for an output without guidance.
+        previous_x0: x̂₀ of the step before, (N, ...), same dtype; None leaves its term out.
+        noise: z, (N, ...), same dtype; None leaves its term out.
+        clip: bound of |x̂₀|, > 0, or None.
+        backend: see `sdfast.dispatch`; None takes the best that can run.
+
+    Returns:
+        x' and x̂₀, each (N, ...) in the dtype of `sample`.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+    """
+    check_tensor("sample", sample)
+    if sample.dim() == 0:
+        raise ValueError("sample: got a scalar, expected shape (N, ...)")
+    shape = tuple(sample.shape)
+    batch = shape[0] if guidance_scale is None else 2 * shape[0]
+    check_tensor("model_output", model_output, shape=(batch, *shape[1:]), like=sample)
+    check_tensor("coefficients", coefficients, shape=(7,))
+    if coefficients.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"coefficients: got dtype {coefficients.dtype}, expected float32 or float64")
+    if coefficients.device.type != "cpu" and coefficients.device != sample.device:
+        raise ValueError(f"coefficients: is on {coefficients.device}, expected the CPU or {sample.device}")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number or None")
+    check_optional("previous_x0", previous_x0, shape=shape, like=sample)
+    check_optional("noise", noise, shape=shape, like=sample)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: got {clip}, expected a positive number or None")
+    # One implementation so far; the call still refuses a backend that cannot run.
+    dispatch.choose("diffusion_step", sample.device.type, NO_KERNEL_YET, backend)
+    return diffusion_step_torch(
+        sample, model_output, coefficients, guidance_scale=guidance_scale,
+        previous_x0=previous_x0, noise=noise, clip=clip,
+    )  # fmt: skip

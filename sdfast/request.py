@@ -1,0 +1,164 @@
+"""What a pipeline is asked for, checked before anything is computed, and spread over images and batches.
+
+Imports no torch, so that the command line can refuse bad input at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+
+SIZE_MULTIPLE = 8  # what Stable Diffusion asks of an image's sides
+MAX_STEPS = 1000
+MAX_SIDE = 2**16
+OUTPUTS = ("pil", "tensor", "latent")
+_MAX_SEED = 2**63 - 1  # a signed 64-bit number, for programs that read our settings
+# Latent pixels in one batch by default: four images of Stable Diffusion 1.5, or 256 digits.
+_LATENT_PIXELS_PER_BATCH = 4 * 64 * 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """N images, image by image. The arguments of `StableDiffusion.text_to_image` have these names."""
+
+    prompts: list[str]  # N
+    negative_prompts: list[str | None]  # N
+    seeds: list[int]  # N
+    height: int
+    width: int
+    latent_shape: tuple[int, int, int]  # (c, h, w)
+    steps: int
+    guidance_scale: float
+    batch_size: int
+    time_ids: tuple[float, ...]  # 6
+    output: str
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half has to be computed at all."""
+        return self.guidance_scale > 1
+
+    def batches(self) -> Iterator[slice]:
+        """The images in parts of at most `batch_size`."""
+        for first in range(0, len(self.seeds), self.batch_size):
+            yield slice(first, min(first + self.batch_size, len(self.seeds)))
+
+
+def make_request(
+    *,
+    prompts: Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
+    height: int,
+    width: int,
+    latent_channels: int,
+    downsampling: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int | Sequence[int] | None,
+    num_images: int,
+    batch_size: int | None,
+    time_ids: Sequence[float] | None,
+    output: str,
+) -> Request:
+    """Check the arguments of a pipeline and spread them over the images.
+
+    Raises:
+        ValueError: names the argument, what came and what is allowed.
+    """
+    check_size(height, width, math.lcm(SIZE_MULTIPLE, downsampling))
+    check_count("steps", steps, MAX_STEPS)
+    check_count("num_images", num_images)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
+    if output not in OUTPUTS:
+        raise ValueError(f"output: got {output!r}, expected one of {', '.join(OUTPUTS)}")
+    if time_ids is not None and len(time_ids) != 6:
+        raise ValueError(f"time_ids: got {len(time_ids)} numbers, expected 6")
+    negatives: list[str | None] = [None]
+    if negative_prompt is not None:
+        negatives = list(as_prompts("negative_prompt", negative_prompt))
+    if len(negatives) == 1:
+        negatives *= len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: got {len(negatives)} for {len(prompts)} prompts")
+    latent_size = (height // downsampling, width // downsampling)
+    return Request(
+        prompts=[prompt for prompt in prompts for _ in range(num_images)],
+        negative_prompts=[prompt for prompt in negatives for _ in range(num_images)],
+        seeds=_as_seeds(seed, len(prompts) * num_images),
+        height=height,
+        width=width,
+        latent_shape=(latent_channels, *latent_size),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size or max(1, _LATENT_PIXELS_PER_BATCH // math.prod(latent_size)),
+        time_ids=tuple(time_ids or (height, width, 0, 0, height, width)),
+        output=output,
+    )
+
+
+def as_prompts(name: str, prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises:
+        TypeError, ValueError: something in it is not text, or there is none.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError(f"{name}: got an empty list, expected at least one text")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got {type(text).__name__}, expected str or a list of str")
+    return prompts
+
+
+def check_size(height: int, width: int, multiple: int = SIZE_MULTIPLE) -> None:
+    """Raises ValueError, with the nearest sizes that work, unless both sides are multiples of `multiple`."""
+    for name, side in (("height", height), ("width", width)):
+        if not multiple <= side <= MAX_SIDE:
+            raise ValueError(f"{name}: got {side}, expected {multiple} to {MAX_SIDE}")
+        if side % multiple:
+            below = side - side % multiple
+            raise ValueError(
+                f"{name}: got {side}, expected a multiple of {multiple}; the nearest are {below} and"
+                f" {below + multiple}"
+            )
+
+
+def check_count(name: str, value: int, most: int | None = None) -> None:
+    """Raises ValueError unless 1 <= value <= most."""
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}: got {value}, expected {f'1 to {most}' if most else 'at least 1'}")
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Raises ValueError unless strength is in 0..1 and leaves a step to run."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: got {strength}, expected 0 to 1")
+    check_count("steps", steps, MAX_STEPS)
+    if int(steps * strength) < 1:
+        raise ValueError(f"strength: {strength} of {steps} steps leaves none to run; raise strength or steps")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raises ValueError unless the seed is one that torch and other programs take."""
+    if not 0 <= seed <= _MAX_SEED:
+        raise ValueError(f"{name}: got {seed}, expected 0 to {_MAX_SEED}")
+
+
+def _as_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    if seed is None:
+        seeds = [secrets.randbelow(2**32) for _ in range(count)]
+    elif isinstance(seed, int):
+        seeds = list(range(seed, seed + count))
+    else:
+        seeds = [int(one) for one in seed]
+    if len(seeds) != count:
+        raise ValueError(f"seed: got {len(seeds)} seeds for {count} images")
+    for one in seeds:
+        check_seed("seed", one)
+    return seeds

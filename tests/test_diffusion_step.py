@@ -1,0 +1,199 @@
+"""diffusion_step: the formula, its dtypes, its registration and its errors."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import sdfast.ops  # noqa: F401, registers the operations
+from sdfast.dispatch import use_backend
+from sdfast.ops import diffusion_step
+
+TABLE = [1.3, -0.8, 0.6, 0.35, 0.2, -0.15, 0.5]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def coefficients(dtype=torch.float64):
+    return torch.tensor(TABLE, dtype=dtype)
+
+
+def by_hand(x, m, k, *, guidance_scale=None, previous_x0=None, noise=None, clip=None):
+    """The formula in fp64."""
+    x, m = x.double(), m.double()
+    if guidance_scale is not None:
+        n = len(x)
+        m = m[:n] + guidance_scale * (m[n:] - m[:n])
+    x0 = k[0] * x + k[1] * m
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    previous = k[2] * x0 + k[3] * x + k[4] * m
+    if previous_x0 is not None:
+        previous += k[5] * previous_x0.double()
+    if noise is not None:
+        previous += k[6] * noise.double()
+    return previous, x0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guidance_scale", [None, 1.0, 7.5])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("optional", [(), ("noise",), ("previous_x0",), ("noise", "previous_x0")])
+def test_formula(dtype, guidance_scale, clip, optional):
+    x = randn(2, 4, 5, 3, dtype=dtype)
+    m = randn(2 if guidance_scale is None else 4, 4, 5, 3, seed=1, dtype=dtype)
+    extra = {name: randn(2, 4, 5, 3, seed=2 + i, dtype=dtype) for i, name in enumerate(optional)}
+    options = {"guidance_scale": guidance_scale, "clip": clip, **extra}
+    expected = by_hand(x, m, TABLE, **options)
+    for k in (coefficients(), coefficients(torch.float32)):
+        for result, wanted in zip(diffusion_step(x, m, k, **options), expected, strict=True):
+            assert result.dtype == dtype
+            # fp32 arithmetic, then one rounding: two ulp of the largest value of half precision is far too much.
+            assert ((result - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_only_once(dtype):
+    """Bit for bit the fp32 result, rounded; arithmetic in half precision differs in most elements."""
+    x, m, z = (randn(1, 4, 16, 16, seed=s, dtype=dtype) for s in range(3))
+    k = coefficients()
+    for half, wide in zip(
+        diffusion_step(x, m, k, noise=z),
+        diffusion_step(x.float(), m.float(), k, noise=z.float()),
+        strict=True,
+    ):
+        assert torch.equal(half, wide.to(dtype))
+    in_half = TABLE[2] * (TABLE[0] * x + TABLE[1] * m) + TABLE[3] * x + TABLE[4] * m + TABLE[6] * z
+    assert not torch.equal(diffusion_step(x, m, k, noise=z)[0], in_half)
+
+
+@hypothesis.given(
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    guided=st.booleans(),
+    transpose=st.booleans(),
+    step=st.integers(1, 3),
+    clip=st.sampled_from([None, 0.3, 2.0]),
+)
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_any_shape_and_stride(shape, guided, transpose, step, clip):
+    def strided(leading, seed):
+        full = randn(leading, *shape[1:-1], *(s * step for s in shape[1:][-1:]), seed=seed)
+        out = full[..., ::step] if len(shape) > 1 else full
+        return out.transpose(1, -1).contiguous().transpose(1, -1) if transpose and out.dim() > 2 else out
+
+    x, m, z = strided(shape[0], 0), strided(shape[0] * (1 + guided), 1), strided(shape[0], 2)
+    options = {"guidance_scale": 3.0 if guided else None, "noise": z, "previous_x0": z, "clip": clip}
+    expected = by_hand(x, m, TABLE, **options)
+    for result, wanted in zip(diffusion_step(x, m, coefficients(), **options), expected, strict=True):
+        assert result.shape == x.shape
+        torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_are_not_written():
+    x, m, z = (randn(2, 3, seed=s) for s in range(3))
+    kept = [v.clone() for v in (x, m, z)]
+    diffusion_step(x, m, coefficients(), previous_x0=z, noise=z, clip=0.1)
+    assert all(torch.equal(a, b) for a, b in zip((x, m, z), kept, strict=True))
+
+
+def test_guidance_takes_the_unconditional_half_first():
+    u, c = torch.zeros(1, 2), torch.ones(1, 2)
+    k = torch.tensor([0, 1.0, 1, 0, 0, 0, 0])
+    result, _ = diffusion_step(torch.zeros(1, 2), torch.cat([u, c]), k, guidance_scale=0.0)
+    assert torch.equal(result, u)
+    result, _ = diffusion_step(torch.zeros(1, 2), torch.cat([u, c]), k, guidance_scale=5.0)
+    assert torch.equal(result, 5 * c)
+
+
+def arguments(dtype=torch.float32, requires_grad=False):
+    x, z, p = (randn(2, 3, 4, seed=s, dtype=dtype).requires_grad_(requires_grad) for s in range(3))
+    m = randn(4, 3, 4, seed=3, dtype=dtype).requires_grad_(requires_grad)
+    return (x, m, coefficients()), {"guidance_scale": 2.0, "previous_x0": p, "noise": z, "clip": 1.5}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad):
+    args, kwargs = arguments(requires_grad=requires_grad)
+    torch.library.opcheck(torch.ops.sdfast.diffusion_step.default, args, kwargs)
+    plain = (args[0], args[1][:2].detach(), coefficients(torch.float32))
+    torch.library.opcheck(torch.ops.sdfast.diffusion_step.default, plain, {})
+
+
+def test_gradcheck():
+    (x, m, k), options = arguments(torch.float64, requires_grad=True)
+    options["clip"] = None
+
+    def step(x, m, p, z):
+        return diffusion_step(x, m, k, **{**options, "previous_x0": p, "noise": z})
+
+    assert torch.autograd.gradcheck(step, (x, m, options["previous_x0"], options["noise"]))
+
+
+def test_compiles_without_a_break():
+    (x, m, k), options = arguments()
+
+    def run(x, m, k):
+        return diffusion_step(x, m, k, **options)
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for a, b in zip(compiled(x, m, k), run(x, m, k), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backends():
+    args, options = arguments()
+    expected = diffusion_step(*args, **options)
+    for backend in ("reference", "torch"):
+        for a, b in zip(diffusion_step(*args, **options, backend=backend), expected, strict=True):
+            assert torch.equal(a, b)
+        with use_backend(backend):
+            assert torch.equal(diffusion_step(*args, **options)[0], expected[0])
+    with pytest.raises(ValueError, match="diffusion_step: backend 'cuda' cannot run"):
+        diffusion_step(*args, **options, backend="cuda")
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        diffusion_step(*args, **options, backend="fast")
+
+
+X, K = randn(2, 3), coefficients()
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        (([1.0], X, K), {}, TypeError, "sample: got list, expected a torch.Tensor"),
+        ((X.int(), X, K), {}, TypeError, "sample: got dtype torch.int32"),
+        ((torch.tensor(1.0), X, K), {}, ValueError, r"sample: got a scalar, expected shape \(N, ...\)"),
+        ((X, X[:1], K), {}, ValueError, r"model_output: got shape \(1, 3\), expected \(2, 3\)"),
+        (
+            (X, X, K),
+            {"guidance_scale": 2.0},
+            ValueError,
+            r"model_output: got shape \(2, 3\), expected \(4, 3\)",
+        ),
+        ((X, X.half(), K), {}, TypeError, "model_output: got dtype torch.float16, expected torch.float32"),
+        ((X, X, K[:6]), {}, ValueError, r"coefficients: got shape \(6,\), expected \(7,\)"),
+        (
+            (X, X, K.half()),
+            {},
+            TypeError,
+            "coefficients: got dtype torch.float16, expected float32 or float64",
+        ),
+        ((X, X, K.to("meta")), {}, ValueError, "coefficients: is on meta, expected the CPU or cpu"),
+        (
+            (X, torch.cat([X, X]), K),
+            {"guidance_scale": float("nan")},
+            ValueError,
+            "guidance_scale: got nan, expected a finite number",
+        ),
+        ((X, X, K), {"noise": X[:, :2]}, ValueError, r"noise: got shape \(2, 2\), expected \(2, 3\)"),
+        ((X, X, K), {"previous_x0": X.double()}, TypeError, "previous_x0: got dtype torch.float64"),
+        ((X, X, K), {"clip": 0.0}, ValueError, "clip: got 0.0, expected a positive number or None"),
+        ((X, X, K), {"clip": -1.0}, ValueError, "clip: got -1.0"),
+    ],
+)
+def test_errors_name_the_argument(args, options, error, message):
+    with pytest.raises(error, match=message):
+        diffusion_step(*args, **options)

@@ -1,0 +1,481 @@
+"""Pictures are diffusers' pictures, a seed is a picture, and what cannot be drawn is refused first."""
+
+import contextlib
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+import transformers
+from PIL import Image
+from tokenizers import AddedToken
+
+import sdfast
+from sdfast import loading
+from sdfast.images import as_tensor, grid, read_image, read_settings, save_png, to_pil
+from sdfast.models.checkpoint import CheckpointError, load_components
+from sdfast.tokenizer import CLIPTokenizer
+
+STEPS = 6
+# Ours -> diffusers', built from the pipeline's own configuration.
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "dpm++2m": diffusers.DPMSolverMultistepScheduler,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {
+        "sd": tiny_pipelines.sd_pipeline(folder / "sd"),
+        "v": tiny_pipelines.sd_pipeline(folder / "v", prediction_type="v_prediction"),
+        "grey": tiny_pipelines.sd_pipeline(folder / "grey", channels=1),
+        "sdxl": tiny_pipelines.sdxl_pipeline(folder / "sdxl"),
+    }
+
+
+@pytest.fixture(scope="module")
+def pipe(folders):
+    return sdfast.StableDiffusion.from_pretrained(folders["sd"])
+
+
+def theirs(folder, *, sampler=None, image_to_image=False):
+    kind = diffusers.AutoPipelineForImage2Image if image_to_image else diffusers.AutoPipelineForText2Image
+    other = kind.from_pretrained(folder)
+    if sampler is not None:
+        other.scheduler = SCHEDULERS[sampler].from_config(other.scheduler.config)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def generators(count, first=0):
+    return [torch.Generator().manual_seed(first + i) for i in range(count)]
+
+
+def picture(width=16, height=16, mode="RGB"):
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def assert_same_pictures(ours, others, most=2):
+    assert len(ours) == len(others)
+    for one, other in zip(ours, others, strict=True):
+        assert one.size == other.size and one.mode == other.mode
+        # int16: the difference of two bytes is no byte
+        difference = np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)
+        assert np.abs(difference).max() <= most
+        assert np.asarray(other).std() > 5  # not a blank
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_text_to_image_is_diffusers(folders, pipe, sampler):
+    prompts = ["a handwritten seven!", "and"]
+    ours = pipe.text_to_image(prompts, steps=STEPS, sampler=sampler, seed=3, height=24, width=16)
+    other = theirs(folders["sd"], sampler=sampler)(
+        prompts, num_inference_steps=STEPS, generator=generators(2, 3), height=24, width=16
+    )
+    assert_same_pictures(ours.images, other.images)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image_is_diffusers(folders, pipe, sampler, strength):
+    options = {"strength": strength, "guidance_scale": 3.0}
+    ours = pipe.image_to_image("seven", picture(), steps=STEPS, sampler=sampler, seed=5, **options)
+    other = theirs(folders["sd"], sampler=sampler, image_to_image=True)(
+        "seven", picture(), num_inference_steps=STEPS, generator=generators(1, 5), **options
+    )
+    assert_same_pictures(ours.images, other.images)
+
+
+@pytest.mark.parametrize("kind", ["v", "grey", "sdxl"])
+@pytest.mark.parametrize("negative_prompt", [None, "", "and an"])
+def test_other_models_are_diffusers(folders, kind, negative_prompt):
+    options = {"negative_prompt": negative_prompt, "guidance_scale": 5.0, "height": 16, "width": 24}
+    ours = sdfast.StableDiffusion.from_pretrained(folders[kind]).text_to_image(
+        "seven", steps=STEPS, seed=1, **options
+    )
+    other = theirs(folders[kind])("seven", num_inference_steps=STEPS, generator=generators(1, 1), **options)
+    assert_same_pictures(ours.images, other.images)
+
+
+def test_sdxl_image_to_image_is_diffusers(folders):
+    ours = sdfast.StableDiffusion.from_pretrained(folders["sdxl"]).image_to_image(
+        "seven", picture(20, 16), steps=STEPS, seed=1, guidance_scale=5.0, strength=0.7, width=24, height=16
+    )
+    other = theirs(folders["sdxl"], image_to_image=True)(
+        "seven",
+        picture(20, 16).resize((24, 16), Image.Resampling.LANCZOS),
+        num_inference_steps=STEPS,
+        generator=generators(1, 1),
+        guidance_scale=5.0,
+        strength=0.7,
+    )
+    assert_same_pictures(ours.images, other.images)
+
+
+def test_sdxl_time_ids_are_diffusers(folders):
+    ours = sdfast.StableDiffusion.from_pretrained(folders["sdxl"]).text_to_image(
+        "seven", steps=STEPS, seed=1, time_ids=(300, 400, 10, 20, 64, 72)
+    )
+    other = theirs(folders["sdxl"])(
+        "seven",
+        num_inference_steps=STEPS,
+        generator=generators(1, 1),
+        guidance_scale=7.5,
+        original_size=(300, 400),
+        crops_coords_top_left=(10, 20),
+        target_size=(64, 72),
+    )
+    assert_same_pictures(ours.images, other.images)
+
+
+def test_guidance_of_one_is_none_and_latents_can_be_given(folders, pipe):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    calls = []
+    hook = pipe.unet.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[0]))
+    with contextlib.closing(_Removed(hook)):
+        ours = pipe.text_to_image("seven", steps=STEPS, guidance_scale=1.0, num_images=2, latents=latents)
+    other = theirs(folders["sd"])(
+        "seven", num_inference_steps=STEPS, guidance_scale=1.0, num_images_per_prompt=2, latents=latents
+    )
+    assert_same_pictures(ours.images, other.images)
+    assert calls == [2] * STEPS  # not doubled
+
+
+class _Removed:
+    def __init__(self, hook):
+        self.close = hook.remove
+
+
+# The model that ships
+
+
+@pytest.mark.parametrize("sampler", [None, "euler", "dpm++2m"])
+def test_diffusers_loads_the_digits_and_draws_the_same(sampler):
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = ["a handwritten seven", "a handwritten zero", "3", "an eight"]
+    ours = sdfast.StableDiffusion.digits().text_to_image(prompts, steps=20, latents=latents, sampler=sampler)
+    other = diffusers.StableDiffusionPipeline.from_pretrained(loading.digits_folder())
+    if sampler is not None:
+        other.scheduler = SCHEDULERS[sampler].from_config(other.scheduler.config)
+    other.set_progress_bar_config(disable=True)
+    pictures = other(prompts, num_inference_steps=20, latents=latents).images
+    assert_same_pictures(ours.images, pictures)
+
+
+def test_tokenizer_of_the_digits_is_transformers():
+    folder = loading.digits_folder() / "tokenizer"
+    texts = ["a handwritten seven", "", "7", "THE digit four!", "unknown wörds 123", "nine " * 100]
+    reference = transformers.CLIPTokenizer.from_pretrained(folder)
+    expected = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with pytest.warns(UserWarning, match="longer than"):
+        assert CLIPTokenizer.from_folder(folder)(texts).equal(expected)
+
+
+# Seeds, batches, results
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_a_seed_is_a_picture_whatever_the_batch(pipe, sampler):
+    def draw(**options):
+        return pipe.text_to_image("seven", steps=STEPS, sampler=sampler, **options).images
+
+    whole = draw(seed=10, num_images=5)
+    again = draw(seed=10, num_images=5)
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(whole, again, strict=True))
+    assert_same_pictures(draw(seed=10, num_images=5, batch_size=2), whole, most=1)
+    assert_same_pictures(draw(seed=[13, 11], num_images=2), [whole[3], whole[1]], most=1)
+
+
+def test_image_to_image_does_not_depend_on_the_batch(pipe):
+    sources = [picture(), picture().rotate(90)]
+
+    def draw(**options):
+        return pipe.image_to_image("seven", sources, steps=STEPS, seed=4, num_images=2, **options).images
+
+    whole = draw()
+    assert_same_pictures(draw(batch_size=3), whole, most=1)
+    alone = pipe.image_to_image("seven", sources[1], steps=STEPS, seed=6, num_images=2)
+    assert_same_pictures(alone.images, whole[2:], most=1)
+
+
+def test_fresh_seeds_are_told(pipe):
+    drawn = pipe.text_to_image("seven", steps=2, num_images=2)
+    again = pipe.text_to_image("seven", steps=2, num_images=2, seed=drawn.seeds)
+    assert_same_pictures(again.images, drawn.images, most=0)
+    assert len(set(drawn.seeds)) == 2
+
+
+def test_result(pipe):
+    steps = []
+    drawn = pipe.text_to_image(
+        ["seven", "and"],
+        steps=3,
+        seed=0,
+        batch_size=1,
+        on_step=lambda done, total: steps.append((done, total)),
+    )
+    assert steps == [(i + 1, 6) for i in range(6)]
+    assert 0 < drawn.seconds_per_step < drawn.seconds
+    assert drawn.peak_memory_bytes > 2**20
+    assert drawn.settings["prompt"] == ["seven", "and"] and drawn.settings["seeds"] == [0, 1] == drawn.seeds
+    assert (drawn.settings["height"], drawn.settings["width"]) == pipe.default_size == (16, 16)
+
+
+def test_outputs(pipe):
+    options = {"steps": 2, "seed": 0, "num_images": 2, "height": 16, "width": 24}
+    tensor = pipe.text_to_image("seven", output="tensor", **options).images
+    assert tensor.shape == (2, 3, 16, 24) and tensor.dtype == torch.float32
+    assert 0 <= tensor.min() and tensor.max() <= 1 and not tensor.requires_grad
+    assert_same_pictures(to_pil(tensor), pipe.text_to_image("seven", **options).images, most=0)
+    latents = pipe.text_to_image("seven", output="latent", **options).images
+    assert latents.shape == (2, 4, 8, 12)
+
+
+def test_an_exception_in_the_callback_ends_the_run(pipe):
+    def stop(done, _):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.text_to_image("seven", steps=5, on_step=stop)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes(folders, pipe, dtype):
+    narrow = sdfast.StableDiffusion.from_pretrained(folders["sd"], dtype=dtype)
+    assert narrow.dtype == dtype and narrow.vae.decoder.conv_in.weight.dtype == dtype
+    drawn = narrow.text_to_image("seven", steps=2, seed=0, output="tensor").images
+    latents = narrow.text_to_image("seven", steps=2, seed=0, output="latent").images
+    assert latents.dtype == dtype and drawn.isfinite().all() and drawn.std() > 0.02
+
+
+def test_the_vae_of_sdxl_stays_wide_where_it_says_so(folders):
+    narrow = sdfast.StableDiffusion.from_pretrained(folders["sdxl"], dtype=torch.float16)
+    assert narrow.vae.config.force_upcast and narrow.vae.decoder.conv_in.weight.dtype == torch.float32
+    assert narrow.text_to_image("seven", steps=1, seed=0, output="tensor").images.isfinite().all()
+    redrawn = narrow.image_to_image("seven", picture(), steps=2, seed=0, output="latent").images
+    assert redrawn.dtype == torch.float16
+
+
+def test_overflow_is_told(pipe):
+    with pytest.warns(UserWarning, match="not numbers"):
+        pipe.text_to_image("seven", steps=1, latents=torch.full((1, 4, 8, 8), float("nan")))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 100}, "height: got 100, expected a multiple of 8; the nearest are 96 and 104"),
+        ({"width": 0}, "width: got 0"),
+        ({"height": 65536, "width": 65536}, "GiB"),
+        ({"steps": 0}, "steps: got 0, expected 1 to 1000"),
+        ({"steps": 1001}, "steps: got 1001"),
+        ({"num_images": 0}, "num_images: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"sampler": "plms"}, "sampler: got 'plms'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": [1, 2]}, "seed: got 2 seeds for 1 images"),
+        ({"output": "jpeg"}, "output: got 'jpeg'"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2 for 1 prompts"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, "latents: got shape"),
+        ({"time_ids": (1, 2, 3, 4, 5, 6)}, "time_ids"),
+    ],
+)
+def test_bad_arguments(pipe, options, message):
+    def nothing_is_computed(*_):
+        raise AssertionError("a step was run")
+
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        pipe.text_to_image("seven", on_step=nothing_is_computed, **options)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "error", "message"),
+    [
+        (picture(), {"strength": 1.2}, ValueError, "strength: got 1.2, expected 0 to 1"),
+        (picture(), {"strength": -0.1}, ValueError, "strength"),
+        (picture(), {"strength": 0.01, "steps": 10}, ValueError, "leaves none to run"),
+        (picture(), {"strength": 0.5, "steps": 0}, ValueError, "steps: got 0"),
+        (picture(), {"width": 20}, ValueError, "width: got 20"),
+        (picture(4, 4), {}, ValueError, "height: got 0"),
+        ([picture()] * 3, {}, ValueError, "got 3 images for 2 prompts"),
+        ([], {}, TypeError, "image"),
+        ("seven.png", {}, TypeError, "image"),
+        (torch.zeros(1, 1, 16, 16), {}, ValueError, "image: got torch.float32 of shape"),
+        (torch.full((1, 3, 16, 16), 2.0), {}, ValueError, r"outside \[0, 1\]"),
+    ],
+)
+def test_bad_images(pipe, image, options, error, message):
+    with warnings.catch_warnings(), pytest.raises(error, match=message):
+        warnings.simplefilter("ignore")
+        pipe.image_to_image(["seven", "and"], image, **options)
+
+
+def test_an_image_of_odd_size_is_cut_and_that_is_told(pipe):
+    with pytest.warns(UserWarning, match="the image is 21x16; it is resized to 16x16"):
+        assert pipe.image_to_image("seven", picture(21, 16), steps=2).images[0].size == (16, 16)
+
+
+def test_a_long_prompt_is_cut_and_that_is_told(pipe, folders):
+    prompt = "seven " * 75 + "this was too much"
+    with pytest.warns(UserWarning, match="'this was too much'"):
+        ours = pipe.text_to_image(prompt, steps=2, seed=0)
+    other = theirs(folders["sd"])(prompt, num_inference_steps=2, generator=generators(1))
+    assert_same_pictures(ours.images, other.images)
+
+
+@pytest.mark.parametrize("lost", ["unet", "tokenizer/tokenizer.json", "model_index.json"])
+def test_incomplete_folders(folders, tmp_path, lost):
+    import shutil
+
+    shutil.copytree(folders["sd"], tmp_path / "broken")
+    path = tmp_path / "broken" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CheckpointError, match="broken"):
+        sdfast.StableDiffusion.from_pretrained(tmp_path / "broken")
+
+
+def test_models_that_do_not_draw_from_text(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="DDPMPipeline without vae, text_encoder"):
+        sdfast.StableDiffusion.from_pretrained(tmp_path)
+
+
+def test_single_file_takes_its_tokenizer_from_elsewhere(folders, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    components = load_components(folders["sd"])
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    monkeypatch.setattr(loading, "load_single_file", lambda *_, **__: dict(components))
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="a single file holds no tokenizer.*--tokenizer"):
+        sdfast.StableDiffusion.from_pretrained(file)
+    drawn = sdfast.StableDiffusion.from_pretrained(file, tokenizer=folders["sd"] / "tokenizer")
+    whole = sdfast.StableDiffusion.from_pretrained(folders["sd"])
+    options = {"steps": 2, "seed": 0}
+    assert_same_pictures(
+        drawn.text_to_image("seven", **options).images, whole.text_to_image("seven", **options).images, most=0
+    )
+
+
+# Tokenizer
+
+
+def special(content):
+    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+
+TOKENIZER_SETTINGS = {
+    "sd1": {"bos_token": {"__type": "AddedToken", **special("<|startoftext|>")}},
+    "sd2": {"pad_token": "!"},
+    "listed": {"pad_token": "!", "added_tokens_decoder": {"0": {**special("!"), "special": True}}},
+    "inversion": {"added_tokens_decoder": {"531": {**special("<cat-toy>"), "special": False}}},
+}
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+@pytest.mark.parametrize("settings", TOKENIZER_SETTINGS)
+def test_tokenizer_is_transformers(tmp_path, settings, saved_again):
+    folder = tiny_pipelines.write_tokenizer(tmp_path / "old", settings=TOKENIZER_SETTINGS[settings])
+    reference = transformers.CLIPTokenizer.from_pretrained(folder)
+    if saved_again:  # as tokenizer.json
+        folder = tmp_path / "new"
+        reference.save_pretrained(folder)
+    texts = [
+        "", "Seven AND sevens", "hello! <|endoftext|> x! !", "Ünï cödé ﬁ 中文 🎉 İß", "it's 42\n\t tabs  ",
+        "don't <|startoftext|>The<|ENDOFTEXT|>", "a <cat-toy> here", "x" * 200,
+    ]  # fmt: skip
+    expected = reference(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    with pytest.warns(UserWarning, match="longer than 77 tokens"):
+        assert CLIPTokenizer.from_folder(folder)(texts).equal(expected.input_ids)
+
+
+def test_tokenizer_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither vocab.json"):
+        CLIPTokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="endoftext"):
+        CLIPTokenizer({"a": 0}, [])
+    folder = tiny_pipelines.write_tokenizer(tmp_path / "damaged")
+    (folder / "vocab.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        CLIPTokenizer.from_folder(folder)
+    vocab = {"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
+    assert CLIPTokenizer(vocab, [], added_tokens=[AddedToken("zz")])(["a"], max_length=3).shape == (1, 3)
+
+
+# Images and files
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+def test_pictures_survive_a_round_trip(mode):
+    source = picture(24, 16, mode)
+    tensor = as_tensor(source, height=None, width=None, channels=3, multiple=8)
+    assert tensor.shape == (1, 3, 16, 24) and -1 <= tensor.min() and tensor.max() <= 1
+    assert_same_pictures(to_pil(tensor / 2 + 0.5), [source.convert("RGB")], most=0)
+
+
+def test_grid():
+    sheet = grid([picture()] * 5)
+    assert sheet.size == (3 * 18 + 2, 2 * 18 + 2)
+    assert grid([picture(mode="L")] * 4, columns=4).size == (4 * 18 + 2, 18 + 2)
+    assert np.asarray(sheet)[:2].min() == 255 and sheet.crop((2, 2, 18, 18)).tobytes() == picture().tobytes()
+
+
+def test_settings_in_a_file(tmp_path):
+    settings = {"prompt": "eine Sieben, 七", "negative_prompt": "ink", "steps": 5, "seeds": [3, 4], "sampler": "ddim",
+                "guidance_scale": 7.5, "height": 16, "width": 24, "model": "digits"}  # fmt: skip
+    path = tmp_path / "seven.png"
+    save_png(picture(), path, settings)
+    assert read_settings(path) == settings
+    assert read_image(path).text["parameters"] == (
+        "eine Sieben, 七\nNegative prompt: ink\n"
+        "Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 3, Size: 24x16, Model: digits"
+    )
+    save_png(picture(), path)
+    with pytest.raises(ValueError, match="carries no settings"):
+        read_settings(path)
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "seven.png"
+    save_png(picture(), path)
+    before = path.read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(picture().rotate(90), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_unreadable_images(tmp_path):
+    save_png(picture(64, 64), tmp_path / "whole.png")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("cut.png", "text.png", "absent.png"):
+        with pytest.raises(OSError, match=name):
+            read_image(tmp_path / name)

@@ -1,0 +1,382 @@
+"""Training: data and tokenizer, the resumable loop, both phases, and the model that came out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdfast.diffusion import NoiseSchedule
+from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, DiagonalGaussian, UNet2DConditionConfig
+from sdfast.tokenizer import CLIPTokenizer
+from sdfast.training import data, trainer
+from sdfast.training.captions import WORDS, caption_ids, captions, write_tokenizer
+from sdfast.training.ddpm import DDPMTraining, train_ddpm
+from sdfast.training.run_folder import RunFolder
+from sdfast.training.trainer import EMA, Schedule, TrainingInterrupted, train
+from sdfast.training.vae import VAETraining, encode, scaling_factor, train_vae
+
+SHORT = Schedule(steps=30, learning_rate=5e-3, warmup_steps=3, max_grad_norm=100.0)
+
+
+# Data
+
+
+def test_digits_split_is_a_partition_that_depends_on_the_seed_alone():
+    pytest.importorskip("sklearn")
+    train_part, holdout = data.load_digits(3)
+    assert (len(train_part), len(holdout)) == (1500, 297)
+    again = data.load_digits(3)[0]
+    assert torch.equal(again.images, train_part.images) and torch.equal(again.labels, train_part.labels)
+    assert not torch.equal(data.load_digits(4)[0].images, train_part.images)
+    assert int(torch.cat([train_part.labels, holdout.labels]).bincount().sum()) == 1797
+
+
+def test_enlarged_digits_shrink_back_and_stay_readable():
+    pytest.importorskip("sklearn")
+    train_part, holdout = data.load_digits(0)
+    pictures = data.enlarge(holdout.images)
+    assert pictures.shape == (297, 3, 32, 32) and pictures.abs().max() <= 1
+    assert (data.shrink(pictures) - holdout.images).abs().mean() < 1  # of 16: the interpolation rounds the strokes
+    reader = data.Reader(train_part)
+    direct, through = reader.accuracy(holdout), reader.read(data.shrink(pictures)) == holdout.labels
+    assert direct > 0.97 and through.double().mean() > 0.97
+
+
+def test_augmentation_moves_the_picture_but_not_its_meaning():
+    pytest.importorskip("sklearn")
+    digits = data.load_digits(0)[0]
+    pictures, labels = data.training_set(digits, copies=1, seed=0)
+    assert pictures.shape == (3000, 3, 32, 32) and torch.equal(labels[:1500], labels[1500:])
+    assert torch.equal(pictures, data.training_set(digits, copies=1, seed=0)[0])
+    assert (pictures[:1500] - pictures[1500:]).abs().amax(dim=(1, 2, 3)).min() > 0
+    reader = data.Reader(digits)
+    assert (reader.read(data.shrink(pictures[1500:])) == digits.labels).double().mean() > 0.97
+
+
+def test_missing_sklearn_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install sdfast\[train\]"):
+        data.load_digits()
+
+
+# Tokenizer
+
+
+def test_tokenizer_files_are_the_same_bytes_every_time(tmp_path):
+    size = write_tokenizer(tmp_path / "a")
+    assert write_tokenizer(tmp_path / "b") == size
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_tokenizer_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = write_tokenizer(tmp_path)
+    ours, theirs = CLIPTokenizer.from_folder(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    texts = [text for digit in range(10) for text in captions(digit)]
+    texts += ["", "A Beautiful  SEVEN, please!", "ünïcode 漢字 😀", "it's 42nd", "\n\t", "<|endoftext|> three"]
+    expected = theirs(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(ours(texts), expected.input_ids)
+    assert (theirs.model_max_length, ours.bos_id, ours.eos_id) == (77, size - 2, size - 1)
+    assert ours.pad_id == theirs.pad_token_id == ours.eos_id
+
+
+def test_every_word_of_the_captions_is_one_token(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_folder(tmp_path)
+    for digit in range(10):
+        for text in captions(digit):
+            ids = tokenizer([text])[0]
+            assert int((ids == tokenizer.eos_id).int().argmax()) == 1 + len(text.split()), text
+
+
+def test_caption_table(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_folder(tmp_path)
+    table = caption_ids(tokenizer, 0)
+    assert table.shape == (10, 6 * len(captions(0)), 77)
+    assert torch.equal(table, caption_ids(tokenizer, 0))
+    for digit, word in enumerate(WORDS):  # its own name is in each caption, no other digit's ever is
+        names = tokenizer([word])[0, 1], tokenizer([str(digit)])[0, 1]
+        assert ((table == names[0]) | (table == names[1])).any(dim=-1).nonzero()[:, 0].unique().tolist() == [
+            digit
+        ]
+        assert ((table[digit] == names[0]) | (table[digit] == names[1])).any(dim=-1).all()
+
+
+# The loop
+
+
+def _toy(folder, *, steps=20, seed=0, ema_decay=0.9, checkpoint_steps=None, resume=True, loss=None):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
+
+    def default_loss(generator):
+        x = torch.randn(16, 6, generator=generator)
+        return (module(x) - x.flip(1)).square().mean()
+
+    return train(
+        module, loss or default_loss, Schedule(steps=steps, learning_rate=1e-2, ema_decay=ema_decay),
+        folder=folder, settings={"kind": "toy"}, seed=seed, resume=resume, progress=False,
+        checkpoint_steps=checkpoint_steps,
+    )  # fmt: skip
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_ema_formula():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 1.0)
+    ema = EMA(module, decay=0.5)
+    expected = 1.0
+    for n, value in enumerate([3.0, -2.0, 7.0, 0.5, 1.5, 9.0, 4.0, 4.5, 1.0, 2.0], start=1):
+        nn.init.constant_(module.weight, value)
+        ema.update(module)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    ema.copy_to(module)
+    assert module.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rate_rises_then_falls_to_nothing():
+    rates = [Schedule(steps=100, learning_rate=2.0, warmup_steps=10).rate(step) for step in range(100)]
+    assert rates[0] < 0.2 and max(rates) == rates[10] == pytest.approx(2.0, rel=0.03) and rates[-1] < 0.001
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_randomness_depends_on_seed_and_step():
+    def draw(seed, step):
+        return torch.randn(4, generator=trainer.step_generator(seed, step)).tolist()
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({tuple(draw(seed, step)) for seed in range(4) for step in range(4)}) == 16
+
+
+def test_only_two_checkpoints_are_kept(tmp_path):
+    _toy(tmp_path, checkpoint_steps=5)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["checkpoint-00000015.pt", "checkpoint-00000020.pt"]
+
+
+def test_finished_run_is_not_trained_again(tmp_path):
+    first = _toy(tmp_path)
+
+    def fails(_):
+        raise AssertionError("trained again")
+
+    assert _same(first, _toy(tmp_path, loss=fails))
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip_a_bit, lambda path: path.write_bytes(b"")])
+def test_damaged_checkpoint_falls_back_and_ends_the_same(tmp_path, damage):
+    reference = _toy(tmp_path / "a")
+    _toy(tmp_path / "b", checkpoint_steps=8)
+    damage(tmp_path / "b" / "checkpoint-00000020.pt")
+    with pytest.warns(UserWarning, match="00000020.pt: damaged"):
+        assert _same(reference, _toy(tmp_path / "b", checkpoint_steps=8))
+    assert RunFolder(tmp_path / "b", {})._newest_first()[0].name == "checkpoint-00000020.pt"
+
+
+def test_interrupted_write_leaves_no_trace(tmp_path):
+    _toy(tmp_path, checkpoint_steps=10)
+    (tmp_path / "checkpoint-00000030.123.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint-00000020.pt").unlink()
+    _toy(tmp_path, checkpoint_steps=10)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["checkpoint-00000010.pt", "checkpoint-00000020.pt"]
+
+
+def test_checkpoints_of_other_settings_are_refused(tmp_path):
+    _toy(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(schedule.steps is 20 there and 30 here; seed is 0"):
+        _toy(tmp_path, steps=30, seed=1)
+    _toy(tmp_path, steps=30, seed=1, resume=False)
+
+
+def test_non_finite_loss_stops_with_the_step(tmp_path):
+    with pytest.raises(FloatingPointError, match="nan at step 0"):
+        _toy(tmp_path, loss=lambda _: torch.tensor(float("nan"), requires_grad=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    reference = _toy(tmp_path / "a")
+    done = 0
+
+    def loss_then_interrupt(generator):
+        nonlocal done
+        done += 1
+        if done == 8:
+            signal.raise_signal(signal.SIGINT)
+        return loss(generator)
+
+    module = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
+    torch.manual_seed(0)
+    for layer in (module[0], module[2]):
+        layer.reset_parameters()
+
+    def loss(generator):
+        x = torch.randn(16, 6, generator=generator)
+        return (module(x) - x.flip(1)).square().mean()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=r"stopped at step 8 of 20.*[Rr]un the same command"):
+        train(
+            module, loss_then_interrupt, Schedule(steps=20, learning_rate=1e-2, ema_decay=0.9),
+            folder=tmp_path / "b", settings={"kind": "toy"}, seed=0, progress=False,
+        )  # fmt: skip
+    assert signal.getsignal(signal.SIGINT) is before
+    assert issubclass(TrainingInterrupted, KeyboardInterrupt)
+    assert _same(reference, _toy(tmp_path / "b"))
+
+
+def test_trains_in_a_thread(tmp_path):
+    # Only the main thread may handle signals; elsewhere training goes without.
+    results = []
+    thread = threading.Thread(target=lambda: results.append(_toy(tmp_path / "a")))
+    thread.start()
+    thread.join()
+    assert _same(results[0], _toy(tmp_path / "b"))
+
+
+# The two phases
+
+TINY_VAE = AutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=4, sample_size=8,
+)  # fmt: skip
+TINY_UNET = UNet2DConditionConfig(
+    sample_size=4, in_channels=2, out_channels=2,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2,
+)  # fmt: skip
+TINY_TEXT = CLIPTextConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=4, bos_token_id=6, eos_token_id=7, pad_token_id=7,
+)  # fmt: skip
+
+
+def _tiny_vae(folder, *, steps=30, kl_weight=0.02):
+    # Two kinds of pictures: bright above, or bright to the left.
+    pictures = torch.full((40, 3, 8, 8), -1.0)
+    pictures[:20, :, :4] = 1.0
+    pictures[20:, :, :, :4] = 1.0
+    schedule = dataclasses.replace(SHORT, steps=steps)
+    settings = VAETraining(schedule, batch_size=16, kl_weight=kl_weight)
+    vae = train_vae(
+        TINY_VAE, pictures, settings, folder=folder, data_settings={}, progress=False, checkpoint_seconds=1e9
+    )
+    return vae, pictures
+
+
+def _tiny_ddpm(folder, *, steps=60, checkpoint_seconds=1e9, dropout=0.1):
+    # Two kinds of latents, told apart by their caption.
+    mean = torch.ones(40, 2, 4, 4)
+    mean[20:] = -1.0
+    posterior = DiagonalGaussian(torch.cat([mean, torch.full_like(mean, -6.0)], dim=1))
+    labels = torch.arange(2).repeat_interleave(20)
+    captions = torch.tensor([[[6, 0, 7, 7]], [[6, 1, 7, 7]]])
+    schedule = Schedule(steps=steps, learning_rate=1e-2, warmup_steps=5, ema_decay=0.99)
+    return train_ddpm(
+        TINY_UNET, TINY_TEXT, posterior, labels, captions, torch.tensor([6, 7, 7, 7]), NoiseSchedule.linear(),
+        DDPMTraining(schedule, batch_size=16, caption_dropout=dropout), scaling_factor=1.0, folder=folder,
+        data_settings={}, progress=False, checkpoint_seconds=checkpoint_seconds,
+    )  # fmt: skip
+
+
+def test_vae_learns_and_measures_its_latents(tmp_path):
+    early, pictures = _tiny_vae(tmp_path / "a", steps=1)
+    late, _ = _tiny_vae(tmp_path / "b", steps=60)
+    errors = []
+    for vae in (early, late):
+        with torch.no_grad():
+            errors.append((vae.decode(encode(vae, pictures).mode()) - pictures).square().mean().item())
+    assert errors[1] < 0.3 * errors[0]
+    posterior = encode(late, pictures)
+    factor = late.config.scaling_factor
+    draws = [posterior.sample(torch.randn(posterior.mean.shape)) * factor for _ in range(20)]
+    assert factor == scaling_factor(posterior)
+    assert torch.stack(draws).std().item() == pytest.approx(1.0, abs=0.05)
+    assert not late.training
+
+
+def test_kl_weight_pulls_the_latents_to_the_prior(tmp_path):
+    kl = []
+    for weight in (0.0, 10.0):
+        vae, pictures = _tiny_vae(tmp_path / str(weight), kl_weight=weight)
+        kl.append(encode(vae, pictures).kl().mean().item())
+    assert kl[1] < 0.5 * kl[0]
+
+
+def test_ddpm_learns_what_the_caption_says(tmp_path):
+    model = _tiny_ddpm(tmp_path / "late", steps=150)
+    t = torch.full((2,), 900)
+    alpha, sigma = (float(c[0]) for c in NoiseSchedule.linear().alpha_sigma(t))
+    noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    x_t = sigma * noise  # as likely the one kind as the other: only the caption tells
+    with torch.no_grad():
+        epsilon = model(x_t, t, torch.tensor([[6, 0, 7, 7], [6, 1, 7, 7]]))
+    x0 = (x_t - sigma * epsilon) / alpha
+    assert x0[0].mean() - x0[1].mean() > 0.5
+    early = _tiny_ddpm(tmp_path / "early", steps=1)
+    with torch.no_grad():
+        errors = [(m(x_t, t, torch.tensor([[6, 7, 7, 7]] * 2)) - noise).square().mean() for m in (early, model)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_ddpm_without_captions_ignores_them(tmp_path):
+    # With every caption dropped the network never hears of the others' tokens.
+    model = _tiny_ddpm(tmp_path, steps=3, dropout=1.0)
+    fresh = _tiny_ddpm(tmp_path / "fresh", steps=1, dropout=1.0)
+    tokens = [m.text_encoder.text_model.embeddings.token_embedding.weight[:2] for m in (model, fresh)]
+    assert torch.allclose(tokens[0], tokens[1], rtol=1e-3)
+
+
+_KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_training import _tiny_ddpm
+_tiny_ddpm({folder!r}, checkpoint_seconds=0.0)
+"""
+
+
+def test_killed_run_resumes_to_the_same_bits(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        reference = _tiny_ddpm(tmp_path / "a")
+        tests = Path(__file__).parent
+        code = _KILLED.format(tests=str(tests), root=str(tests.parent), folder=str(tmp_path / "b"))
+        process = subprocess.Popen([sys.executable, "-c", code])
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "b").glob("checkpoint-*[5-9].pt")):
+            assert process.poll() is None and time.monotonic() < deadline, "wrote no checkpoint"
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        reached = max(path.name for path in (tmp_path / "b").glob("checkpoint-*.pt"))
+        assert reached < "checkpoint-00000060.pt"
+        assert _same(reference, _tiny_ddpm(tmp_path / "b"))
+    finally:
+        torch.set_num_threads(threads)
