@@ -186,6 +186,8 @@ void apply(const T* x, int64_t rows, int64_t width, const Coefficients& k, T* y)
       const Normalize<kChannelsLast> norm(k, i);
       for (int j = 0; j < count; ++j) {
         const int64_t at = (r + j) * width + i;
+        simd::prefetch(x + at + count * width);
+        simd::prefetch_for_write(y + at + count * width);
         const Vec z = (simd::load(x + at, lanes) - norm.center) * norm.gain + norm.offset;
         simd::store(y + at, kSilu ? simd::silu(z) : z, lanes);
       }

@@ -15,6 +15,10 @@
 #include <optional>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace sdfast {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -88,10 +92,30 @@ inline Tensor in_layout(const Tensor& t, Layout layout) {
   return copy;
 }
 
+// Asks for huge pages under memory that is about to be written for the first time. malloc maps
+// allocations this large anew each time, and faulting them in by 4 KiB costs more than the kernel.
+inline void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePageBytes = 2 << 20, kMappedBytes = 32 << 20;
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes < kMappedBytes) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal is no error
+#else
+  (void)t;
+#endif
+}
+
 // A new tensor with the strides of t where t has the layout, also on axes of size 1; else dense.
 inline Tensor empty_in_layout(const Tensor& t, Layout layout) {
-  if (has_layout(t, layout)) return new_empty_strided(t, t.sizes(), t.strides(), t.scalar_type());
-  return new_empty_strided(t, t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
+  const std::vector<int64_t> dense = dense_strides(t.sizes(), layout);
+  const IntHeaderOnlyArrayRef strides =
+      has_layout(t, layout) ? t.strides() : IntHeaderOnlyArrayRef(dense);
+  Tensor result = new_empty_strided(t, t.sizes(), strides, t.scalar_type());
+  advise_huge_pages(result);
+  return result;
 }
 
 }  // namespace sdfast

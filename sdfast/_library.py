@@ -19,7 +19,7 @@ LIBRARY = torch.library.Library("sdfast", "DEF")
 
 _PACKAGE_DIR = pathlib.Path(__file__).parent
 # The instruction sets a CPU library is built for, best first. Each runs on all CPUs of those before it.
-_CPU_ISAS = ("avx512", "avx2", "baseline")
+_CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,8 @@ def cpu_isa() -> str:
     torch's own override (ATEN_CPU_CAPABILITY) is respected, so a test can force a lower one.
     """
     capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
 
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _parser().parse_args(argv)
             return arguments.run(arguments)
         except KeyboardInterrupt as interrupt:
-            print(f"\nsdfast: {interrupt or 'interrupted'}", file=sys.stderr)
+            print(f"\nsdfast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
             return _INTERRUPTED
         # What comes from outside is checked by whoever takes it, and refused with one of these.
         except (ValueError, OSError, ImportError) as error:

@@ -97,8 +97,10 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return ImageOps.exif_transpose(image)
-    # Pillow's decoders raise these for damaged files besides OSError; a bomb is a picture of absurd size.
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # Pillow's decoders raise all of these for damaged files; a bomb is a picture of absurd size.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.filename is not None:  # absent or forbidden: it says so itself
+            raise
         raise OSError(f"{path}: cannot read this image: {error}") from error
 
 

@@ -24,8 +24,9 @@ def levels(n, dtype=torch.float32):
 
 def by_hand(x0, noise, alpha, sigma, prediction):
     """Sample by sample, in fp64."""
-    x_t = [a * x + s * e for a, s, x, e in zip(alpha.tolist(), sigma.tolist(), x0.double(), noise.double())]
-    v = [a * e - s * x for a, s, x, e in zip(alpha.tolist(), sigma.tolist(), x0.double(), noise.double())]
+    samples = list(zip(alpha.tolist(), sigma.tolist(), x0.double(), noise.double(), strict=True))
+    x_t = [a * x + s * e for a, s, x, e in samples]
+    v = [a * e - s * x for a, s, x, e in samples]
     target = {
         "epsilon": noise.double(),
         "sample": x0.double(),

@@ -197,23 +197,9 @@ def test_hub_id(tmp_path, monkeypatch):
 
 
 def test_what_is_fetched_from_the_hub():
-    def fetched(subfolder=None, variant=None):
-        patterns = ckpt._hub_patterns(subfolder, variant)
-        left_out = [f"{part}/*" for part in ckpt._LEFT_OUT]
-        return set(
-            huggingface_hub.utils.filter_repo_objects(
-                FILES, allow_patterns=patterns, ignore_patterns=left_out
-            )
-        )
-
-    weights = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
-    configs = {
-        "model_index.json",
-        "unet/config.json",
-        "text_encoder/config.json",
-        "scheduler/scheduler_config.json",
-    }
-    tokenizer = {"tokenizer/vocab.json", "tokenizer/merges.txt"}
+    parts = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    parts |= {"model_index.json", "unet/config.json", "text_encoder/config.json"}
+    parts |= {"scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
     others = {
         "v1-5-pruned.safetensors",
         "v1-5-pruned.ckpt",
@@ -222,8 +208,17 @@ def test_what_is_fetched_from_the_hub():
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "unet/diffusion_pytorch_model.non_ema.safetensors",
     }
-    FILES = sorted(weights | configs | tokenizer | others)
-    assert fetched() == weights | configs | tokenizer
+
+    def fetched(subfolder=None, variant=None):
+        return set(
+            huggingface_hub.utils.filter_repo_objects(
+                sorted(parts | others),
+                allow_patterns=ckpt._hub_patterns(subfolder, variant),
+                ignore_patterns=[f"{part}/*" for part in ckpt._LEFT_OUT],
+            )
+        )
+
+    assert fetched() == parts
     assert fetched("unet") == {"unet/diffusion_pytorch_model.safetensors", "unet/config.json"}
     assert fetched("unet", "fp16") == {"unet/diffusion_pytorch_model.fp16.safetensors", "unet/config.json"}
 
@@ -306,7 +301,8 @@ def test_peak_memory_is_one_copy(tmp_path):
         from sdfast.models import UNet2DCondition
         from sdfast.models.checkpoint import load_model
         def peak():
-            return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+            status = pathlib.Path("/proc/self/status").read_text()
+            return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
         before = peak()
         model = load_model(UNet2DCondition, {str(tmp_path)!r})
         assert sum(p.view(torch.int32).amax().item() for p in model.parameters()) == 0

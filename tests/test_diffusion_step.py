@@ -51,7 +51,7 @@ def test_formula(dtype, guidance_scale, clip, optional):
     for k in (coefficients(), coefficients(torch.float32)):
         for result, wanted in zip(diffusion_step(x, m, k, **options), expected, strict=True):
             assert result.dtype == dtype
-            # fp32 arithmetic, then one rounding: two ulp of the largest value of half precision is far too much.
+            # fp32 arithmetic, then one rounding.
             assert ((result - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + 1e-5).all()
 
 

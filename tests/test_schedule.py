@@ -48,10 +48,10 @@ def randn(*shape, seed=0, dtype=torch.float64):
 def test_tables_equal_diffusers(schedule, config):
     theirs = diffusers.DDPMScheduler(**config)
     for ours in (schedule, NoiseSchedule.from_config(config)):
-        assert ours.T == len(theirs.betas)
+        assert len(theirs.betas) == ours.T
         assert ours.betas.dtype == ours.alphas_cumprod.dtype == torch.float64
         for name in ("betas", "alphas", "alphas_cumprod"):
-            # Rescaling subtracts nearly equal fp32 numbers near the last step, so its betas hold fewer digits.
+            # Rescaling in fp32 subtracts nearly equal numbers near the last step: those betas lose digits.
             atol = 1e-4 if "rescale_betas_zero_snr" in config and name != "alphas_cumprod" else 1e-6
             torch.testing.assert_close(
                 getattr(ours, name), getattr(theirs, name).double(), rtol=1e-5, atol=atol

@@ -1,5 +1,4 @@
-"""Single LDM files, made from diffusers models by the numbering of the LDM code: read here, and by diffusers' own
-converter."""
+"""Single LDM files, made from diffusers models by the LDM code's numbering: read here, and by diffusers."""
 
 import re
 

@@ -10,7 +10,7 @@ from sdfast.diffusion.samplers import SAMPLERS
 from sdfast.diffusion.schedule import NoiseSchedule
 
 # PNDM, which Stable Diffusion 1.x names, is served by DDIM: the same steps of the same equation, where PNDM
-# spends an extra model call and extrapolates over four outputs. At 50 steps the pictures are close, not equal.
+# spends an extra model call and extrapolates over four outputs. Pictures of 50 steps are close, not equal.
 _SAMPLER_OF_CLASS = {
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",

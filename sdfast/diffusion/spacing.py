@@ -46,11 +46,11 @@ def spaced_steps(T: int, steps: int, spacing: str, steps_offset: int, unvisited:
     n = steps + unvisited
     t: Array
     if spacing == "linspace":
-        t = np.linspace(0, T - 1, n)[::-1]
+        t = np.linspace(0, T - 1, n, dtype=np.float64)[::-1]
     elif spacing == "leading":
-        t = (np.arange(n) * (T // n))[::-1] + float(steps_offset)
+        t = (np.arange(n, dtype=np.float64) * (T // n))[::-1] + steps_offset
     else:
-        t = np.arange(T, 0, -T / steps).round() - 1.0
+        t = np.arange(T, 0, -T / steps, dtype=np.float64).round() - 1
     t = t[:steps]
     if t[-1] < 0 or t[0] >= T:
         raise ValueError(

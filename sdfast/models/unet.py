@@ -180,9 +180,9 @@ def _timesteps(timesteps: Tensor | float, sample: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class UNet2DConditionConfig:
-    """Settings of `UNet2DCondition`, named as in diffusers' config.json; the defaults are Stable Diffusion 1.5."""
+    """Settings of `UNet2DCondition`, named and with the defaults as in diffusers' config.json."""
 
-    sample_size: int | tuple[int, int] | None = 64
+    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -194,7 +194,7 @@ class UNet2DConditionConfig:
     downsample_padding: int = 1
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    cross_attention_dim: int = 768
+    cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8  # the number of heads: a misnomer that checkpoints keep
     num_attention_heads: int | tuple[int, ...] | None = None

@@ -21,19 +21,18 @@ _EPS = 1e-6  # of every GroupNorm in the VAE
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """Settings of `AutoencoderKL`, named as in diffusers' config.json; the defaults are Stable Diffusion 1.5."""
+    """Settings of `AutoencoderKL`, named and with the defaults as in diffusers' config.json."""
 
     in_channels: int = 3
     out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 512
+    sample_size: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -153,7 +152,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The VAE. Latents as the diffusion model sees them are `(z - shift_factor) * scaling_factor`."""
+    """The VAE. Latents as the diffusion model sees them are `z * scaling_factor`."""
 
     config_class = AutoencoderKLConfig
     diffusers_class = "AutoencoderKL"

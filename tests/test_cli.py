@@ -1,0 +1,332 @@
+"""The command line: what it makes, what it says, and what it refuses before it does anything."""
+
+import contextlib
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+
+import sdfast
+from sdfast import cli, doctor
+from sdfast.images import read_settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are all waiting for threads, more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_pipelines.sd_pipeline(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture
+def generate(model, tmp_path, capsys):
+    """Runs `sdfast generate` on the tiny model; returns its status, what it said, and where it wrote."""
+
+    def run(*arguments, prompt="a seven", steps=2):
+        defaults = ["--model", str(model), "--steps", str(steps), "-o", str(tmp_path / "seven.png")]
+        status = cli.main(["generate", prompt, *defaults, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def refused(outcome, message):
+    """Whether the outcome is status 2 and one line that says why."""
+    status, out, err = outcome
+    assert status == 2 and out == ""
+    assert err.startswith("sdfast: error: ") and err.count("\n") == 1, err
+    assert message in err, err
+    return True
+
+
+def test_one_image(generate, tmp_path):
+    status, out, err = generate("--seed", 3, "--size", "16x24")
+    assert status == 0 and err == ""
+    assert Image.open(tmp_path / "seven.png").size == (24, 16)
+    assert re.fullmatch(
+        r"\S+seven\.png: 1 image, seed 3; [\d.]+ ms per step, [\d.]+ s in all, peak memory \d+ MiB\n", out
+    )
+
+
+def test_the_file_says_how_it_was_made(generate, tmp_path):
+    generate("--seed", 3, "--negative-prompt", "ink", "--sampler", "euler", "--guidance-scale", 4)
+    assert read_settings(tmp_path / "seven.png") == {
+        "prompt": "a seven",
+        "negative_prompt": "ink",
+        "steps": 2,
+        "sampler": "euler",
+        "guidance_scale": 4.0,
+        "seeds": [3],
+        "height": 16,
+        "width": 16,
+        "model": "tiny",
+        "dtype": "float32",
+        "version": f"sdfast {sdfast.__version__}",
+    }
+    text = Image.open(tmp_path / "seven.png").text["parameters"]
+    assert text.startswith(
+        "a seven\nNegative prompt: ink\nSteps: 2, Sampler: euler, CFG scale: 4.0, Seed: 3, Size: 16x16"
+    )
+
+
+def test_sheet_and_separate_files_hold_the_same_images(generate, tmp_path):
+    assert generate("-n", 5, "--seed", 0)[0] == 0
+    sheet = Image.open(tmp_path / "seven.png")
+    assert sheet.size == (3 * 18 + 2, 2 * 18 + 2)
+    assert read_settings(tmp_path / "seven.png")["seeds"] == [0, 1, 2, 3, 4]
+    status, out, _ = generate("-n", 5, "--seed", 0, "--separate")
+    assert status == 0 and "seven-0000.png to seven-0004.png: 5 images" in out
+    for i in range(5):
+        path = tmp_path / f"seven-000{i}.png"
+        row, column = divmod(i, 3)
+        box = (2 + 18 * column, 2 + 18 * row, 18 + 18 * column, 18 + 18 * row)
+        assert Image.open(path).tobytes() == sheet.crop(box).tobytes()
+        assert read_settings(path)["seeds"] == [i]
+
+
+def test_a_fresh_seed_is_told_and_makes_the_image_again(generate, tmp_path):
+    _, out, _ = generate()
+    first = Image.open(tmp_path / "seven.png").tobytes()
+    generate("--seed", re.search(r"seed (\d+)", out)[1])
+    assert Image.open(tmp_path / "seven.png").tobytes() == first
+
+
+def test_image_to_image(generate, tmp_path):
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "in.png")
+    assert generate("--image", tmp_path / "in.png", "--strength", 0.5)[0] == 0
+    assert Image.open(tmp_path / "seven.png").size == (24, 16)
+    assert read_settings(tmp_path / "seven.png")["strength"] == 0.5
+
+
+def test_backend_dtype_and_threads(generate, tmp_path):
+    generate("--seed", 0)
+    default = np.asarray(Image.open(tmp_path / "seven.png"), dtype=np.int16)
+    assert generate("--seed", 0, "--backend", "reference", "--threads", 1)[0] == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "seven.png"), dtype=np.int16) - default).max() <= 1
+    assert generate("--seed", 0, "--dtype", "bfloat16", "--batch-size", 1)[0] == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "seven.png"), dtype=np.int16) - default).mean() < 16
+
+
+def test_a_long_prompt_is_one_line_of_warning(generate, tmp_path):
+    status, _, err = generate(prompt="seven " * 75 + "and this was too much")
+    assert status == 0 and (tmp_path / "seven.png").exists()
+    assert err.startswith("sdfast: warning: ") and "'and this was too much'" in err and err.count("\n") == 1
+
+
+def test_the_model_that_ships(tmp_path, capsys):
+    path = tmp_path / "seven.png"
+    assert (
+        cli.main(
+            ["generate", "a handwritten seven", "-n", "4", "--steps", "10", "--seed", "0", "-o", str(path)]
+        )
+        == 0
+    )
+    assert Image.open(path).size == (2 * 34 + 2, 2 * 34 + 2)
+    assert read_settings(path)["model"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "100x64"], "height: got 100, expected a multiple of 8; the nearest are 96 and 104"),
+        (["--width", "60"], "width: got 60, expected a multiple of 8; the nearest are 56 and 64"),
+        (["--size", "64"], "expected HxW"),
+        (["--size", "64x64", "--height", "8"], "not both"),
+        (["--size", "65536x65536"], "GiB"),
+        (["--height", "0"], "height: got 0"),
+        (["--height", "99999992"], "height: got 99999992"),
+        (["--steps", "0"], "--steps: got 0, expected 1 to 1000"),
+        (["--steps", "1001"], "--steps: got 1001, expected 1 to 1000"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["-n", "0"], "--num-images: got 0, expected at least 1"),
+        (["--batch-size", "-1"], "--batch-size: got -1"),
+        (["--threads", "0"], "--threads: got 0"),
+        (["--seed", "-1"], "--seed: got -1"),
+        (["--guidance-scale", "nan"], "guidance_scale: got nan"),
+        (["--sampler", "plms"], "sampler: got 'plms', expected one of ddpm, ddim"),
+        (["--strength", "0.5"], "--strength: needs --image"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--device", "abacus"], "--device: 'abacus' cannot be used"),
+        (["--backend", "abacus"], "invalid choice: 'abacus'"),
+        (["--model", "no/such/folder"], "no/such/folder: no such file or folder"),
+        (["--image", "absent.png"], "No such file or directory: 'absent.png'"),
+        (["-o", "no/such/folder/seven.png"], "the folder no/such/folder does not exist"),
+        (["-o", "seven.jpg"], "expected a name that ends in .png"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input(generate, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdfast.generation.sample", None)  # nothing is to be computed
+    assert refused(generate(*arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_output(generate, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    assert refused(generate("-o", tmp_path / "folder.png"), "is a folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to(generate, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert refused(generate("-o", tmp_path / "locked" / "seven.png"), "cannot be written to")
+
+
+@pytest.mark.parametrize("strength", ["1.5", "-0.1", "0.01", "nan"])
+def test_bad_strength(generate, tmp_path, strength):
+    Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
+    assert refused(generate("--image", tmp_path / "in.png", "--strength", strength), "strength: ")
+
+
+def test_a_corrupt_image(generate, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:3000])
+    assert refused(generate("--image", tmp_path / "cut.png"), "cut.png: cannot read this image")
+
+
+@pytest.mark.parametrize("kept", [0, 100, 20000])
+def test_a_truncated_checkpoint(generate, model, tmp_path, kept):
+    shutil.copytree(model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert refused(generate("--model", tmp_path / "cut"), "damaged or cut short")
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model.txt"])
+def test_files_that_are_no_model(generate, tmp_path, name):
+    torch.save({"state_dict": {"x": Code()}}, tmp_path / name)
+    message = "holds Python objects besides tensors" if name.endswith("ckpt") else name
+    assert refused(generate("--model", tmp_path / name), message)
+
+
+def test_a_plain_pickle_is_no_model(generate, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(pickle.dumps({"x": Code()}))
+    assert refused(generate("--model", tmp_path / "model.ckpt"), "model.ckpt")
+
+
+def test_the_hub_is_out_of_reach(generate, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert refused(generate("--model", "somebody/something"), "somebody/something")
+
+
+def test_interrupted(generate, tmp_path, monkeypatch):
+    """A real signal, while a step runs: status 130, no traceback, nothing written."""
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("sdfast.generation.sample", interrupted)
+    status, out, err = generate()
+    assert status == 130 and out == "" and err == "\nsdfast: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_while_writing(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert generate()[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_digits_passes_its_arguments_on(monkeypatch, capsys, tmp_path):
+    calls = []
+
+    def train_digits(output, **options):
+        calls.append((output, options))
+        return output
+
+    monkeypatch.setattr("sdfast.training.digits.train_digits", train_digits)
+    assert cli.main(["train", "digits", "-o", str(tmp_path / "out"), "--vae-steps", "5", "--restart"]) == 0
+    expected = {"run_dir": Path("runs/digits"), "seed": 0, "resume": False, "threads": 2, "vae_steps": 5}
+    assert calls == [(tmp_path / "out", expected)]
+    assert cli.main(["train", "digits", "--unet-steps", "0"]) == 2
+    assert "--unet-steps: got 0" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        "torch " + torch.__version__,
+        "_C_cpu",
+        "triton",
+        "cmake",
+        "threads",
+        "CUDA",
+        "diffusers",
+    ):
+        assert expected in out
+    assert "could not be found out" not in out
+
+
+def test_doctor_never_fails(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("odd machine")
+
+    monkeypatch.setattr("sdfast._library.status", broken)
+    monkeypatch.setattr("torch.get_num_threads", broken)
+    assert doctor.report().count("could not be found out: RuntimeError: odd machine") == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["train"], ["paint"]])
+def test_incomplete_commands(arguments, capsys):
+    assert refused((cli.main(arguments), *capsys.readouterr()), "")
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["generate", "--help"], ["train", "digits", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+    assert capsys.readouterr().out.endswith(f"sdfast {sdfast.__version__}\n")
+
+
+def run_process(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "sdfast", *arguments], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_as_a_process(model, tmp_path):
+    path = tmp_path / "seven.png"
+    done = run_process(
+        "generate", "seven", "--model", str(model), "--steps", "2", "-o", str(path), "--threads", "1"
+    )
+    assert done.returncode == 0 and done.stderr == "" and path.is_file()
+
+
+def test_bad_input_as_a_process_does_not_even_load_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch was imported')")
+    with contextlib.chdir(Path(cli.__file__).parents[1]):
+        done = run_process(
+            "generate", "seven", "--steps", "0", env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        )
+    assert done.returncode == 2
+    assert done.stderr == "sdfast: error: --steps: got 0, expected 1 to 1000\n"
