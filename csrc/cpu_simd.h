@@ -94,8 +94,11 @@ inline HalfBits narrow_bits(Bits v) {
 inline HalfBits high_halves(Bits v) {
 #if defined(__AVX512BW__)
   const Bits odd = Bits{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d};
-  return reinterpret_cast<HalfBits>(_mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(
-      ~0u, reinterpret_cast<__m512i>(odd), reinterpret_cast<__m512i>(v))));
+  const __m512i gathered = _mm512_maskz_permutexvar_epi16(~0u, reinterpret_cast<__m512i>(odd),
+                                                          reinterpret_cast<__m512i>(v));
+  HalfBits low;
+  std::memcpy(&low, &gathered, sizeof low);
+  return low;
 #else
   return narrow_bits(v >> 16);
 #endif

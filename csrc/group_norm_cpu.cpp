@@ -31,30 +31,24 @@ void dispatch(ScalarType dtype, const F& f) {
   dispatch(dtype, false, false, [&](auto element, auto, auto) { f(element); });
 }
 
-// A parameter's values in fp32; null where it is absent.
-class Parameter {
- public:
-  Parameter(const std::optional<Tensor>& tensor, const char* name,
-            std::initializer_list<int64_t> shape) {
-    if (!tensor) return;
-    check_cpu(*tensor, name);
-    check_shape(*tensor, name, shape);
-    const Tensor dense = torch::stable::contiguous(*tensor);
-    values_.resize(dense.numel());
-    dispatch(dense.scalar_type(), [&](auto element) {
-      const auto* from = static_cast<const decltype(element)*>(dense.const_data_ptr());
-      simd::for_each_vector(dense.numel(), [&](int64_t i, auto lanes) {
-        simd::store(values_.data() + i, simd::load(from + i, lanes), lanes);
-      });
+// A parameter's values in fp32; where it is absent, `neutral` for each.
+std::vector<float> values_of(const std::optional<Tensor>& tensor, const char* name,
+                             std::initializer_list<int64_t> shape, float neutral) {
+  int64_t size = 1;
+  for (const int64_t extent : shape) size *= extent;
+  std::vector<float> values(size, neutral);
+  if (!tensor) return values;
+  check_cpu(*tensor, name);
+  check_shape(*tensor, name, shape);
+  const Tensor dense = torch::stable::contiguous(*tensor);
+  dispatch(dense.scalar_type(), [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(dense.const_data_ptr());
+    simd::for_each_vector(size, [&](int64_t i, auto lanes) {
+      simd::store(values.data() + i, simd::load(from + i, lanes), lanes);
     });
-    present_ = true;
-  }
-  const float* data() const { return present_ ? values_.data() : nullptr; }
-
- private:
-  std::vector<float> values_;
-  bool present_ = false;
-};
+  });
+  return values;
+}
 
 // The gradient of a parameter, value(i) for each of its elements; of no elements where it is
 // absent.
@@ -103,8 +97,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_grou
                                                       std::optional<Tensor> shift) {
   check_input(x, num_groups);
   const int64_t images = x.size(0), channels = x.size(1);
-  const Parameter w(weight, "weight", {channels}), b(bias, "bias", {channels});
-  const Parameter s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
+  const auto w = values_of(weight, "weight", {channels}, 1),
+             b = values_of(bias, "bias", {channels}, 0);
+  const auto s = values_of(scale, "scale", {images, channels}, 0);
+  const auto t = values_of(shift, "shift", {images, channels}, 0);
   const Affine affine{w.data(), b.data(), s.data(), t.data()};
   const Layout layout = layout_of(x);
   const Tensor input = in_layout(x, layout);
@@ -139,10 +135,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   STD_TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
                   "dy: expected as x");
   const int64_t images = x.size(0), channels = x.size(1);
-  const Parameter saved_mean(mean, "mean", {images, num_groups});
-  const Parameter saved_rstd(rstd, "rstd", {images, num_groups});
-  const Parameter w(weight, "weight", {channels}), b(bias, "bias", {channels});
-  const Parameter s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
+  const auto saved_mean = values_of(mean, "mean", {images, num_groups}, 0);
+  const auto saved_rstd = values_of(rstd, "rstd", {images, num_groups}, 0);
+  const auto w = values_of(weight, "weight", {channels}, 1),
+             b = values_of(bias, "bias", {channels}, 0);
+  const auto s = values_of(scale, "scale", {images, channels}, 0);
+  const auto t = values_of(shift, "shift", {images, channels}, 0);
   const Affine affine{w.data(), b.data(), s.data(), t.data()};
   const Layout layout = layout_of(x);
   const Tensor input = in_layout(x, layout), output_gradient = in_layout(dy, layout);
@@ -164,14 +162,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     return [&](int64_t c) {
       double total = 0;
       for (int64_t n = 0; n < images; ++n) {
-        total += sums[n * channels + c] * affine.factor_of(n * channels + c);
+        total += sums[n * channels + c] * (1.0 + s[n * channels + c]);
       }
       return total;
     };
   };
   const auto scale_gradient = [&](int64_t i) {
-    return affine.weight_of(i % channels) * sum_dz_xhat[i] +
-           affine.bias_of(i % channels) * sum_dz[i];
+    return w[i % channels] * sum_dz_xhat[i] + b[i % channels] * sum_dz[i];
   };
   return {dx, parameter_gradient(x, weight, over_images(sum_dz_xhat)),
           parameter_gradient(x, bias, over_images(sum_dz)),

@@ -44,7 +44,11 @@ struct Tiling {
         pixels(pixels),
         groups(groups) {
     lines = channels_last ? 1 : channels;
-    rows = std::max<int64_t>(1, kTileElements / (channels_last ? channels : 1));
+    // As many tiles as it takes, then all as equal as can be.
+    const int64_t row_elements = channels_last ? channels : 1;
+    tiles =
+        std::clamp<int64_t>((pixels * row_elements + kTileElements - 1) / kTileElements, 1, pixels);
+    rows = (pixels + tiles - 1) / tiles;
     tiles = (pixels + rows - 1) / rows;
     padded = simd::round_up(channels);
   }
@@ -93,13 +97,10 @@ struct ChannelPair {
   float *first, *second;
 };
 
-// Parameters of the formula in fp32, any of them absent. weight, bias: (C). scale, shift: (N, C).
+// Parameters of the formula in fp32; where absent, arrays that change nothing.
 struct Affine {
-  const float *weight, *bias, *scale, *shift;
-  double weight_of(int64_t c) const { return weight ? weight[c] : 1.0; }
-  double bias_of(int64_t c) const { return bias ? bias[c] : 0.0; }
-  double factor_of(int64_t nc) const { return scale ? 1.0 + scale[nc] : 1.0; }
-  double shift_of(int64_t nc) const { return shift ? shift[nc] : 0.0; }
+  const float *weight, *bias;  // (C)
+  const float *scale, *shift;  // (N, C)
 };
 
 // Calls body(first_row, count) with count a compile-time 4, then 1 for the rows left: what the rows
@@ -253,9 +254,42 @@ void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const 
   });
 }
 
+// term(i) summed over [begin, end) in four interleaved chains, as one chain of additions is slow.
+template <typename Term>
+double sum_over(int64_t begin, int64_t end, const Term& term) {
+  double chains[4] = {};
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    for (int j = 0; j < 4; ++j) chains[j] += term(i + j);
+  }
+  for (; i < end; ++i) chains[0] += term(i);
+  return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+}
+
+// The coefficients center, gain and offset of one image's channels. `rest`: what rounding took from
+// the mean of each group, or null.
+inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affine& affine,
+                                     const float* mean, const float* rstd, const float* rest,
+                                     const Coefficients& k) {
+  const int64_t width = t.group_channels();
+  for (int64_t g = 0; g < t.groups; ++g) {
+    std::fill_n(k.center + g * width, width, mean[g]);
+    std::fill_n(k.gain + g * width, width, rstd[g]);
+    std::fill_n(k.offset + g * width, width, rest ? -rest[g] : 0.0f);
+  }
+  const float *scale = affine.scale + image * t.channels,
+              *shift = affine.shift + image * t.channels;
+  for (int64_t c = 0; c < t.channels; ++c) {
+    const float factor = 1.0f + scale[c], gain = k.gain[c] * affine.weight[c] * factor;
+    k.gain[c] = gain;
+    k.offset[c] = k.offset[c] * gain + (affine.bias[c] * factor + shift[c]);
+  }
+}
+
 // From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
-void merge_moments(const Tiling& t, const float* partials, int64_t image, const Affine& affine,
-                   double eps, float* mean, float* rstd, const Coefficients& k) {
+inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
+                          const Affine& affine, double eps, float* mean, float* rstd,
+                          const Coefficients& k) {
   std::vector<double> means(t.channels), squares(t.channels);
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
     const float* tile_means = partials + 2 * tile * t.padded;
@@ -263,76 +297,56 @@ void merge_moments(const Tiling& t, const float* partials, int64_t image, const 
     for (int64_t c = 0; c < t.channels; ++c) means[c] += share * tile_means[c];
   }
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float* tile_means = partials + 2 * tile * t.padded;
+    const float *tile_means = partials + 2 * tile * t.padded, *tile_squares = tile_means + t.padded;
     const double rows = t.rows_of(tile);
     for (int64_t c = 0; c < t.channels; ++c) {
       const double distance = tile_means[c] - means[c];
-      squares[c] += tile_means[t.padded + c] + rows * distance * distance;
+      squares[c] += tile_squares[c] + rows * distance * distance;
     }
   }
   const int64_t width = t.group_channels();
+  std::vector<float> rest(t.groups);
   for (int64_t g = 0; g < t.groups; ++g) {
-    double group_mean = 0, group_squares = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) group_mean += means[c];
-    group_mean /= width;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+    const int64_t begin = g * width, end = begin + width;
+    const double group_mean = sum_over(begin, end, [&](int64_t c) { return means[c]; }) / width;
+    const double group_squares = sum_over(begin, end, [&](int64_t c) {
       const double distance = means[c] - group_mean;
-      group_squares += squares[c] + t.pixels * distance * distance;
-    }
-    const double group_rstd = 1.0 / std::sqrt(group_squares / t.group_size() + eps);
+      return squares[c] + t.pixels * distance * distance;
+    });
     mean[g] = static_cast<float>(group_mean);
-    rstd[g] = static_cast<float>(group_rstd);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      const int64_t nc = image * t.channels + c;
-      const double gain = group_rstd * affine.weight_of(c) * affine.factor_of(nc);
-      const double offset = affine.bias_of(c) * affine.factor_of(nc) + affine.shift_of(nc);
-      k.center[c] = mean[g];
-      k.gain[c] = static_cast<float>(gain);
-      k.offset[c] = static_cast<float>(offset - (group_mean - mean[g]) * gain);
-    }
+    rest[g] = static_cast<float>(group_mean - mean[g]);
+    rstd[g] = static_cast<float>(1.0 / std::sqrt(group_squares / t.group_size() + eps));
   }
-}
-
-// The coefficients of one image's channels from the statistics that forward saved.
-void restore_coefficients(const Tiling& t, int64_t image, const Affine& affine, const float* mean,
-                          const float* rstd, const Coefficients& k) {
-  for (int64_t c = 0; c < t.channels; ++c) {
-    const int64_t nc = image * t.channels + c, g = c / t.group_channels();
-    k.center[c] = mean[g];
-    k.gain[c] = static_cast<float>(rstd[g] * affine.weight_of(c) * affine.factor_of(nc));
-    k.offset[c] =
-        static_cast<float>(affine.bias_of(c) * affine.factor_of(nc) + affine.shift_of(nc));
-  }
+  normalizing_coefficients(t, image, affine, mean, rstd, rest.data(), k);
 }
 
 // From the tiles of one image to its sums of dz (sum_dz) and dz * xhat (sum_dz_xhat) per channel,
 // and to the remaining coefficients of dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),
 // with dxhat = dz * weight * factor and the means over a group.
-void merge_gradient_sums(const Tiling& t, const float* partials, int64_t image,
-                         const Affine& affine, const float* rstd, double* sum_dz,
-                         double* sum_dz_xhat, const Coefficients& k) {
+inline void merge_gradient_sums(const Tiling& t, const float* partials, int64_t image,
+                                const Affine& affine, const float* rstd, double* sum_dz,
+                                double* sum_dz_xhat, const Coefficients& k) {
   std::fill_n(sum_dz, t.channels, 0.0);
   std::fill_n(sum_dz_xhat, t.channels, 0.0);
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float* sums = partials + 2 * tile * t.padded;
+    const float *sums = partials + 2 * tile * t.padded, *products = sums + t.padded;
     for (int64_t c = 0; c < t.channels; ++c) {
       sum_dz[c] += sums[c];
-      sum_dz_xhat[c] += sums[t.padded + c];
+      sum_dz_xhat[c] += products[c];
     }
   }
   const int64_t width = t.group_channels();
+  const float* scale = affine.scale + image * t.channels;
   for (int64_t g = 0; g < t.groups; ++g) {
-    double mean_dxhat = 0, mean_dxhat_xhat = 0;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      const double factor = affine.weight_of(c) * affine.factor_of(image * t.channels + c);
-      sum_dz_xhat[c] *= rstd[g];
-      mean_dxhat += factor * sum_dz[c] / t.group_size();
-      mean_dxhat_xhat += factor * sum_dz_xhat[c] / t.group_size();
-    }
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      k.pull[c] = static_cast<float>(rstd[g] * mean_dxhat);
-      k.slope[c] = static_cast<float>(rstd[g] * rstd[g] * mean_dxhat_xhat);
-    }
+    const int64_t begin = g * width, end = begin + width;
+    for (int64_t c = begin; c < end; ++c) sum_dz_xhat[c] *= rstd[g];
+    const auto factor = [&](int64_t c) { return affine.weight[c] * (1.0 + scale[c]); };
+    const double dxhat = sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz[c]; });
+    const double dxhat_xhat =
+        sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz_xhat[c]; });
+    const double per_element = rstd[g] / t.group_size();
+    std::fill_n(k.pull + begin, width, static_cast<float>(dxhat * per_element));
+    std::fill_n(k.slope + begin, width, static_cast<float>(dxhat_xhat * per_element * rstd[g]));
   }
 }
 
@@ -405,7 +419,8 @@ void backward(const Tiling& t, const T* dy, const T* x, const Affine& affine, co
     return Coefficients(coefficients.data() + image * stride, t.padded);
   };
   for (int64_t n = 0; n < t.images; ++n) {
-    restore_coefficients(t, n, affine, mean + n * t.groups, rstd + n * t.groups, of(n));
+    normalizing_coefficients(t, n, affine, mean + n * t.groups, rstd + n * t.groups, nullptr,
+                             of(n));
   }
   const auto shape_of = [&](const Tile& tile) {
     return kChannelsLast ? std::pair(tile.rows, t.channels)

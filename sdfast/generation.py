@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -91,9 +92,7 @@ class Generation:
                 denoiser,
                 latents,
                 guidance_scale=request.guidance_scale if request.guided else None,
-                draw_noise=lambda like, own=generators: draw_noise(
-                    own, like.shape[1:], like.dtype, like.device
-                ),
+                draw_noise=functools.partial(_draw_like, generators),
                 on_step=step_done,
             )
             stepping += self._now() - before
@@ -161,3 +160,7 @@ def draw_noise(
         (N, c, h, w) of `dtype` on `device`.
     """
     return torch.cat([torch.randn(1, *shape, generator=one, dtype=dtype) for one in generators]).to(device)
+
+
+def _draw_like(generators: Sequence[torch.Generator], latents: Tensor) -> Tensor:
+    return draw_noise(generators, latents.shape[1:], latents.dtype, latents.device)

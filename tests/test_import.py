@@ -1,0 +1,167 @@
+"""Importing is cheap, asks for nothing that may be absent, and goes one way."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdfast
+
+PACKAGE = Path(sdfast.__file__).parent
+MAX_IMPORT_SECONDS = 0.3
+
+
+def run_python(code, *options, **environment):
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("statement", ["import sdfast", "from sdfast import StableDiffusion"])
+def test_import_time_beyond_torch(statement):
+    """What is imported after torch takes little; one try in three is enough, as the machine may be busy."""
+    code = f"import torch, sys; sys.stderr.write('begin\\n'); {statement}"
+    for _ in range(3):
+        trace = run_python(code, "-X", "importtime").stderr.split("begin\n")[1]
+        microseconds = sum(map(int, re.findall(r"^import time:\s*(\d+) \|", trace, re.MULTILINE)))
+        if microseconds < 1e6 * MAX_IMPORT_SECONDS:
+            return
+    pytest.fail(f"{statement} took {microseconds / 1e6:.2f} s beyond torch")
+
+
+def test_import_loads_no_torch_and_public_names_load_on_use():
+    run_python(
+        "import sys, sdfast; assert 'torch' not in sys.modules, 'torch was imported';"
+        "assert set(sdfast.__all__) <= set(dir(sdfast));"
+        "[getattr(sdfast, name) for name in sdfast.__all__]"
+    )
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="module 'sdfast' has no attribute 'unet'"):
+        sdfast.unet  # noqa: B018
+
+
+USE = """
+import torch, sdfast
+from sdfast import ops, _library
+x = torch.randn(2, 8, 4, 4)
+y = ops.group_norm(x, 4)
+assert (y - torch.nn.functional.group_norm(x, 4)).abs().max() < 1e-5
+"""
+
+
+def test_works_without_triton_and_optional_packages():
+    blocked = ["triton", "diffusers", "transformers", "sklearn", "pytest", "psutil"]
+    run_python(
+        f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n{USE}"
+        "from sdfast import StableDiffusion, diffusion, models\n"
+        "assert not [s for s in _library.status() if s.name == 'triton' and s.loaded]\n"
+        "from sdfast.doctor import report; report()\n"
+    )
+
+
+def test_works_without_the_native_library(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "sdfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.modules['triton'] = None\n{USE}"
+        f"assert sdfast.__file__.startswith({str(tmp_path)!r})\n"
+        "from sdfast import StableDiffusion\n"
+        "cpu = _library.load_cpu_library(); assert not cpu.loaded and 'was not built' in cpu.detail, cpu\n"
+    )
+    run_python(code)
+
+
+# Who may import whom: DESIGN.md's arrows. A prefix allows the module and what is below it.
+
+# What everybody may use: no layer of its own, and it imports nothing of ours but these.
+LEAVES = ("sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.tokenizer")
+ALLOWED = {
+    "sdfast.__init__": ("sdfast",),
+    "sdfast.__main__": ("sdfast.cli",),
+    "sdfast._library": (),
+    "sdfast.dispatch": ("sdfast._library",),
+    "sdfast.testing": (),
+    "sdfast.request": (),
+    "sdfast.memory": (),
+    "sdfast.images": LEAVES,
+    "sdfast.tokenizer": (),
+    "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.ops"),
+    "sdfast.models": ("sdfast.ops", "sdfast.models"),
+    "sdfast.diffusion": ("sdfast.ops", "sdfast.diffusion"),
+    "sdfast.conditioning": (*LEAVES, "sdfast.models"),
+    "sdfast.loading": (*LEAVES, "sdfast.models"),
+    "sdfast.generation": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning"),
+    "sdfast.pipelines": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
+        "sdfast.generation",
+    ),
+    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
+    "sdfast.doctor": ("sdfast.__version__", "sdfast._library", "sdfast.dispatch", "sdfast.ops"),
+    "sdfast.cli": (
+        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.optimize",
+    ),
+}  # fmt: skip
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def within(name, prefixes):
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def imports(path):
+    """Absolute names of everything a file imports, lazily too, but not for the type checker alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            # "from sdfast import ops" imports sdfast.ops; names of deeper modules are attributes.
+            whole = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from whole if node.module in ("sdfast", "sdfast.ops") else [node.module]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path):
+    name = module_name(path)
+    rule = next((ALLOWED[prefix] for prefix in ALLOWED if within(name, [prefix])), None)
+    assert rule is not None, f"{name}: say in ALLOWED what it may import"
+    ours = [imported for imported in imports(path) if within(imported, ["sdfast"])]
+    assert not [imported for imported in ours if not within(imported, rule)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_backends_stay_behind_their_operation(path):
+    """Triton and torch.ops are for sdfast.ops; a Triton file knows its own operation and no other."""
+    name = module_name(path)
+    source = path.read_text(encoding="utf-8")
+    if not within(name, ["sdfast.ops", "sdfast._library", "sdfast.graphs", "sdfast.doctor"]):
+        assert "triton" not in {imported.split(".")[0] for imported in imports(path)}
+        assert "torch.ops" not in source
+        assert not [imported for imported in imports(path) if imported.endswith(("_triton", "_cuda"))]
+    if name.endswith("_triton"):
+        ours = [imported for imported in imports(path) if within(imported, ["sdfast.ops"])]
+        stem = name.removesuffix("_triton")
+        assert not [imported for imported in ours if not within(imported, [stem, "sdfast.ops._checks"])]
