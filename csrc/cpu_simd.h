@@ -41,12 +41,13 @@ struct Half {
 
 using FullVector = std::integral_constant<int, kLanes>;
 
-// Calls body(i, lanes) for i = 0, kLanes, ...: `lanes` is a FullVector, then at most once an int.
+// Calls body(i, lanes) for i = begin, begin + kLanes, ...: `lanes` is a FullVector, for what is
+// left at the end an int.
 template <typename Body>
-inline __attribute__((always_inline)) void for_each_vector(int64_t size, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) body(i, FullVector());
-  if (i < size) body(i, static_cast<int>(size - i));
+inline __attribute__((always_inline)) void for_each_vector(int64_t begin, int64_t end,
+                                                           const Body& body) {
+  for (; begin + kLanes <= end; begin += kLanes) body(begin, FullVector());
+  if (begin < end) body(begin, static_cast<int>(end - begin));
 }
 
 constexpr int64_t round_up(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }

@@ -1,8 +1,10 @@
-// group_norm on CPU: checks, launch and registration. The kernels are in group_norm_cpu.h.
+// group_norm on CPU: checks, launch and registration. The kernels are in group_norm_cpu.h and
+// group_norm_backward_cpu.h.
 #include "group_norm_cpu.h"
 
 #include <tuple>
 
+#include "group_norm_backward_cpu.h"
 #include "tensor_checks.h"
 
 namespace sdfast {
@@ -43,7 +45,7 @@ std::vector<float> values_of(const std::optional<Tensor>& tensor, const char* na
   const Tensor dense = torch::stable::contiguous(*tensor);
   dispatch(dense.scalar_type(), [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(dense.const_data_ptr());
-    simd::for_each_vector(size, [&](int64_t i, auto lanes) {
+    simd::for_each_vector(0, size, [&](int64_t i, auto lanes) {
       simd::store(values.data() + i, simd::load(from + i, lanes), lanes);
     });
   });

@@ -1,11 +1,11 @@
-// group_norm with SiLU and scale-shift on CPU, forward and backward, for fp32, bf16 and fp16.
+// group_norm with SiLU and scale-shift on CPU, for fp32, bf16 and fp16. Backward has its own file.
 //
-// Algorithm. An image is cut into tiles that stay in L2. (1) Per tile and channel: the mean, then
-// the squared deviations from it. (2) Per image: the tiles merged in a fixed order in fp64, which
-// gives mean and rstd of each group and folds the formula into z = (x - center) * gain + offset per
-// channel. (3) Per tile: y = act(z). Backward does the same over (x, dy), with sums of dz and dz *
-// (x - center). Bytes: x and y once where the images of a round fit in cache, otherwise x twice;
-// backward reads dy as often as x. Limit: memory bandwidth; in cache, with SiLU, the exponential.
+// Algorithm. An image is cut into tiles that stay in L2. (1) Per tile and channel: the mean and the
+// squared deviations from it, in one reading about a center near the mean. (2) Per image: the tiles
+// merged in a fixed order in fp64, which gives mean and rstd of each group and folds the formula
+// into z = (x - center) * gain + offset per channel. (3) Per tile: y = act(z).
+// Bytes: y once; x once where an image stays in cache between (1) and (3), otherwise twice.
+// Limit: memory bandwidth; with SiLU in cache, the exponential.
 // Tiles depend on the shape alone, so the result does not depend on the number of threads.
 #pragma once
 
@@ -24,7 +24,9 @@ namespace sdfast::group_norm {
 using simd::Vec;
 
 constexpr int64_t kTileElements = 32768;
-// Images go through the three steps in rounds of about this size, so that step 3 finds x in cache.
+constexpr int64_t kStrip = 512;
+// Threads that share images take them through the steps in rounds of about this size, so that step
+// 3 finds x in cache.
 constexpr int64_t kRoundElements = 2 << 20;
 
 // x is (N, C, S) in either layout. A tile is `rows` pixels: of all channels (channels last,
@@ -77,7 +79,7 @@ struct Tile {
 };
 
 // Per channel of one image: z = (x - center) * gain + offset, and for backward also
-// dx = dz * norm.gain - pull - (x - center) * slope.
+// dx = dz * gain - pull - (x - center) * slope.
 struct Coefficients {
   static constexpr int64_t kArrays = 5;
   float *center, *gain, *offset, *pull, *slope;
@@ -103,66 +105,99 @@ struct Affine {
   const float *scale, *shift;  // (N, C)
 };
 
-// Calls body(first_row, count) with count a compile-time 4, then 1 for the rows left: what the rows
-// share is loaded once for four, and four streams keep the prefetchers busy.
+// Calls body(row, count, i, lanes) over (rows, [begin, end)): `count` rows from `row` on, four at a
+// time so that what they share is loaded once and their dependency chains overlap, then one at a
+// time.
 template <typename Body>
-inline __attribute__((always_inline)) void for_each_row_block(int64_t rows, const Body& body) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) body(r, std::integral_constant<int, 4>());
-  for (; r < rows; ++r) body(r, std::integral_constant<int, 1>());
+inline __attribute__((always_inline)) void for_each_block(int64_t rows, int64_t begin, int64_t end,
+                                                          const Body& body) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    simd::for_each_vector(begin, end, [&](int64_t i, auto lanes) {
+      body(row, std::integral_constant<int, 4>(), i, lanes);
+    });
+  }
+  for (; row < rows; ++row) {
+    simd::for_each_vector(begin, end, [&](int64_t i, auto lanes) {
+      body(row, std::integral_constant<int, 1>(), i, lanes);
+    });
+  }
 }
 
-// x: (rows, channels). Out: the mean of each channel and its squared deviations from it. The second
-// pass also sums the deviations themselves, which are what rounding took from the mean.
+// Calls body(begin, end) for strips of a width whose per-channel arrays stay in L1.
+template <typename Body>
+inline void for_each_strip(int64_t width, const Body& body) {
+  for (int64_t begin = 0; begin < width; begin += kStrip)
+    body(begin, std::min(begin + kStrip, width));
+}
+
+// Whether squares about a center, of which `own` remain about the mean, lost too many digits to the
+// difference of the two. False for NaN.
+inline bool is_poor_center(float squares, float own) { return squares > 16.0f * own; }
+
+// x: (rows, channels). Out: the mean of each channel and its squared deviations from it, from sums
+// about a center near the mean. The first rows give one; should they be far from typical, the mean
+// they led to is the center of a second attempt, which makes it the two-pass algorithm.
 template <typename T>
 void column_moments(const T* x, int64_t rows, int64_t channels, ChannelPair out) {
-  const int64_t padded = simd::round_up(channels);
-  std::fill_n(out.first, padded, 0.0f);
-  std::fill_n(out.second, padded, 0.0f);
-  for_each_row_block(rows, [&](int64_t r, auto count) {
-    simd::for_each_vector(channels, [&](int64_t c, auto lanes) {
-      Vec total = simd::load(out.first + c);
-      for (int j = 0; j < count; ++j) total += simd::load(x + (r + j) * channels + c, lanes);
-      simd::store(out.first + c, total);
-    });
-  });
-  const auto residual = std::make_unique<float[]>(padded);
   const float per_row = 1.0f / static_cast<float>(rows);
-  for (int64_t c = 0; c < padded; ++c) out.first[c] *= per_row;
-  for_each_row_block(rows, [&](int64_t r, auto count) {
-    simd::for_each_vector(channels, [&](int64_t c, auto lanes) {
-      const Vec mean = simd::load(out.first + c);
-      Vec total = simd::load(residual.get() + c), squares = simd::load(out.second + c);
-      for (int j = 0; j < count; ++j) {
-        const Vec deviation = simd::load(x + (r + j) * channels + c, lanes) - mean;
-        total += deviation;
-        squares += deviation * deviation;
-      }
-      simd::store(residual.get() + c, total);
-      simd::store(out.second + c, squares);
+  const int64_t first_rows = std::min<int64_t>(rows, 4);
+  for_each_strip(channels, [&](int64_t begin, int64_t end) {
+    float *center = out.first + begin, *squares = out.second + begin, sums[kStrip];
+    simd::for_each_vector(begin, end, [&](int64_t c, auto lanes) {
+      Vec total{};
+      for (int64_t r = 0; r < first_rows; ++r) total += simd::load(x + r * channels + c, lanes);
+      simd::store(out.first + c, total / static_cast<float>(first_rows));
     });
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      const int64_t width = end - begin, padded = simd::round_up(width);
+      std::fill_n(sums, padded, 0.0f);
+      std::fill_n(squares, padded, 0.0f);
+      for_each_block(rows, 0, width, [&](int64_t row, auto count, int64_t c, auto lanes) {
+        const T* from = x + row * channels + begin + c;
+        const Vec about = simd::load(center + c);
+        Vec sum = simd::load(sums + c), square = simd::load(squares + c);
+        for (int j = 0; j < count; ++j) {
+          simd::prefetch(from + (j + count) * channels);
+          const Vec deviation = simd::load(from + j * channels, lanes) - about;
+          sum += deviation;
+          square += deviation * deviation;
+        }
+        simd::store(sums + c, sum);
+        simd::store(squares + c, square);
+      });
+      int poor = 0;
+      for (int64_t c = 0; c < width; ++c) {
+        const float own = squares[c] - sums[c] * sums[c] * per_row;
+        poor |= is_poor_center(squares[c], own);
+        center[c] += sums[c] * per_row;
+        squares[c] = std::max(own, 0.0f);
+      }
+      if (!poor) break;
+    }
   });
-  for (int64_t c = 0; c < padded; ++c) {
-    out.first[c] += residual[c] * per_row;
-    out.second[c] -= residual[c] * residual[c] * per_row;
-  }
 }
 
 // x: (size), all of one channel. As column_moments.
 template <typename T>
 void line_moments(const T* x, int64_t size, ChannelPair out) {
-  Vec total{}, squares{};
-  simd::for_each_vector(size, [&](int64_t i, auto lanes) { total += simd::load(x + i, lanes); });
-  const float mean = simd::sum(total) / static_cast<float>(size);
-  total = Vec{};
-  simd::for_each_vector(size, [&](int64_t i, auto lanes) {
-    const Vec deviation = simd::keep_first(simd::load(x + i, lanes) - mean, lanes);
-    total += deviation;
-    squares += deviation * deviation;
-  });
-  const float residual = simd::sum(total);
-  out.first[0] = mean + residual / static_cast<float>(size);
-  out.second[0] = simd::sum(squares) - residual * residual / static_cast<float>(size);
+  const float per_element = 1.0f / static_cast<float>(size);
+  const int first = static_cast<int>(std::min<int64_t>(size, simd::kLanes));
+  float center = simd::sum(simd::load(x, first)) / static_cast<float>(first);
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    Vec sums{}, squares{};
+    simd::for_each_vector(0, size, [&](int64_t i, auto lanes) {
+      const Vec deviation = simd::keep_first(simd::load(x + i, lanes) - center, lanes);
+      sums += deviation;
+      squares += deviation * deviation;
+    });
+    const float sum = simd::sum(sums), square = simd::sum(squares);
+    const float own = square - sum * sum * per_element;
+    center += sum * per_element;
+    out.first[0] = center;
+    out.second[0] = std::max(own, 0.0f);
+    if (!is_poor_center(square, own)) break;
+  }
 }
 
 // A coefficient for the lanes from i on: one per channel along a row, or the same all along a line.
@@ -182,8 +217,8 @@ struct Normalize {
 
 template <bool kChannelsLast, bool kSilu, typename T>
 void apply(const T* x, int64_t rows, int64_t width, const Coefficients& k, T* y) {
-  for_each_row_block(rows, [&](int64_t r, auto count) {
-    simd::for_each_vector(width, [&](int64_t i, auto lanes) {
+  for_each_strip(width, [&](int64_t begin, int64_t end) {
+    for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
       const Normalize<kChannelsLast> norm(k, i);
       for (int j = 0; j < count; ++j) {
         const int64_t at = (r + j) * width + i;
@@ -191,64 +226,6 @@ void apply(const T* x, int64_t rows, int64_t width, const Coefficients& k, T* y)
         simd::prefetch_for_write(y + at + count * width);
         const Vec z = (simd::load(x + at, lanes) - norm.center) * norm.gain + norm.offset;
         simd::store(y + at, kSilu ? simd::silu(z) : z, lanes);
-      }
-    });
-  });
-}
-
-template <bool kSilu>
-inline Vec gradient_of_z(Vec dy, Vec z) {
-  return kSilu ? dy * simd::silu_gradient(z) : dy;
-}
-
-// Adds to out, per channel: the sums of dz and of dz * (x - center). For a line, to out's first
-// lanes, which the caller adds up.
-template <bool kChannelsLast, bool kSilu, typename T>
-void gradient_sums(const T* x, const T* dy, int64_t rows, int64_t width, const Coefficients& k,
-                   ChannelPair out) {
-  Vec line_first{}, line_second{};
-  for_each_row_block(rows, [&](int64_t r, auto count) {
-    simd::for_each_vector(width, [&](int64_t i, auto lanes) {
-      const Normalize<kChannelsLast> norm(k, i);
-      Vec first = kChannelsLast ? simd::load(out.first + i) : line_first;
-      Vec second = kChannelsLast ? simd::load(out.second + i) : line_second;
-      for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * width + i;
-        const Vec deviation = simd::load(x + at, lanes) - norm.center;
-        const Vec dz =
-            gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
-        first += dz;
-        second += dz * deviation;
-      }
-      if constexpr (kChannelsLast) {
-        simd::store(out.first + i, first);
-        simd::store(out.second + i, second);
-      } else {
-        line_first = first;
-        line_second = second;
-      }
-    });
-  });
-  if (!kChannelsLast) {
-    out.first[0] = simd::sum(line_first);
-    out.second[0] = simd::sum(line_second);
-  }
-}
-
-template <bool kChannelsLast, bool kSilu, typename T>
-void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const Coefficients& k,
-                    T* dx) {
-  for_each_row_block(rows, [&](int64_t r, auto count) {
-    simd::for_each_vector(width, [&](int64_t i, auto lanes) {
-      const Normalize<kChannelsLast> norm(k, i);
-      const Vec pull = coefficient<kChannelsLast>(k.pull, i);
-      const Vec slope = coefficient<kChannelsLast>(k.slope, i);
-      for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * width + i;
-        const Vec deviation = simd::load(x + at, lanes) - norm.center;
-        const Vec dz =
-            gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
-        simd::store(dx + at, dz * norm.gain - pull - deviation * slope, lanes);
       }
     });
   });
@@ -320,64 +297,48 @@ inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
   normalizing_coefficients(t, image, affine, mean, rstd, rest.data(), k);
 }
 
-// From the tiles of one image to its sums of dz (sum_dz) and dz * xhat (sum_dz_xhat) per channel,
-// and to the remaining coefficients of dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),
-// with dxhat = dz * weight * factor and the means over a group.
-inline void merge_gradient_sums(const Tiling& t, const float* partials, int64_t image,
-                                const Affine& affine, const float* rstd, double* sum_dz,
-                                double* sum_dz_xhat, const Coefficients& k) {
-  std::fill_n(sum_dz, t.channels, 0.0);
-  std::fill_n(sum_dz_xhat, t.channels, 0.0);
-  for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float *sums = partials + 2 * tile * t.padded, *products = sums + t.padded;
-    for (int64_t c = 0; c < t.channels; ++c) {
-      sum_dz[c] += sums[c];
-      sum_dz_xhat[c] += products[c];
-    }
-  }
-  const int64_t width = t.group_channels();
-  const float* scale = affine.scale + image * t.channels;
-  for (int64_t g = 0; g < t.groups; ++g) {
-    const int64_t begin = g * width, end = begin + width;
-    for (int64_t c = begin; c < end; ++c) sum_dz_xhat[c] *= rstd[g];
-    const auto factor = [&](int64_t c) { return affine.weight[c] * (1.0 + scale[c]); };
-    const double dxhat = sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz[c]; });
-    const double dxhat_xhat =
-        sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz_xhat[c]; });
-    const double per_element = rstd[g] / t.group_size();
-    std::fill_n(k.pull + begin, width, static_cast<float>(dxhat * per_element));
-    std::fill_n(k.slope + begin, width, static_cast<float>(dxhat_xhat * per_element * rstd[g]));
-  }
-}
-
-// gather(tile, pair) over all tiles of a round, merge(image, partials) over its images,
-// apply(tile).
+// gather(tile, pair) over all tiles of an image, merge(image, partials), then apply(tile) over its
+// tiles.
 template <typename Gather, typename Merge, typename Apply>
-void run_in_rounds(const Tiling& t, const Gather& gather, const Merge& merge, const Apply& apply) {
+void run_steps(const Tiling& t, const Gather& gather, const Merge& merge, const Apply& apply) {
   using torch::stable::parallel_for;
   const int64_t image_tiles = t.lines * t.tiles, image_partials = 2 * t.tiles * t.padded;
+  const auto gather_tiles = [&](int64_t begin, int64_t end, int64_t first_image, float* partials) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile tile(t, i);
+      float* sums =
+          partials + (tile.image - first_image) * image_partials + 2 * tile.index * t.padded;
+      gather(tile, ChannelPair{sums + tile.line, sums + t.padded + tile.line});
+    }
+  };
+  // Backwards: what was read last is still in cache.
+  const auto apply_tiles = [&](int64_t begin, int64_t end) {
+    for (int64_t i = end; i-- > begin;) apply(Tile(t, i));
+  };
+  // Images that divide among the threads need no step to wait for another thread.
+  if (t.images % torch::stable::get_num_threads() == 0) {
+    parallel_for(0, t.images, 1, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> partials(new float[image_partials]);
+      for (int64_t n = begin; n < end; ++n) {
+        gather_tiles(n * image_tiles, (n + 1) * image_tiles, n, partials.get());
+        merge(n, partials.get());
+        apply_tiles(n * image_tiles, (n + 1) * image_tiles);
+      }
+    });
+    return;
+  }
   const int64_t round = std::clamp<int64_t>(kRoundElements / (t.channels * t.pixels), 1, t.images);
   const std::unique_ptr<float[]> partials(new float[round * image_partials]);
   for (int64_t first = 0; first < t.images; first += round) {
     const int64_t last = std::min(first + round, t.images);
     parallel_for(
-        first * image_tiles, last * image_tiles, t.grain(), [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const Tile tile(t, i);
-            float* sums =
-                partials.get() + (tile.image - first) * image_partials + 2 * tile.index * t.padded;
-            gather(tile, ChannelPair{sums + tile.line, sums + t.padded + tile.line});
-          }
-        });
+        first * image_tiles, last * image_tiles, t.grain(),
+        [&](int64_t begin, int64_t end) { gather_tiles(begin, end, first, partials.get()); });
     const int64_t merge_grain = 1 + kTileElements / image_partials;
     parallel_for(first, last, merge_grain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) merge(n, partials.get() + (n - first) * image_partials);
     });
-    // Backwards: what was read last is still in cache.
-    parallel_for(first * image_tiles, last * image_tiles, t.grain(),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = end; i-- > begin;) apply(Tile(t, i));
-                 });
+    parallel_for(first * image_tiles, last * image_tiles, t.grain(), apply_tiles);
   }
 }
 
@@ -385,11 +346,11 @@ template <bool kChannelsLast, bool kSilu, typename T>
 void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y, float* mean,
              float* rstd) {
   const int64_t stride = Coefficients::kArrays * t.padded;
-  std::vector<float> coefficients(t.images * stride);
+  const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
   const auto of = [&](int64_t image) {
-    return Coefficients(coefficients.data() + image * stride, t.padded);
+    return Coefficients(coefficients.get() + image * stride, t.padded);
   };
-  run_in_rounds(
+  run_steps(
       t,
       [&](const Tile& tile, ChannelPair out) {
         if constexpr (kChannelsLast) {
@@ -406,45 +367,6 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
                       width = kChannelsLast ? t.channels : tile.rows;
         apply<kChannelsLast, kSilu>(x + tile.offset, rows, width, of(tile.image).from(tile.line),
                                     y + tile.offset);
-      });
-}
-
-// sum_dz, sum_dz_xhat: (N, C).
-template <bool kChannelsLast, bool kSilu, typename T>
-void backward(const Tiling& t, const T* dy, const T* x, const Affine& affine, const float* mean,
-              const float* rstd, T* dx, double* sum_dz, double* sum_dz_xhat) {
-  const int64_t stride = Coefficients::kArrays * t.padded;
-  std::vector<float> coefficients(t.images * stride);
-  const auto of = [&](int64_t image) {
-    return Coefficients(coefficients.data() + image * stride, t.padded);
-  };
-  for (int64_t n = 0; n < t.images; ++n) {
-    normalizing_coefficients(t, n, affine, mean + n * t.groups, rstd + n * t.groups, nullptr,
-                             of(n));
-  }
-  const auto shape_of = [&](const Tile& tile) {
-    return kChannelsLast ? std::pair(tile.rows, t.channels)
-                         : std::pair<int64_t, int64_t>(1, tile.rows);
-  };
-  run_in_rounds(
-      t,
-      [&](const Tile& tile, ChannelPair out) {
-        const auto [rows, width] = shape_of(tile);
-        if (kChannelsLast) {
-          std::fill_n(out.first, t.padded, 0.0f);
-          std::fill_n(out.second, t.padded, 0.0f);
-        }
-        gradient_sums<kChannelsLast, kSilu>(x + tile.offset, dy + tile.offset, rows, width,
-                                            of(tile.image).from(tile.line), out);
-      },
-      [&](int64_t n, const float* partials) {
-        merge_gradient_sums(t, partials, n, affine, rstd + n * t.groups, sum_dz + n * t.channels,
-                            sum_dz_xhat + n * t.channels, of(n));
-      },
-      [&](const Tile& tile) {
-        const auto [rows, width] = shape_of(tile);
-        apply_gradient<kChannelsLast, kSilu>(x + tile.offset, dy + tile.offset, rows, width,
-                                             of(tile.image).from(tile.line), dx + tile.offset);
       });
 }
 

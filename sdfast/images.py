@@ -99,7 +99,8 @@ def read_image(path: str | Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     # Pillow's decoders raise all of these for damaged files; a bomb is a picture of absurd size.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.filename is not None:  # absent or forbidden: it says so itself
+        absent_or_forbidden = isinstance(error, OSError) and error.filename is not None
+        if absent_or_forbidden:  # the system's message says it all
             raise
         raise OSError(f"{path}: cannot read this image: {error}") from error
 

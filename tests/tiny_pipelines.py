@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -82,6 +84,23 @@ def sdxl_pipeline(folder: Path) -> Path:
         add_watermarker=False,
     )
     return _save(pipe, folder)
+
+
+def picture(width: int = 16, height: int = 16, mode: str = "RGB") -> Image.Image:
+    """Random pixels, always the same."""
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def assert_same_pictures(ours: list[Image.Image], others: list[Image.Image], most: int = 2) -> None:
+    """No byte differs by more than `most`."""
+    assert len(ours) == len(others)
+    for one, other in zip(ours, others, strict=True):
+        assert one.size == other.size and one.mode == other.mode
+        # int16: the difference of two bytes is no byte
+        difference = np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)
+        assert np.abs(difference).max() <= most
+        assert np.asarray(other).std() > 5  # not a blank
 
 
 def _save(pipe: diffusers.DiffusionPipeline, folder: Path) -> Path:

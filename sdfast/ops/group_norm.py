@@ -171,17 +171,20 @@ def group_norm_cpu(
     return cast(Tensor, y)
 
 
+_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
+
+
 def _unavailable(x: Tensor) -> dict[str, str]:
-    """Why each kernel cannot take x."""
-    reasons = dict(NO_KERNEL_YET)
-    del reasons["cpu"]
+    """Why each backend that cannot take x cannot."""
     if x.device.type != "cpu":
-        reasons["cpu"] = f"x is on {x.device}, the kernel runs on cpu"
+        reason = f"x is on {x.device}, the kernel runs on cpu"
     elif x.dtype == torch.float64:
-        reasons["cpu"] = "the kernel has no float64; torch and reference have"
+        reason = "x is float64; use torch or reference"
     elif not _library.has_kernel("group_norm_forward", "cpu"):
-        reasons["cpu"] = _library.load_cpu_library().detail
-    return reasons
+        reason = _library.load_cpu_library().detail
+    else:
+        return _NO_KERNEL_BUT_CPU
+    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
 
 
 def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

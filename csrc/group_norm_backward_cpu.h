@@ -1,0 +1,143 @@
+// The backward half of group_norm on CPU: dx and the per-channel sums that give every other
+// gradient.
+//
+// Algorithm. As forward: (1) per tile and channel the sums of dz and dz * (x - center), with
+// dz = dy * act'(z) and z recomputed; (2) per image the tiles merged in fp64; (3) per tile
+// dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), dxhat = dz * weight * (1 + scale), the
+// means over a group, which per channel is dz * gain - pull - (x - center) * slope. Bytes: x and dy
+// once or twice, as x in forward, and dx once. Limit: memory bandwidth; with SiLU in cache, the
+// exponential.
+#pragma once
+
+#include "group_norm_cpu.h"
+
+namespace sdfast::group_norm {
+
+template <bool kSilu>
+inline Vec gradient_of_z(Vec dy, Vec z) {
+  return kSilu ? dy * simd::silu_gradient(z) : dy;
+}
+
+// Adds to out, per channel: the sums of dz and of dz * (x - center). For a line, to out's first
+// lanes, which the caller adds up.
+template <bool kChannelsLast, bool kSilu, typename T>
+void gradient_sums(const T* x, const T* dy, int64_t rows, int64_t width, const Coefficients& k,
+                   ChannelPair out) {
+  Vec line_first{}, line_second{};
+  for_each_strip(width, [&](int64_t begin, int64_t end) {
+    for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
+      const Normalize<kChannelsLast> norm(k, i);
+      Vec first = kChannelsLast ? simd::load(out.first + i) : line_first;
+      Vec second = kChannelsLast ? simd::load(out.second + i) : line_second;
+      for (int j = 0; j < count; ++j) {
+        const int64_t at = (r + j) * width + i;
+        const Vec deviation = simd::load(x + at, lanes) - norm.center;
+        const Vec dz =
+            gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
+        first += dz;
+        second += dz * deviation;
+      }
+      if constexpr (kChannelsLast) {
+        simd::store(out.first + i, first);
+        simd::store(out.second + i, second);
+      } else {
+        line_first = first;
+        line_second = second;
+      }
+    });
+  });
+  if (!kChannelsLast) {
+    out.first[0] = simd::sum(line_first);
+    out.second[0] = simd::sum(line_second);
+  }
+}
+
+template <bool kChannelsLast, bool kSilu, typename T>
+void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const Coefficients& k,
+                    T* dx) {
+  for_each_strip(width, [&](int64_t begin, int64_t end) {
+    for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
+      const Normalize<kChannelsLast> norm(k, i);
+      const Vec pull = coefficient<kChannelsLast>(k.pull, i);
+      const Vec slope = coefficient<kChannelsLast>(k.slope, i);
+      for (int j = 0; j < count; ++j) {
+        const int64_t at = (r + j) * width + i;
+        const Vec deviation = simd::load(x + at, lanes) - norm.center;
+        const Vec dz =
+            gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
+        simd::store(dx + at, dz * norm.gain - pull - deviation * slope, lanes);
+      }
+    });
+  });
+}
+
+// From the tiles of one image to its sums of dz (sum_dz) and dz * xhat (sum_dz_xhat) per channel,
+// and to the remaining coefficients of dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),
+// with dxhat = dz * weight * factor and the means over a group.
+inline void merge_gradient_sums(const Tiling& t, const float* partials, int64_t image,
+                                const Affine& affine, const float* rstd, double* sum_dz,
+                                double* sum_dz_xhat, const Coefficients& k) {
+  std::fill_n(sum_dz, t.channels, 0.0);
+  std::fill_n(sum_dz_xhat, t.channels, 0.0);
+  for (int64_t tile = 0; tile < t.tiles; ++tile) {
+    const float *sums = partials + 2 * tile * t.padded, *products = sums + t.padded;
+    for (int64_t c = 0; c < t.channels; ++c) {
+      sum_dz[c] += sums[c];
+      sum_dz_xhat[c] += products[c];
+    }
+  }
+  const int64_t width = t.group_channels();
+  const float* scale = affine.scale + image * t.channels;
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const int64_t begin = g * width, end = begin + width;
+    for (int64_t c = begin; c < end; ++c) sum_dz_xhat[c] *= rstd[g];
+    const auto factor = [&](int64_t c) { return affine.weight[c] * (1.0 + scale[c]); };
+    const double dxhat = sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz[c]; });
+    const double dxhat_xhat =
+        sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz_xhat[c]; });
+    const double per_element = rstd[g] / t.group_size();
+    std::fill_n(k.pull + begin, width, static_cast<float>(dxhat * per_element));
+    std::fill_n(k.slope + begin, width, static_cast<float>(dxhat_xhat * per_element * rstd[g]));
+  }
+}
+
+// sum_dz, sum_dz_xhat: (N, C).
+template <bool kChannelsLast, bool kSilu, typename T>
+void backward(const Tiling& t, const T* dy, const T* x, const Affine& affine, const float* mean,
+              const float* rstd, T* dx, double* sum_dz, double* sum_dz_xhat) {
+  const int64_t stride = Coefficients::kArrays * t.padded;
+  const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
+  const auto of = [&](int64_t image) {
+    return Coefficients(coefficients.get() + image * stride, t.padded);
+  };
+  for (int64_t n = 0; n < t.images; ++n) {
+    normalizing_coefficients(t, n, affine, mean + n * t.groups, rstd + n * t.groups, nullptr,
+                             of(n));
+  }
+  const auto shape_of = [&](const Tile& tile) {
+    return kChannelsLast ? std::pair(tile.rows, t.channels)
+                         : std::pair<int64_t, int64_t>(1, tile.rows);
+  };
+  run_steps(
+      t,
+      [&](const Tile& tile, ChannelPair out) {
+        const auto [rows, width] = shape_of(tile);
+        if (kChannelsLast) {
+          std::fill_n(out.first, t.padded, 0.0f);
+          std::fill_n(out.second, t.padded, 0.0f);
+        }
+        gradient_sums<kChannelsLast, kSilu>(x + tile.offset, dy + tile.offset, rows, width,
+                                            of(tile.image).from(tile.line), out);
+      },
+      [&](int64_t n, const float* partials) {
+        merge_gradient_sums(t, partials, n, affine, rstd + n * t.groups, sum_dz + n * t.channels,
+                            sum_dz_xhat + n * t.channels, of(n));
+      },
+      [&](const Tile& tile) {
+        const auto [rows, width] = shape_of(tile);
+        apply_gradient<kChannelsLast, kSilu>(x + tile.offset, dy + tile.offset, rows, width,
+                                             of(tile.image).from(tile.line), dx + tile.offset);
+      });
+}
+
+}  // namespace sdfast::group_norm
