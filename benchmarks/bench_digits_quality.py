@@ -1,8 +1,9 @@
 """Do the pictures of the shipped model show what was asked for?
 
-200 digits are drawn, twenty of each, from "a handwritten zero" to "a handwritten nine". A support vector machine
-that learned from real digits only reads them; its share of errors on real digits it never saw stands beside. The
-spread (standard deviation of a pixel among pictures of one digit) says whether they still differ as real ones do.
+200 digits are drawn, twenty of each, from "a handwritten zero" to "a handwritten nine". A support vector
+machine that learned from real digits only reads them; how well it reads real digits it never saw stands
+beside. The spread (standard deviation of a pixel among pictures of one digit) says whether they still differ
+as real ones do.
 
     python benchmarks/bench_digits_quality.py [--model DIR] [--per-digit 20] [--no-record]
 """
@@ -59,7 +60,7 @@ def _real_spread(digits: Digits) -> float:
 
 
 def main() -> int:
-    """Print a table, write benchmarks/results/<device>/digits_quality.json; 1 if too few are read as asked."""
+    """Print a table, write results/<device>/digits_quality.json; 1 if too few are read as asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,8 +79,8 @@ def main() -> int:
         row = measure(pipe, reader, arguments.per_digit, guidance_scale, steps)
         rows.append(row)
         print(
-            f"guidance {guidance_scale:3}, {steps} steps: {row['accuracy']:.1%} of {row['images']} read as asked, "
-            f"spread {row['spread']:.3f}, {row['seconds']} s"
+            f"guidance {guidance_scale:3}, {steps} steps: {row['accuracy']:.1%} of {row['images']} read as"
+            f" asked, spread {row['spread']:.3f}, {row['seconds']} s"
         )
     if not arguments.no_record:
         result = {"real": real, "generated": rows, "required_accuracy": REQUIRED}

@@ -73,7 +73,9 @@ def load_cpu_library() -> LibraryStatus:
             problems.append(f"{path.name}: {error.__cause__ or error}")
             continue
         return LibraryStatus(path.stem, True, f"loaded for {isa}")
-    return LibraryStatus("_C_cpu", False, "; ".join(problems) + "; build it: pip install . with a C++17 compiler")
+    return LibraryStatus(
+        "_C_cpu", False, "; ".join(problems) + "; build it: pip install . with a C++17 compiler"
+    )
 
 
 def triton_status() -> LibraryStatus:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sdfast import __version__
 from sdfast.conditioning import TextConditioner
-from sdfast.diffusion import SamplingPlan, plan_from_config
+from sdfast.diffusion import SamplingPlan, plan_from_config, sampler_name
 from sdfast.generation import GeneratedImages, Generation, OnStep, draw_noise
 from sdfast.images import as_tensor
 from sdfast.loading import load_pipeline_parts
@@ -311,7 +311,7 @@ class StableDiffusion:
             "prompt": _same(request.prompts),
             "negative_prompt": _same(request.negative_prompts),
             "steps": request.steps,
-            "sampler": sampler or self.scheduler_config.get("_class_name"),
+            "sampler": sampler_name(self.scheduler_config, sampler),
             "guidance_scale": request.guidance_scale,
             "seeds": request.seeds,
             "height": request.height,

@@ -95,7 +95,10 @@ def test_unet_condition_equals_diffusers(settings):
     text = torch.randn(1, 77, ours.config.cross_attention_dim)
     added = None
     if ours.config.addition_embed_type:
-        added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])}
+        added = {
+            "text_embeds": torch.randn(1, 1280),
+            "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]]),
+        }
     expected = theirs(sample, 981, text, added_cond_kwargs=added).sample
     assert relative_error(ours(sample, 981, text, added), expected) <= 1e-5
 
@@ -154,7 +157,9 @@ def test_config_survives_a_round_trip_and_names_what_it_cannot_do():
     with torch.device("meta"):
         model = UNet2DCondition(config_from_dict(UNet2DCondition, SDXL_CUT))
         again = diffusers.UNet2DConditionModel.from_config(config_to_dict(model))
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
     with pytest.raises(ValueError, match="act_fn.*class_embed_type"):
         config_from_dict(UNet2DCondition, SD15 | {"act_fn": "mish", "class_embed_type": "timestep"})
     with pytest.raises(ValueError, match="block types.*KDownBlock2D"):

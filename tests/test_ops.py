@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sdfast.testing import assert_within_budget, relative_error
 
 from sdfast import dispatch, ops
-from sdfast.testing import assert_within_budget, relative_error
 
 SAMPLE_ARGUMENTS = {
     "conv2d": (
@@ -104,7 +104,11 @@ def test_conv2d_equals_its_definition(n, c_in, c_out, height, width, kernel, str
     weight, bias = torch.randn(c_out, c_in, kernel, kernel).double(), torch.randn(c_out).double()
     norm = ops.NormPrologue(1, torch.randn(c_in).double(), torch.randn(c_in).double(), 1e-3)
     embedding = torch.randn(n, c_out).double()
-    a = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 1, norm.weight, norm.bias, norm.eps)) if n else x
+    a = (
+        torch.nn.functional.silu(torch.nn.functional.group_norm(x, 1, norm.weight, norm.bias, norm.eps))
+        if n
+        else x
+    )
     a = a.repeat_interleave(2, 2).repeat_interleave(2, 3) if upsample else a
     padded = torch.nn.functional.pad(a, (0, kernel // 2, 1, kernel // 2))
     expected = torch.nn.functional.conv2d(padded, weight, bias, stride) + embedding[:, :, None, None]
@@ -130,7 +134,9 @@ def test_attention_equals_softmax(batch, heads, queries, keys, head_dim):
     torch.testing.assert_close(ops.attention(q, k, v, scale=0.3), expected)
     hidden = torch.zeros(keys, dtype=torch.bool)
     hidden[0] = True  # with one key left the answer is that key's value
-    torch.testing.assert_close(ops.attention(q, k, v, mask=hidden.expand(queries, keys)), v[:, :, :1].expand_as(q))
+    torch.testing.assert_close(
+        ops.attention(q, k, v, mask=hidden.expand(queries, keys)), v[:, :, :1].expand_as(q)
+    )
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "gelu", "quick_gelu", "geglu"])
@@ -147,7 +153,9 @@ def test_linear_activations(activation):
         "quick_gelu": h / (1 + torch.exp(-1.702 * h)),
         "geglu": h[..., :3] * (h * phi)[..., 3:],
     }[activation]
-    torch.testing.assert_close(ops.linear(x, weight, bias, activation=activation, residual=residual), expected)
+    torch.testing.assert_close(
+        ops.linear(x, weight, bias, activation=activation, residual=residual), expected
+    )
 
 
 def test_layer_norm_of_large_mean():
@@ -160,15 +168,47 @@ def test_layer_norm_of_large_mean():
     ("call", "error", "message"),
     [
         (lambda: ops.linear([1], torch.ones(2, 2)), TypeError, "x: got list, expected a torch.Tensor"),
-        (lambda: ops.linear(torch.ones(3, dtype=torch.int32), torch.ones(2, 3)), TypeError, "x: got dtype torch.int32"),
-        (lambda: ops.linear(torch.ones(3), torch.ones(2, 4)), ValueError, r"x: got shape \(3,\), expected \(..., 4\)"),
-        (lambda: ops.linear(torch.ones(3), torch.ones(2, 3).half()), TypeError, "weight: got dtype torch.float16"),
-        (lambda: ops.linear(torch.ones(3), torch.ones(2, 3, device="meta")), ValueError, "weight: is on meta"),
-        (lambda: ops.linear(torch.ones(3), torch.ones(3, 3), activation="geglu"), ValueError, "weight: got 3 rows"),
-        (lambda: ops.linear(torch.ones(3), torch.ones(3, 3), activation="relu"), ValueError, "activation: got 'relu'"),
-        (lambda: ops.conv2d(torch.ones(3, 3), torch.ones(1, 1, 1, 1)), ValueError, "x: got shape .* 4 dimensions"),
+        (
+            lambda: ops.linear(torch.ones(3, dtype=torch.int32), torch.ones(2, 3)),
+            TypeError,
+            "x: got dtype torch.int32",
+        ),
+        (
+            lambda: ops.linear(torch.ones(3), torch.ones(2, 4)),
+            ValueError,
+            r"x: got shape \(3,\), expected \(..., 4\)",
+        ),
+        (
+            lambda: ops.linear(torch.ones(3), torch.ones(2, 3).half()),
+            TypeError,
+            "weight: got dtype torch.float16",
+        ),
+        (
+            lambda: ops.linear(torch.ones(3), torch.ones(2, 3, device="meta")),
+            ValueError,
+            "weight: is on meta",
+        ),
+        (
+            lambda: ops.linear(torch.ones(3), torch.ones(3, 3), activation="geglu"),
+            ValueError,
+            "weight: got 3 rows",
+        ),
+        (
+            lambda: ops.linear(torch.ones(3), torch.ones(3, 3), activation="relu"),
+            ValueError,
+            "activation: got 'relu'",
+        ),
+        (
+            lambda: ops.conv2d(torch.ones(3, 3), torch.ones(1, 1, 1, 1)),
+            ValueError,
+            "x: got shape .* 4 dimensions",
+        ),
         (lambda: ops.conv2d(torch.ones(1, 2, 3, 3), torch.ones(1, 1, 1, 1)), ValueError, "x: got 2 channels"),
-        (lambda: ops.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3)), ValueError, "smaller than the 3x3 kernel"),
+        (
+            lambda: ops.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3)),
+            ValueError,
+            "smaller than the 3x3 kernel",
+        ),
         (
             lambda: ops.conv2d(torch.ones(1, 4, 2, 2), torch.ones(3, 4, 1, 1), stats_groups=2),
             ValueError,

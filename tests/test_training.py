@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from sdfast.loading import digits_folder
 from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, DiagonalGaussian, UNet2DConditionConfig
 from sdfast.pipelines import StableDiffusion
 from sdfast.tokenizer import CLIPTokenizer
-from sdfast.training import data, trainer
+from sdfast.training import data, digits, trainer
 from sdfast.training.captions import WORDS, caption_ids, captions, write_tokenizer
 from sdfast.training.ddpm import DDPMTraining, train_ddpm
 from sdfast.training.run_folder import RunFolder
@@ -57,9 +58,8 @@ def test_enlarged_digits_shrink_back_and_stay_readable():
     train_part, holdout = data.load_digits(0)
     pictures = data.enlarge(holdout.images)
     assert pictures.shape == (297, 3, 32, 32) and pictures.abs().max() <= 1
-    assert (
-        data.shrink(pictures) - holdout.images
-    ).abs().mean() < 1  # of 16: the interpolation rounds the strokes
+    # Of 16: the interpolation rounds the strokes.
+    assert (data.shrink(pictures) - holdout.images).abs().mean() < 1
     reader = data.Reader(train_part)
     direct, through = reader.accuracy(holdout), reader.read(data.shrink(pictures)) == holdout.labels
     assert direct > 0.97 and through.double().mean() > 0.97
@@ -67,13 +67,13 @@ def test_enlarged_digits_shrink_back_and_stay_readable():
 
 def test_augmentation_moves_the_picture_but_not_its_meaning():
     pytest.importorskip("sklearn")
-    digits = data.load_digits(0)[0]
-    pictures, labels = data.training_set(digits, copies=1, seed=0)
+    real = data.load_digits(0)[0]
+    pictures, labels = data.training_set(real, copies=1, seed=0)
     assert pictures.shape == (3000, 3, 32, 32) and torch.equal(labels[:1500], labels[1500:])
-    assert torch.equal(pictures, data.training_set(digits, copies=1, seed=0)[0])
+    assert torch.equal(pictures, data.training_set(real, copies=1, seed=0)[0])
     assert (pictures[:1500] - pictures[1500:]).abs().amax(dim=(1, 2, 3)).min() > 0
-    reader = data.Reader(digits)
-    assert (reader.read(data.shrink(pictures[1500:])) == digits.labels).double().mean() > 0.97
+    reader = data.Reader(real)
+    assert (reader.read(data.shrink(pictures[1500:])) == real.labels).double().mean() > 0.97
 
 
 def test_missing_sklearn_names_the_extra(monkeypatch):
@@ -95,7 +95,8 @@ def test_tokenizer_files_are_the_same_bytes_every_time(tmp_path):
 def test_tokenizer_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     size = write_tokenizer(tmp_path)
-    ours, theirs = CLIPTokenizer.from_folder(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    ours = CLIPTokenizer.from_folder(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     texts = [text for digit in range(10) for text in captions(digit)]
     texts += [
         "",
@@ -154,9 +155,12 @@ def _toy(folder, *, steps=20, seed=0, ema_decay=0.9, checkpoint_steps=None, resu
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def _cut(path: Path) -> None:
@@ -199,10 +203,7 @@ def test_randomness_depends_on_seed_and_step():
 
 def test_only_two_checkpoints_are_kept(tmp_path):
     _toy(tmp_path, checkpoint_steps=5)
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [
-        "checkpoint-00000015.pt",
-        "checkpoint-00000020.pt",
-    ]
+    assert _names(tmp_path) == ["checkpoint-00000015.pt", "checkpoint-00000020.pt"]
 
 
 def test_finished_run_is_not_trained_again(tmp_path):
@@ -229,17 +230,12 @@ def test_interrupted_write_leaves_no_trace(tmp_path):
     (tmp_path / "checkpoint-00000030.123.tmp").write_bytes(b"half")
     (tmp_path / "checkpoint-00000020.pt").unlink()
     _toy(tmp_path, checkpoint_steps=10)
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [
-        "checkpoint-00000010.pt",
-        "checkpoint-00000020.pt",
-    ]
+    assert _names(tmp_path) == ["checkpoint-00000010.pt", "checkpoint-00000020.pt"]
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
     _toy(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"other settings \(schedule.steps is 20 there and 30 here; seed is 0"
-    ):
+    with pytest.raises(ValueError, match=r"other settings \(schedule.steps is 20 there and 30 here; seed"):
         _toy(tmp_path, steps=30, seed=1)
     _toy(tmp_path, steps=30, seed=1, resume=False)
 
@@ -298,8 +294,10 @@ TINY_VAE = AutoencoderKLConfig(
 )  # fmt: skip
 TINY_UNET = UNet2DConditionConfig(
     sample_size=4, in_channels=2, out_channels=2,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+    attention_head_dim=2,
 )  # fmt: skip
 TINY_TEXT = CLIPTextConfig(
     vocab_size=8, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -370,10 +368,9 @@ def test_ddpm_learns_what_the_caption_says(tmp_path):
     x0 = (x_t - sigma * epsilon) / alpha
     assert x0[0].mean() - x0[1].mean() > 0.5
     early = _tiny_ddpm(tmp_path / "early", steps=1)
+    empty = torch.tensor([[6, 7, 7, 7]] * 2)
     with torch.no_grad():
-        errors = [
-            (m(x_t, t, torch.tensor([[6, 7, 7, 7]] * 2)) - noise).square().mean() for m in (early, model)
-        ]
+        errors = [(m(x_t, t, empty) - noise).square().mean() for m in (early, model)]
     assert errors[1] < 0.5 * errors[0]
 
 
@@ -413,6 +410,52 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
         assert _same(reference, _tiny_ddpm(tmp_path / "b"))
     finally:
         torch.set_num_threads(threads)
+
+
+# The recipe
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(digits, "_COPIES", 0)
+
+
+def _recipe(tmp_path, **options):
+    steps = {"vae_steps": 1, "unet_steps": 2, "threads": 1, "progress": False}
+    return digits.train_digits(tmp_path / "out", run_dir=tmp_path / "run", **steps | options)
+
+
+def test_recipe_writes_a_pipeline_once_and_replaces_it(few_pictures, tmp_path):
+    output = _recipe(tmp_path)
+    pipe = StableDiffusion.from_pretrained(output)
+    image = pipe.text_to_image("seven", steps=1, seed=0).images[0]
+    assert image.size == (32, 32)
+    index = json.loads((output / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
+    before = (output / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    (output / "left_over").touch()
+    assert _recipe(tmp_path) == output
+    assert (output / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert _names(tmp_path) == ["out", "run"] and "left_over" not in _names(output)
+    with pytest.raises(ValueError, match=r"schedule.steps is 2 there and 3 here"):
+        _recipe(tmp_path, unet_steps=3)
+
+
+def test_recipe_touches_no_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="is no pipeline folder"):
+        _recipe(tmp_path)
+    assert _names(tmp_path) == ["out"] and _names(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_recipe_leaves_the_number_of_threads_and_the_randomness_alone(few_pictures, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _recipe(tmp_path, threads=2)
+    assert torch.get_num_threads() == 1 and torch.equal(torch.rand(3), expected)
 
 
 # The shipped model; tests/test_pipelines.py compares it with diffusers.

@@ -19,7 +19,7 @@ from sdfast.diffusion.losses import (
 from sdfast.diffusion.plan import SamplingPlan, sample
 from sdfast.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, euler_ancestral
 from sdfast.diffusion.schedule import NoiseSchedule
-from sdfast.diffusion.scheduler_config import plan_from_config
+from sdfast.diffusion.scheduler_config import plan_from_config, sampler_name
 
 __all__ = [
     "SAMPLERS",
@@ -40,6 +40,7 @@ __all__ = [
     "reconstruction_term",
     "sample",
     "sample_full",
+    "sampler_name",
     "simple_loss",
     "transition_term",
     "vae_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,23 +53,11 @@ _UNSUPPORTED = {
 }
 
 
-def plan_from_config(
-    config: Mapping[str, Any], steps: int, *, sampler: str | None = None, strength: float = 1.0
-) -> SamplingPlan:
-    """Build the plan that a diffusers scheduler of this configuration follows.
-
-    Args:
-        config: the content of `scheduler_config.json`. `_class_name` chooses the sampler: DDPMScheduler,
-            DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
-            DPMSolverMultistepScheduler, or PNDMScheduler, which is served by "ddim".
-        steps: n.
-        sampler: a name of `SAMPLERS` to take instead of the config's class, with the config's schedule and
-            options, as `OtherScheduler.from_config(scheduler.config)` does. What the config leaves open has
-            that scheduler's default, but clipping: a class that never clips stays unclipped.
-        strength: in (0, 1]; image-to-image keeps only the last int(n * strength) steps.
+def sampler_name(config: Mapping[str, Any], sampler: str | None = None) -> str:
+    """The name in `SAMPLERS` of what serves this scheduler_config.json, or `sampler` where it is given.
 
     Raises:
-        ValueError: an unknown class or sampler, a setting that no sampler here has, or a bad argument.
+        ValueError: an unknown class or sampler.
     """
     class_name = config.get("_class_name")
     if sampler is None:
@@ -80,6 +69,33 @@ def plan_from_config(
             )
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    return sampler
+
+
+def plan_from_config(
+    config: Mapping[str, Any], steps: int, *, sampler: str | None = None, strength: float = 1.0
+) -> SamplingPlan:
+    """Build the plan that a diffusers scheduler of this configuration follows.
+
+    Args:
+        config: the content of `scheduler_config.json`. `_class_name` chooses the sampler: DDPMScheduler,
+            DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
+            DPMSolverMultistepScheduler, or PNDMScheduler, which is served by "ddim" with a warning.
+        steps: n.
+        sampler: a name of `SAMPLERS` to take instead of the config's class, with the config's schedule and
+            options, as `OtherScheduler.from_config(scheduler.config)` does. What the config leaves open has
+            that scheduler's default, but clipping: a class that never clips stays unclipped.
+        strength: in (0, 1]; image-to-image keeps only the last int(n * strength) steps.
+
+    Raises:
+        ValueError: an unknown class or sampler, a setting that no sampler here has, or a bad argument.
+    """
+    class_name = config.get("_class_name")
+    if sampler is None and class_name == "PNDMScheduler":
+        warnings.warn(
+            "PNDMScheduler is served by 'ddim': close pictures, not equal ones; name a sampler to choose"
+        )
+    sampler = sampler_name(config, sampler)
     for setting, (neutral, concerned) in _UNSUPPORTED.items():
         if sampler in concerned and setting in config and config[setting] not in neutral:
             raise ValueError(

@@ -28,13 +28,13 @@ class Conv2d(nn.Conv2d):
         residual: Tensor | None = None,
     ) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'); `padding` (left, right, top, bottom) replaces the module's."""
-        vertical, horizontal = self.padding  # type: ignore[misc]
+        vertical, horizontal = int(self.padding[0]), int(self.padding[1])
         y = ops.conv2d(
             x,
             self.weight,
             self.bias,
             self.stride[0],
-            padding or (horizontal, horizontal, vertical, vertical),  # type: ignore[arg-type]
+            padding or (horizontal, horizontal, vertical, vertical),
             upsample=upsample,
             time_embedding=time_embedding,
             residual=residual,

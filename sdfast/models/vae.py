@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdfast import ops
 from sdfast.models.layers import Conv2d, GroupNorm, ResnetBlock2D, SelfAttention2D, Upsample2D
-from sdfast.models.unet import DownBlock2D, MidBlock2D
+from sdfast.models.unet import DownBlock2D, MakeResnet, MidBlock2D
 
 _EPS = 1e-6  # of every GroupNorm in the VAE
 
@@ -81,7 +81,7 @@ class UpDecoderBlock2D(nn.Module):
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
-def _resnet(groups: int):  # noqa: ANN202
+def _resnet(groups: int) -> MakeResnet:
     return lambda cin, cout: ResnetBlock2D(cin, cout, time_channels=None, groups=groups, eps=_EPS)
 
 

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NO_KERNEL_YET = {name: "no such kernel for this operation" for name in ("cpu", "triton", "cuda")}
+NO_KERNEL_YET = dict.fromkeys(("cpu", "triton", "cuda"), "no such kernel for this operation")
 
 
 def check_tensor(
-    name: str, value: object, *, rank: int | None = None, shape: tuple[int, ...] | None = None,
+    name: str,
+    value: object,
+    *,
+    rank: int | None = None,
+    shape: tuple[int, ...] | None = None,
     like: Tensor | None = None,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, unless it is the tensor asked for.

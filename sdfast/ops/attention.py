@@ -69,11 +69,15 @@ def attention(
     check_tensor("k", k, rank=4, like=q)
     batch, heads, _, head_dim = q.shape
     if (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_dim):
-        raise ValueError(f"k: got shape {tuple(k.shape)}, expected ({batch}, {heads}, S, {head_dim}) to fit q")
+        raise ValueError(
+            f"k: got shape {tuple(k.shape)}, expected ({batch}, {heads}, S, {head_dim}) to fit q"
+        )
     check_tensor("v", v, shape=tuple(k.shape), like=q)
     if mask is not None:
         if is_causal:
-            raise ValueError("mask: cannot be given together with is_causal=True; fold the causal part into mask")
+            raise ValueError(
+                "mask: cannot be given together with is_causal=True; fold the causal part into mask"
+            )
         if mask.dtype != torch.bool:
             check_optional("mask", mask, like=q)
     serve = dispatch.choose("attention", q.device.type, NO_KERNEL_YET, backend)

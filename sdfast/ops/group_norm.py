@@ -99,7 +99,10 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     dx = _empty_in_layout(x)
     absent = x.new_empty(0)
-    return (dx, *(absent.clone() if p is None else p.new_empty(p.shape) for p in (weight, bias, scale, shift)))
+    return (
+        dx,
+        *(absent.clone() if p is None else p.new_empty(p.shape) for p in (weight, bias, scale, shift)),
+    )
 
 
 _library.define_native(
@@ -129,7 +132,9 @@ class _GroupNorm(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.sdfast.group_norm_forward(x, num_groups, weight, bias, eps, silu, scale, shift)
+        y, mean, rstd = torch.ops.sdfast.group_norm_forward(
+            x, num_groups, weight, bias, eps, silu, scale, shift
+        )
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
         ctx.num_groups, ctx.silu = num_groups, silu
         return cast(Tensor, y)

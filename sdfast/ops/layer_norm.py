@@ -61,7 +61,9 @@ def layer_norm(
     check_tensor("x", x)
     shape = tuple(normalized_shape)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
-        raise ValueError(f"normalized_shape: got {shape}, expected the last sizes of x, which has shape {tuple(x.shape)}")
+        raise ValueError(
+            f"normalized_shape: got {shape}, expected the last sizes of x, which has shape {tuple(x.shape)}"
+        )
     check_optional("weight", weight, shape=shape, like=x)
     check_optional("bias", bias, shape=shape, like=x)
     serve = dispatch.choose("layer_norm", x.device.type, NO_KERNEL_YET, backend)

@@ -1,7 +1,8 @@
 """What the training pictures are called, and a tokenizer that knows these words.
 
-The tokenizer's files have CLIP's format: 256 byte symbols, the same closing a word ("</w>"), one token for each
-merge, begin and end of text. Only the merges are fewer; a word they do not know falls to its bytes.
+The tokenizer's files have CLIP's format: 256 byte symbols, the same closing a word ("</w>"), one token
+for each merge, begin and end of text. Only the merges are fewer; a word they do not know falls to its
+bytes.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ _PLAIN_COPIES, _STRANGE_COPIES = 4, 2
 
 
 def captions(digit: int) -> list[str]:
-    """Everything a picture of `digit` is called in training: each template with the word and with the figure."""
+    """What a picture of `digit` is called in training: each template with the word and with the figure."""
     return [template.format(name) for name in (WORDS[digit], str(digit)) for template in TEMPLATES]
 
 
 def caption_ids(tokenizer: CLIPTokenizer, seed: int) -> Tensor:
     """Tokenized captions of each digit to draw from, (10, K, 77) int64.
 
-    A third of them has a word of random letters inserted, so that the text encoder learns to overlook what it does
-    not know and "a beautiful seven" still is a seven.
+    A third of them has a word of random letters inserted, so that the text encoder learns to overlook
+    what it does not know and "a beautiful seven" still is a seven.
     """
     source = random.Random(seed)
 
@@ -70,7 +71,7 @@ def caption_ids(tokenizer: CLIPTokenizer, seed: int) -> Tensor:
 
 
 def write_tokenizer(folder: str | Path) -> int:
-    """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json; the same bytes every time.
+    """Write the files of a CLIP tokenizer; the same bytes every time.
 
     Returns:
         The size of the vocabulary. The last two ids are begin and end of text.
@@ -109,14 +110,9 @@ def _learn_merges() -> list[tuple[str, str]]:
 
 
 def _byte_symbols() -> list[str]:
-    """A printable character for each byte, in the order of GPT-2 and CLIP: printable bytes first, as themselves."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    """A character for each byte, in the order of GPT-2 and CLIP: printable bytes first, as themselves."""
+    printable = [chr(byte) for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
+    return printable + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as training pictures, and the classifier that reads generated ones.
 
-1797 pictures of 8x8 with values 0 to 16 (Alpaydin & Kaynak 1998) are enlarged to 32x32 by bicubic interpolation.
-They come with scikit-learn, so nothing is downloaded.
+1797 pictures of 8x8 with values 0 to 16 (Alpaydin & Kaynak 1998) are enlarged to 32x32 by bicubic
+interpolation. They come with scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -114,9 +114,8 @@ class Reader:
     """
 
     def __init__(self, digits: Digits) -> None:
-        self._machine = _sklearn("svm").SVC(
-            gamma=0.001, C=10.0
-        )  # scikit-learn's own choice for this data set
+        # This gamma is scikit-learn's own choice for this data set.
+        self._machine = _sklearn("svm").SVC(gamma=0.001, C=10.0)
         self._machine.fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
 
     def read(self, images: Tensor) -> Tensor:

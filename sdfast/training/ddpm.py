@@ -3,8 +3,8 @@
     repeat: z_0 ~ q_φ(z|x) scaled;  t ~ Uniform{1 … T};  ε ~ N(0, I)
             gradient step on ‖ε - ε_θ(√ᾱ_t z_0 + √(1-ᾱ_t) ε, t, τ_θ(caption))‖²
 
-Now and then the caption is dropped for "", so that one network serves as the conditional and the unconditional
-denoiser of classifier-free guidance (Ho & Salimans 2021). The text encoder τ_θ learns along.
+Now and then the caption is dropped for "", so that one network serves as the conditional and the
+unconditional denoiser of classifier-free guidance (Ho & Salimans 2021). The text encoder τ_θ learns along.
 """
 
 from __future__ import annotations

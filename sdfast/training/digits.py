@@ -1,7 +1,7 @@
 """The recipe of `sdfast train digits`: a latent diffusion model of handwritten digits, in a diffusers folder.
 
-Autoencoder first (3x32x32 to 4x8x8), then U-Net and text encoder on its latents. Everything is Stable Diffusion's
-architecture with small numbers; both phases together take some twenty minutes on two CPU cores.
+Autoencoder first (3x32x32 to 4x8x8), then U-Net and text encoder on its latents. Everything is Stable
+Diffusion's architecture with small numbers; both phases together take some twenty minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ UNET_CONFIG = UNet2DConditionConfig(
     cross_attention_dim=_WIDTH,
     attention_head_dim=4,
 )
-# The paper's schedule (§3.3). It ends in almost pure noise, so that sampling starts from what training ended with.
+# The paper's schedule (§3.3). It ends in almost pure noise, so sampling starts where training ended.
 SCHEDULER_CONFIG: dict[str, Any] = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -80,8 +80,8 @@ def train_digits(
 ) -> Path:
     """Train on scikit-learn's digits and write a pipeline that sdfast and diffusers load.
 
-    May be killed at any moment: called again with the same arguments it goes on from the last checkpoint and gives
-    the same weights, bit for bit, as a run that was left alone.
+    May be killed at any moment: called again with the same arguments it goes on from the last checkpoint
+    and gives the same weights, bit for bit, as a run that was left alone.
 
     Args:
         output: the folder to write. It appears whole or not at all; a pipeline that is there is replaced.

@@ -1,7 +1,8 @@
 """Checkpoints on disk: whole or absent, checked when read, never mixed up between runs.
 
-A file is 32 bytes of SHA-256, then what torch.save wrote. It is written under another name, forced to the disk and
-renamed, and the one before it is kept: whatever moment the power fails, one whole checkpoint is left.
+A file is 32 bytes of SHA-256, then what torch.save wrote. It is written under another name, forced to
+the disk and renamed, and the one before it is kept: whatever moment the power fails, one whole checkpoint
+is left.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     for each step k: randomness <- (seed, k);  AdamW on the gradient of loss(randomness);  EMA
 
-Everything random in step k is drawn from a generator seeded with (seed, k), and the learning rate is a function of
-k. So parameters, optimizer moments and k are the whole state: a resumed run equals an uninterrupted one bit for bit.
+Everything random in step k is drawn from a generator seeded with (seed, k), and the learning rate is a
+function of k. So parameters, their average, optimizer moments and k are the whole state: a resumed run equals
+an uninterrupted one bit for bit, on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def _bar(title: str, steps: int, done: int, progress: bool) -> tqdm:
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C only makes the yielded function answer True; a second one interrupts at once."""
+    """Within, the first Ctrl-C only makes the yielded function answer True; a second interrupts at once."""
     asked = False
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread may handle signals

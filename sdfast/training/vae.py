@@ -105,7 +105,7 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussian:
-    """q_φ(z|x) of all pictures (N, in_channels, H, W), unscaled: computed once, diffusion training draws from it."""
+    """q_φ(z|x) of all pictures (N, in_channels, H, W), unscaled; diffusion training draws from it."""
     posteriors = [vae.encode(batch) for batch in pictures.split(_ENCODING_BATCH)]
     moments = [torch.cat([posterior.mean, posterior.logvar], dim=1) for posterior in posteriors]
     return DiagonalGaussian(torch.cat(moments))
@@ -114,8 +114,8 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> DiagonalGaussian:
 def scaling_factor(posterior: DiagonalGaussian) -> float:
     """1 / the standard deviation of z, over pictures and elements.
 
-    The variance of z is that of the means plus the mean of the variances. The means are near 0, as the KL term
-    wants them, so no shift is needed beside it.
+    The variance of z is that of the means plus the mean of the variances. The means are near 0, as the KL
+    term wants them, so no shift is needed beside it.
     """
     mean, variance = posterior.mean.double(), posterior.logvar.double().exp()
     return float((mean.var(correction=0) + variance.mean()).rsqrt())
