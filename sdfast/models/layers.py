@@ -27,7 +27,7 @@ class Conv2d(nn.Conv2d):
         time_embedding: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H', W'); `padding` (left, right, top, bottom) replaces the module's."""
+        """(N, C_in, H, W) -> (N, C_out, H', W'); `padding` (left, right, top, bottom) replaces its own."""
         vertical, horizontal = int(self.padding[0]), int(self.padding[1])
         y = ops.conv2d(
             x,

@@ -1,4 +1,4 @@
-"""The denoising U-Nets: text-conditioned (Stable Diffusion 1.x, 2.x, inpainting, SDXL) and unconditional (DDPM).
+"""The denoising U-Nets: text-conditioned (Stable Diffusion 1.x, 2.x, SDXL) and unconditional (DDPM).
 
 Both are Ronneberger's U in ResNet form: halve the size and widen, a middle, then back up, each level
 of the way up reading what the same level left on the way down.
@@ -97,7 +97,7 @@ class UpBlock2D(nn.Module):
     def forward(
         self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None = None
     ) -> Tensor:
-        """Takes its skips off the end of the list; (N, C, H, W) -> (N, C', 2H, 2W) or the size of the next skip."""
+        """Takes its skips off the list's end; (N, C, H, W) -> (N, C', 2H, 2W) or the size of the next skip."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
             if self.attentions is not None:
@@ -122,8 +122,8 @@ class _UNet(nn.Module):
 
         def resnet(in_channels: int, out_channels: int) -> ResnetBlock2D:
             return ResnetBlock2D(
-                in_channels, out_channels, time_channels=time_channels, groups=groups, eps=eps, dropout=dropout,
-                scale_shift=config.resnet_time_scale_shift == "scale_shift",
+                in_channels, out_channels, time_channels=time_channels, groups=groups, eps=eps,
+                dropout=dropout, scale_shift=config.resnet_time_scale_shift == "scale_shift",
             )  # fmt: skip
 
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -222,7 +222,7 @@ class UNet2DCondition(_UNet):
         "time_embedding_type": "positional",
         "attention_type": "default",
     }
-    # Scores are accumulated in fp32 whatever upcast_attention says; the other is read with a type we do not have.
+    # Scores are fp32 whatever upcast_attention says; the other belongs to an embedding type we do not have.
     ignored_config = frozenset({"upcast_attention", "addition_embed_type_num_heads"})
 
     def __init__(self, config: UNet2DConditionConfig) -> None:

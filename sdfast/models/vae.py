@@ -1,7 +1,7 @@
 """The variational autoencoder: images to latents and back, 8 times smaller in Stable Diffusion.
 
-Kingma & Welling 2014; the network is Rombach et al. 2022's (KL-f8), the report's section 2.5. The encoder gives mean
-and log-variance of a diagonal Gaussian; the prior is N(0, I).
+Kingma & Welling 2014; the network is Rombach et al. 2022's (KL-f8), the report's section 2.5. The encoder
+gives mean and log-variance of a diagonal Gaussian; the prior is N(0, I).
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Encode, draw z (with `noise`, else fresh) and decode: the reconstruction and q_φ(z|x), for training."""
+        """Encode, draw z (with `noise`, else fresh), decode: reconstruction and q_φ(z|x), for training."""
         posterior = self.encode(x)
         z = posterior.sample(torch.randn_like(posterior.mean) if noise is None else noise)
         return self.decode(z), posterior

@@ -33,7 +33,8 @@ def attention_torch(
 attention_reference = widened(attention_torch)
 
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, *, Tensor? mask=None, bool is_causal=False, float? scale=None) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, *, Tensor? mask=None, bool is_causal=False,"
+    " float? scale=None) -> Tensor",
     attention_torch,
 )
 
@@ -51,10 +52,10 @@ def attention(
     """Multi-head attention as `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
-        q: (B, heads, L, D), fp32, bf16, fp16 or fp64. Any strides: a transposed (B, L, heads, D) is the usual case.
+        q: (B, heads, L, D), fp32, bf16, fp16 or fp64, any strides: mostly a transposed (B, L, heads, D).
         k: (B, heads, S, D), same dtype.
         v: (B, heads, S, D), same dtype.
-        mask: broadcastable to (B, heads, L, S), bool (False hides a key) or the dtype of `q` (added to the scores).
+        mask: broadcastable to (B, heads, L, S), bool (False hides a key) or of `q`'s dtype (added to scores).
         is_causal: hide the keys after the query's own position; not together with `mask`.
         scale: factor of the scores; None means 1/sqrt(D).
         backend: see `sdfast.dispatch`; None takes the best that can run.

@@ -29,7 +29,8 @@ def layer_norm_torch(
 layer_norm_reference = widened(layer_norm_torch)
 
 _library.define(
-    "layer_norm(Tensor x, int[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor",
+    "layer_norm(Tensor x, int[] normalized_shape, Tensor? weight=None, Tensor? bias=None,"
+    " float eps=1e-5) -> Tensor",
     layer_norm_torch,
 )
 

@@ -46,7 +46,8 @@ def linear_torch(
 linear_reference = widened(linear_torch)
 
 _library.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None, Tensor? residual=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None,"
+    " Tensor? residual=None) -> Tensor",
     linear_torch,
 )
 
