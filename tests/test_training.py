@@ -38,12 +38,20 @@ SHORT = Schedule(steps=30, learning_rate=5e-3, warmup_steps=3, max_grad_norm=100
 # The loop
 
 
-def _toy(folder, *, steps=20, seed=0, ema_decay=0.9, checkpoint_steps=None, resume=True, loss=None):
+def _toy(
+    folder, *, steps=20, seed=0, ema_decay=0.9, checkpoint_steps=None, resume=True, loss=None, interrupt_at=0
+):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
 
+    calls = 0
+
     def default_loss(generator):
+        nonlocal calls
+        calls += 1
+        if calls == interrupt_at:
+            signal.raise_signal(signal.SIGINT)
         x = torch.randn(16, 6, generator=generator)
         return (module(x) - x.flip(1)).square().mean()
 
@@ -148,32 +156,10 @@ def test_non_finite_loss_stops_with_the_step(tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     reference = _toy(tmp_path / "a")
-    done = 0
-
-    def loss_then_interrupt(generator):
-        nonlocal done
-        done += 1
-        if done == 8:
-            signal.raise_signal(signal.SIGINT)
-        return loss(generator)
-
-    module = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
-    torch.manual_seed(0)
-    for layer in (module[0], module[2]):
-        layer.reset_parameters()
-
-    def loss(generator):
-        x = torch.randn(16, 6, generator=generator)
-        return (module(x) - x.flip(1)).square().mean()
-
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(TrainingInterrupted, match=r"stopped at step 8 of 20.*[Rr]un the same command"):
-        train(
-            module, loss_then_interrupt, Schedule(steps=20, learning_rate=1e-2, ema_decay=0.9),
-            folder=tmp_path / "b", settings={"kind": "toy"}, seed=0, progress=False,
-        )  # fmt: skip
-    assert signal.getsignal(signal.SIGINT) is before
-    assert issubclass(TrainingInterrupted, KeyboardInterrupt)
+    with pytest.raises(TrainingInterrupted, match=r"stopped at step 8 of 20.*Run the same command") as error:
+        _toy(tmp_path / "b", interrupt_at=8)
+    assert isinstance(error.value, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is before
     assert _same(reference, _toy(tmp_path / "b"))
 
 
