@@ -11,14 +11,18 @@ as real ones do.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
-from sdfast.testing import environment, write_result
 from torch import Tensor
 
 from sdfast.pipelines import StableDiffusion
+from sdfast.testing import environment
 from sdfast.training.captions import WORDS
 from sdfast.training.data import Digits, Reader, enlarge, load_digits, shrink
 
@@ -29,7 +33,7 @@ REQUIRED = 0.9  # of the first
 
 def measure(
     pipe: StableDiffusion, reader: Reader, per_digit: int, guidance_scale: float, steps: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Draw, read, count."""
     began = time.perf_counter()
     prompts = [f"a handwritten {word}" for word in WORDS]
@@ -83,9 +87,18 @@ def main() -> int:
             f" asked, spread {row['spread']:.3f}, {row['seconds']} s"
         )
     if not arguments.no_record:
-        result = {"real": real, "generated": rows, "required_accuracy": REQUIRED}
-        print(write_result("digits_quality", result | {"environment": environment()}))
+        _record({"real": real, "generated": rows, "required_accuracy": REQUIRED})
     return 0 if rows[0]["accuracy"] >= REQUIRED else 1
+
+
+def _record(result: dict[str, Any]) -> None:
+    machine = environment()
+    device = re.sub(r"[^a-z0-9]+", "-", str(machine["cpu"]).lower()).strip("-")
+    path = Path(__file__).parent / "results" / device / "digits_quality.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", "benchmarks/bench_digits_quality.py", *sys.argv[1:]])
+    path.write_text(json.dumps({"command": command, "environment": machine, **result}, indent=2) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

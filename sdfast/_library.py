@@ -89,14 +89,19 @@ def status() -> list[LibraryStatus]:
     return [load_cpu_library(), triton_status()]
 
 
+@torch.compiler.assume_constant_result
 def has_kernel(op_name: str, device_type: str) -> bool:
     """Whether a compiled kernel of `sdfast::<op_name>` is registered for this kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None:
-        return False
-    return _has_kernel(f"sdfast::{op_name}", key)
+    return key is not None and _has_kernel(f"sdfast::{op_name}", key)
 
 
 @functools.cache
 def _has_kernel(qualified_name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, key)
+
+
+@torch.compiler.assume_constant_result
+def why_no_cpu_kernel() -> str:
+    """Why there is no compiled CPU kernel, for an error text."""
+    return load_cpu_library().detail

@@ -104,18 +104,15 @@ def test_conv2d_equals_its_definition(n, c_in, c_out, height, width, kernel, str
     weight, bias = torch.randn(c_out, c_in, kernel, kernel).double(), torch.randn(c_out).double()
     norm = ops.NormPrologue(1, torch.randn(c_in).double(), torch.randn(c_in).double(), 1e-3)
     embedding = torch.randn(n, c_out).double()
-    a = (
-        torch.nn.functional.silu(torch.nn.functional.group_norm(x, 1, norm.weight, norm.bias, norm.eps))
-        if n
-        else x
-    )
+    a = torch.nn.functional.silu(torch.group_norm(x, 1, norm.weight, norm.bias, norm.eps))
     a = a.repeat_interleave(2, 2).repeat_interleave(2, 3) if upsample else a
-    padded = torch.nn.functional.pad(a, (0, kernel // 2, 1, kernel // 2))
+    padding = (kernel // 2, kernel // 2 + 1, kernel // 2, kernel // 2)
+    padded = torch.nn.functional.pad(a, padding)
     expected = torch.nn.functional.conv2d(padded, weight, bias, stride) + embedding[:, :, None, None]
     residual = torch.randn_like(expected)
     actual, mean, rstd = ops.conv2d(
-        x, weight, bias, stride, (0, kernel // 2, 1, kernel // 2), norm=norm if n else None, upsample=upsample,
-        time_embedding=embedding, residual=residual, stats_groups=1, stats_eps=1e-3,
+        x, weight, bias, stride, padding, norm=norm, upsample=upsample, time_embedding=embedding,
+        residual=residual, stats_groups=1, stats_eps=1e-3,
     )  # fmt: skip
     torch.testing.assert_close(actual, expected + residual)
     assert mean.shape == rstd.shape == (n, 1)

@@ -17,7 +17,7 @@ from torch import nn
 from sdfast.diffusion import NoiseSchedule
 from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, DiagonalGaussian, UNet2DConditionConfig
 from sdfast.training import trainer
-from sdfast.training.ddpm import DDPMTraining, train_ddpm
+from sdfast.training.ddpm import CaptionedLatents, DDPMTraining, train_ddpm
 from sdfast.training.run_folder import RunFolder
 from sdfast.training.trainer import EMA, Schedule, TrainingInterrupted, train
 from sdfast.training.vae import VAETraining, encode, scaling_factor, train_vae
@@ -209,13 +209,16 @@ def _tiny_ddpm(folder, *, steps=60, checkpoint_seconds=1e9, dropout=0.1):
     mean = torch.ones(40, 2, 4, 4)
     mean[20:] = -1.0
     posterior = DiagonalGaussian(torch.cat([mean, torch.full_like(mean, -6.0)], dim=1))
-    labels = torch.arange(2).repeat_interleave(20)
-    captions = torch.tensor([[[6, 0, 7, 7]], [[6, 1, 7, 7]]])
+    data = CaptionedLatents(
+        posterior, scaling_factor=1.0, labels=torch.arange(2).repeat_interleave(20),
+        captions=torch.tensor([[[6, 0, 7, 7]], [[6, 1, 7, 7]]]), empty_caption=torch.tensor([6, 7, 7, 7]),
+        settings={},
+    )  # fmt: skip
     schedule = Schedule(steps=steps, learning_rate=1e-2, warmup_steps=5, ema_decay=0.99)
     return train_ddpm(
-        TINY_UNET, TINY_TEXT, posterior, labels, captions, torch.tensor([6, 7, 7, 7]), NoiseSchedule.linear(),
-        DDPMTraining(schedule, batch_size=16, caption_dropout=dropout), scaling_factor=1.0, folder=folder,
-        data_settings={}, progress=False, checkpoint_seconds=checkpoint_seconds,
+        TINY_UNET, TINY_TEXT, data, NoiseSchedule.linear(),
+        DDPMTraining(schedule, batch_size=16, caption_dropout=dropout),
+        folder=folder, progress=False, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def conv2d_torch(
 ) -> Tensor:
     """The formula, in the dtype of its arguments."""
     if norm_groups:
-        x = F.group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps)
+        x = torch.group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps)
         x = F.silu(x) if norm_silu else x
     if upsample:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -174,8 +174,9 @@ def conv2d(
 def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1/sqrt(var + eps) of x (N, C, ...) per group, both (N, num_groups), fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    grouped = x.to(wide).reshape(x.shape[0], num_groups, -1)  # (N, G, C/G * pixels)
-    var, mean = torch.var_mean(grouped, dim=-1, correction=0)
+    grouped = x.to(wide).unflatten(1, (num_groups, -1)).flatten(2)  # (N, G, C/G * pixels)
+    mean = grouped.mean(dim=-1)
+    var = (grouped - mean[..., None]).square().mean(dim=-1)
     return mean, torch.rsqrt(var + eps)
 
 

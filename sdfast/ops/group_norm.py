@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
 from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, widened
@@ -140,6 +141,7 @@ class _GroupNorm(torch.autograd.Function):
         return cast(Tensor, y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
         dx, dweight, dbias, dscale, dshift = torch.ops.sdfast.group_norm_backward(
@@ -186,7 +188,7 @@ def _unavailable(x: Tensor) -> dict[str, str]:
     elif x.dtype == torch.float64:
         reason = "x is float64; use torch or reference"
     elif not _library.has_kernel("group_norm_forward", "cpu"):
-        reason = _library.load_cpu_library().detail
+        reason = _library.why_no_cpu_kernel()
     else:
         return _NO_KERNEL_BUT_CPU
     return {**_NO_KERNEL_BUT_CPU, "cpu": reason}

@@ -43,6 +43,36 @@ class DDPMTraining:
     caption_dropout: float = 0.1
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionedLatents:
+    """Latents of N training pictures, encoded once, with their captions.
+
+    Attributes:
+        posterior: q_φ(z|x) of each picture, unscaled, see `sdfast.training.vae.encode`.
+        scaling_factor: of the latents.
+        labels: (N,) int64, the class of each picture.
+        captions: (classes, K, L) int64, K tokenized captions of each class.
+        empty_caption: (L,) int64, the tokens of "".
+        settings: JSON values that tell these data from others.
+    """
+
+    posterior: DiagonalGaussian
+    scaling_factor: float
+    labels: Tensor
+    captions: Tensor
+    empty_caption: Tensor
+    settings: Mapping[str, Any]
+
+    def draw(self, batch: int, caption_dropout: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """z_0 (batch, C, H, W), scaled, and a caption for each, (batch, L)."""
+        rows = torch.randint(len(self.labels), (batch,), generator=generator)
+        z = DiagonalGaussian(torch.cat([self.posterior.mean[rows], self.posterior.logvar[rows]], dim=1))
+        z0 = z.sample(torch.randn(z.mean.shape, generator=generator)) * self.scaling_factor
+        which = torch.randint(self.captions.shape[1], (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < caption_dropout
+        return z0, torch.where(dropped[:, None], self.empty_caption, self.captions[self.labels[rows], which])
+
+
 class TextConditionedUNet(nn.Module):
     """ε_θ(x_t, t, τ_θ(text)): the U-Net and the text encoder that learns with it."""
 
@@ -62,16 +92,11 @@ class TextConditionedUNet(nn.Module):
 def train_ddpm(
     unet: UNet2DConditionConfig,
     text_encoder: CLIPTextConfig,
-    posterior: DiagonalGaussian,
-    labels: Tensor,
-    captions: Tensor,
-    empty_caption: Tensor,
+    data: CaptionedLatents,
     schedule: NoiseSchedule,
     settings: DDPMTraining,
     *,
-    scaling_factor: float,
     folder: str | Path,
-    data_settings: Mapping[str, Any],
     seed: int = 0,
     resume: bool = True,
     progress: bool = True,
@@ -81,15 +106,10 @@ def train_ddpm(
 
     Args:
         unet, text_encoder: their sizes.
-        posterior: q_φ(z|x) of the N training pictures, unscaled, see `sdfast.training.vae.encode`.
-        labels: (N,) int64, the class of each picture.
-        captions: (classes, K, L) int64, K tokenized captions of each class.
-        empty_caption: (L,) int64, the tokens of "".
+        data: what is learned.
         schedule: the forward process, and what the network predicts.
         settings: how.
-        scaling_factor: of the latents.
         folder, resume, progress, checkpoint_seconds: as in `sdfast.training.trainer.train`.
-        data_settings: JSON values that tell these latents and captions from others.
         seed: of the first weights, batches, captions, timesteps and noise.
 
     Returns:
@@ -101,16 +121,10 @@ def train_ddpm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TextConditionedUNet(unet, text_encoder)
-    batch = settings.batch_size
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(labels), (batch,), generator=generator)
-        z = DiagonalGaussian(torch.cat([posterior.mean[rows], posterior.logvar[rows]], dim=1))
-        z0 = z.sample(torch.randn(z.mean.shape, generator=generator)) * scaling_factor
-        ids = captions[labels[rows], torch.randint(captions.shape[1], (batch,), generator=generator)]
-        dropped = torch.rand(batch, generator=generator) < settings.caption_dropout
-        ids = torch.where(dropped[:, None], empty_caption, ids)
-        t = torch.randint(schedule.T, (batch,), generator=generator)
+        z0, ids = data.draw(settings.batch_size, settings.caption_dropout, generator)
+        t = torch.randint(schedule.T, (len(z0),), generator=generator)
         x_t, target = schedule.training_pair(z0, t, torch.randn(z0.shape, generator=generator))
         return simple_loss(model(x_t, t, ids), target)
 
@@ -122,8 +136,13 @@ def train_ddpm(
         settings={
             "unet": dataclasses.asdict(unet),
             "text_encoder": dataclasses.asdict(text_encoder),
-            "training": dataclasses.asdict(settings),
-            "data": dict(data_settings),
+            "batch_size": settings.batch_size,
+            "caption_dropout": settings.caption_dropout,
+            "T": schedule.T,
+            "beta_start": float(schedule.betas[0]),
+            "beta_end": float(schedule.betas[-1]),
+            "prediction": schedule.prediction,
+            "data": dict(data.settings),
         },
         seed=seed,
         title="denoiser",

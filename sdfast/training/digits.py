@@ -22,7 +22,7 @@ from sdfast.models.checkpoint import save_components
 from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training.captions import caption_ids, write_tokenizer
 from sdfast.training.data import IMAGE_SIZE, load_digits, training_set
-from sdfast.training.ddpm import DDPMTraining, TextConditionedUNet, train_ddpm
+from sdfast.training.ddpm import CaptionedLatents, DDPMTraining, TextConditionedUNet, train_ddpm
 from sdfast.training.trainer import Schedule
 from sdfast.training.vae import VAETraining, encode, train_vae
 
@@ -85,7 +85,7 @@ def train_digits(
 
     Args:
         output: the folder to write. It appears whole or not at all; a pipeline that is there is replaced.
-        run_dir: where checkpoints go (some 30 MB).
+        run_dir: where checkpoints go (some 50 MB).
         seed: of everything random: the data split, the first weights, the steps.
         vae_steps, unet_steps: length of the two phases.
         resume: False forgets the checkpoints in `run_dir` and starts anew.
@@ -117,28 +117,31 @@ def train_digits(
 
         vae_training = _with_steps(VAETraining(), vae_steps)
         unet_training = _with_steps(DDPMTraining(), unet_steps)
-        data = {"pictures": "scikit-learn digits", "copies": _COPIES}
+        source = {"pictures": "scikit-learn digits", "copies": _COPIES}
         vae = train_vae(
-            VAE_CONFIG, pictures, vae_training, folder=run_dir / "vae", data_settings=data, **common
+            VAE_CONFIG, pictures, vae_training, folder=run_dir / "vae", data_settings=source, **common
         )
 
         captions = caption_ids(tokenizer, seed)
-        model = train_ddpm(
-            UNET_CONFIG,
-            text_config(vocabulary),
-            encode(vae, pictures),
-            labels,
-            captions,
-            tokenizer([""])[0],
-            NoiseSchedule.from_config(SCHEDULER_CONFIG),
-            unet_training,
+        data = CaptionedLatents(
+            posterior=encode(vae, pictures),
             scaling_factor=vae.config.scaling_factor,
-            folder=run_dir / "unet",
-            data_settings={
-                **data,
+            labels=labels,
+            captions=captions,
+            empty_caption=tokenizer([""])[0],
+            settings={
+                **source,
                 "autoencoder": dataclasses.asdict(vae_training),
                 "captions": hashlib.sha256(captions.numpy().tobytes()).hexdigest(),
             },
+        )
+        model = train_ddpm(
+            UNET_CONFIG,
+            text_config(vocabulary),
+            data,
+            NoiseSchedule.from_config(SCHEDULER_CONFIG),
+            unet_training,
+            folder=run_dir / "unet",
             **common,
         )
         _write(output, vae, model, Path(scratch))

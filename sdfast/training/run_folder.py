@@ -97,7 +97,7 @@ class RunFolder:
         if different:
             raise ValueError(
                 f"{path}: belongs to a run of other settings ({'; '.join(different)}). "
-                "Choose another run folder, or start this one anew without resuming."
+                "Choose another run folder, or start this one anew with resume=False (--restart)."
             )
 
 

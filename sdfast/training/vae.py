@@ -90,7 +90,9 @@ def train_vae(
         folder=folder,
         settings={
             "model": dataclasses.asdict(config),
-            "training": dataclasses.asdict(settings),
+            "batch_size": settings.batch_size,
+            "kl_weight": settings.kl_weight,
+            "likelihood": settings.likelihood,
             "data": dict(data_settings),
         },
         seed=seed,

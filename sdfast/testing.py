@@ -1,0 +1,148 @@
+"""The error budget and the timing that tests and benchmarks share.
+
+A result is right when its error against fp64 stays within twice that of eager torch in the same dtype, plus one
+rounding band: one unit in the last place of that dtype, `torch.finfo(dtype).eps`. Nothing is tuned per test.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, expected: Tensor, *, magnitude: float | None = None) -> float:
+    """‖actual − expected‖ / ‖expected‖ in fp64; inf where one is finite and the other is not.
+
+    Args:
+        magnitude: divides in place of ‖expected‖ where that is smaller: the norm of the terms whose difference
+            `expected` is, for a result that cancels to almost nothing.
+    """
+    return _error(actual, expected, magnitude, lambda t: float(torch.linalg.vector_norm(t)))
+
+
+def _error(
+    actual: Tensor, expected: Tensor, magnitude: float | None, norm: Callable[[Tensor], float]
+) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual: got shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    if actual.numel() == 0:
+        return 0.0
+    finite = expected.isfinite()
+    if not torch.equal(actual.isnan(), expected.isnan()) or not torch.equal(actual.isfinite(), finite):
+        return float("inf")
+    difference = torch.where(finite, actual - expected, 0.0)
+    scale = max(norm(torch.where(finite, expected, 0.0)), magnitude or 0.0)
+    error = norm(difference)
+    return error / scale if scale else (0.0 if error == 0.0 else float("inf"))
+
+
+def error_budget(eager: Tensor, exact: Tensor, *, magnitude: float | None = None) -> float:
+    """The relative error allowed to a result of eager's dtype."""
+    return 2 * relative_error(eager, exact, magnitude=magnitude) + torch.finfo(eager.dtype).eps
+
+
+def assert_within_budget(
+    actual: Tensor, eager: Tensor, exact: Tensor, *, magnitude: float | None = None, what: str = "result"
+) -> None:
+    """Raise AssertionError unless `actual` is as close to `exact` as the budget asks, as a whole and at its worst.
+
+    Args:
+        actual: what is judged.
+        eager: the same from eager torch, in the same dtype.
+        exact: the same in fp64.
+        magnitude: see `relative_error`; for the worst element it is shared out evenly.
+        what: names the result in the error.
+    """
+    if actual.dtype != eager.dtype:
+        raise AssertionError(f"{what}: got dtype {actual.dtype}, expected {eager.dtype}")
+    per_element = None if magnitude is None else magnitude / max(1, exact.numel()) ** 0.5
+    norms: tuple[tuple[str, float | None, Callable[[Tensor], float]], ...] = (
+        ("error", magnitude, lambda t: float(torch.linalg.vector_norm(t))),
+        ("worst element's error", per_element, lambda t: float(t.abs().max())),
+    )
+    for name, scale, norm in norms:
+        error = _error(actual, exact, scale, norm)
+        eager_error = _error(eager, exact, scale, norm)
+        budget = 2 * eager_error + torch.finfo(eager.dtype).eps
+        if not error <= budget:
+            raise AssertionError(f"{what}: {name} {error:.2e} exceeds {budget:.2e} (eager has {eager_error:.2e})")
+
+
+def time_alternating(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 20, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each call, the functions taking turns, so that all meet the same disturbances."""
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """20th percentile, median and 80th percentile."""
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return tenths[1], statistics.median(samples), tenths[7]
+
+
+def copy_gb_per_s(size_bytes: int, *, rounds: int = 20) -> float:
+    """Bandwidth of torch's copy between two warm CPU buffers of this size, bytes read plus bytes written."""
+    source = torch.ones(max(1, size_bytes // 4))
+    target = torch.empty_like(source)
+    samples = time_alternating({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
+    return 2 * source.numel() * 4 / spread(samples)[1] / 1e9
+
+
+def environment() -> dict[str, object]:
+    """What a recorded number depends on: machine, threads, versions, commit and date."""
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the source tree, "+changes" where it differs, "unknown" outside of one."""
+    root = pathlib.Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()

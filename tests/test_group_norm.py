@@ -1,0 +1,450 @@
+"""group_norm: every backend against the formula in fp64, and what the compiled kernels promise beyond it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdfast import _library, dispatch
+from sdfast.ops import group_norm
+from sdfast.ops.group_norm import group_norm_reference, group_norm_torch
+from sdfast.testing import assert_within_budget, relative_error
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF_DTYPES)
+NAMES = ("x", "weight", "bias", "scale", "shift")
+ROOT = pathlib.Path(__file__).parents[1]
+
+has_kernel = _library.has_kernel("group_norm_forward", "cpu")
+needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
+BACKENDS = ("reference", "torch", pytest.param("cpu", marks=needs_kernel))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The shapes here are too small for more, and waiting threads are slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments of one call; an absent one is None."""
+
+    x: Tensor
+    num_groups: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    silu: bool = True
+    eps: float = 1e-5
+
+    def converted(self, dtype: torch.dtype) -> Case:
+        tensors = {n: None if (t := getattr(self, n)) is None else t.detach().to(dtype) for n in NAMES}
+        return dataclasses.replace(self, **tensors)
+
+    def run(self, backend: str) -> Tensor:
+        return group_norm(
+            self.x, self.num_groups, self.weight, self.bias, self.eps, activation="silu" if self.silu else None,
+            scale=self.scale, shift=self.shift, backend=backend,
+        )  # fmt: skip
+
+    def gradients(self, backend: str, dy: Tensor) -> dict[str, Tensor]:
+        present = {n: t for n in NAMES if (t := getattr(self, n)) is not None}
+        leaves = {n: t.detach().requires_grad_() for n, t in present.items()}
+        y = dataclasses.replace(self, **leaves).run(backend)
+        return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype)), strict=True))
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    if layout == "first":
+        return x.contiguous()
+    if layout == "last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    assert layout == "strided"
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+def make_case(
+    shape: tuple[int, ...], num_groups: int, dtype: torch.dtype, layout: str = "last", *,
+    affine: bool = True, scale_shift: bool = True, silu: bool = True,
+) -> Case:  # fmt: skip
+    x = in_layout((torch.randn(shape) * 2 + 0.7).to(dtype), layout)
+    channels, per_image = (shape[1],), shape[:2]
+    return Case(
+        x,
+        num_groups,
+        weight=(1 + 0.3 * torch.randn(channels)).to(dtype) if affine else None,
+        bias=(0.3 * torch.randn(channels)).to(dtype) if affine else None,
+        scale=(0.3 * torch.randn(per_image)).to(dtype) if scale_shift else None,
+        shift=(0.3 * torch.randn(per_image)).to(dtype) if scale_shift else None,
+        silu=silu,
+    )
+
+
+def term_norms(case: Case, dy: Tensor) -> dict[str, float]:
+    """Norms of what each gradient sums up: in a small group dx cancels to nearly nothing, for every method.
+
+    A parameter's terms count twice: once for their sum, once because each is a rounded product itself.
+    """
+    case, dy = case.converted(torch.float64), dy.double()
+    x = case.x.reshape(*case.x.shape[:2], -1)
+    grouped = x.reshape(x.shape[0], case.num_groups, -1)
+    rstd = (grouped.var(-1, correction=0, keepdim=True) + case.eps).rsqrt()
+    xhat = ((grouped - grouped.mean(-1, keepdim=True)) * rstd).reshape(x.shape)
+    rstd = rstd.expand(grouped.shape).reshape(x.shape)
+
+    def along(value: Tensor | None, default: float) -> Tensor:
+        value = torch.tensor([[default]], dtype=torch.float64) if value is None else value
+        return (value if value.dim() == 2 else value[None])[..., None]
+
+    weight, bias = along(case.weight, 1), along(case.bias, 0)
+    z = ((xhat * weight + bias) * (1 + along(case.scale, 0)) + along(case.shift, 0)).requires_grad_()
+    y = F.silu(z) if case.silu else z * 1
+    (dz,) = torch.autograd.grad(y, z, dy.reshape(x.shape))
+    dnorm = dz * (1 + along(case.scale, 0))
+    sums = {
+        "weight": (dnorm * xhat).abs().sum((0, 2)),
+        "bias": dnorm.abs().sum((0, 2)),
+        "scale": (dz * (xhat * weight + bias)).abs().sum(2),
+        "shift": dz.abs().sum(2),
+    }
+    norms = {name: 2 * float(value.norm()) for name, value in sums.items()}
+    return {"x": float((dnorm * weight * rstd * (1 + xhat.abs())).norm()), **norms}
+
+
+def check(case: Case, backend: str = "cpu", *, backward: bool = True) -> None:
+    """Forward and backward of one case stay within the budget, and y and dx lie as x does."""
+    exact_case = case.converted(torch.float64)
+    y = case.run(backend)
+    # The norm of y itself: a group of one element is all zeros before bias and shift.
+    assert_within_budget(y, case.run("torch"), exact_case.run("torch"), magnitude=y.numel() ** 0.5, what="y")
+    if not backward:
+        return
+    dy = torch.randn_like(y)
+    actual, eager = case.gradients(backend, dy), case.gradients("torch", dy)
+    exact, norms = exact_case.gradients("torch", dy.double()), term_norms(case, dy)
+    for name, value in actual.items():
+        assert value.shape == getattr(case, name).shape
+        assert_within_budget(value, eager[name], exact[name], magnitude=norms[name], what=f"d{name}")
+
+
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+@pytest.mark.parametrize("layout", ["first", "last", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_fp64(backend: str, dtype: torch.dtype, layout: str, silu: bool) -> None:
+    for shape, groups in [((2, 320, 16, 12), 32), ((3, 96, 50), 8), ((1, 2560, 5, 4), 32), ((4, 24, 2, 3, 5), 4)]:
+        check(make_case(shape, groups, dtype, layout, silu=silu), backend)
+        check(make_case(shape, groups, dtype, layout, silu=silu, affine=False, scale_shift=False), backend)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_are_merged(dtype: torch.dtype, layout: str) -> None:
+    """Several tiles for an image, the last one shorter, and several strips of channels."""
+    check(make_case((2, 64, 37, 41), 32, dtype, layout))
+    check(make_case((1, 1100, 11, 7), 11, dtype, layout))
+    check(make_case((1, 2, 150, 301), 1, dtype, layout))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_odd_shapes(dtype: torch.dtype) -> None:
+    sizes = (1, 2, 7, 8, 9, 17)
+    for channels in range(1, 18):
+        height, width = sizes[channels % 6], sizes[channels // 3]
+        for groups in (g for g in range(1, channels + 1) if channels % g == 0):
+            for layout in ("first", "last"):
+                check(make_case((2, channels, height, width), groups, dtype, layout))
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    case = make_case(shape, 2, torch.float32, "first")
+    gradients = case.gradients("cpu", torch.empty(shape))
+    assert case.run("cpu").shape == gradients["x"].shape == shape
+    assert all(not gradients[name].any() for name in NAMES)
+
+
+@st.composite
+def strided_cases(draw: st.DrawFn) -> Case:
+    """Any rank from 2 to 5, memory in any order of the axes, cut out of a larger tensor full of NaN."""
+    rank = draw(st.integers(2, 5))
+    groups, width = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    shape = [draw(st.integers(1, 3)), groups * width, *(draw(st.integers(1, 6)) for _ in range(rank - 2))]
+    order = draw(st.permutations(range(rank)))
+    margins = [draw(st.integers(0, 2)) for _ in range(rank)]
+    steps = [draw(st.integers(1, 2)) for _ in range(rank)]
+    dtype = draw(st.sampled_from(DTYPES))
+    memory = torch.full([margins[a] + shape[a] * steps[a] for a in order], float("nan"), dtype=dtype)
+    box = memory.permute([order.index(a) for a in range(rank)])
+    x = box[tuple(slice(margins[a], margins[a] + shape[a] * steps[a], steps[a]) for a in range(rank))]
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    x.copy_(torch.randn(shape) * 2 + 1)
+    flags = {name: draw(st.booleans()) for name in ("affine", "scale_shift", "silu")}
+    return dataclasses.replace(make_case(tuple(shape), groups, dtype, **flags), x=x)
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=strided_cases())
+def test_any_shape_and_strides(case: Case) -> None:
+    check(case)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_large_mean(layout: str) -> None:
+    case = make_case((2, 64, 24, 24), 8, torch.float32, layout, silu=False, scale_shift=False)
+    case.x += 1e4
+    check(case, backward=False)
+    # Beyond the budget: a mean stored in fp32 is known to half a unit in its last place, no better.
+    error = relative_error(case.run("cpu"), case.converted(torch.float64).run("torch"))
+    assert error < 1e4 * torch.finfo(torch.float32).eps / 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_outliers_among_the_first_pixels(layout: str) -> None:
+    """The first pixels, which center the sums, say nothing about the others."""
+    case = make_case((1, 32, 40, 40), 4, torch.float32, layout, silu=False)
+    case.x[:, ::3, 0, :3] = 3e4
+    check(case)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_far_from_zero(dtype: torch.dtype) -> None:
+    """Saturated in both directions; the exponential overflows and underflows."""
+    case = make_case((1, 8, 16, 16), 2, dtype, scale_shift=False)
+    case.weight = torch.full((8,), 3e4, dtype=dtype)
+    check(case)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_stay_in_their_group(value: float, dtype: torch.dtype, layout: str) -> None:
+    case = make_case((2, 12, 9, 5), 3, dtype, layout)
+    case.x[1, 5, 3, 2] = value
+    y = case.run("cpu")
+    assert torch.equal(y.isnan(), case.run("torch").isnan())
+    assert y[1, 4:8].isnan().all() and int(y.isnan().sum()) == 4 * 9 * 5
+
+
+@needs_kernel
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("layout", ["first", "last", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything_is_written(dtype: torch.dtype, layout: str) -> None:
+    check(make_case((2, 33, 7, 5), 3, dtype, layout))
+    check(make_case((2, 64, 31, 33), 32, dtype, layout))
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_and_guarded(dtype: torch.dtype, layout: str) -> None:
+    """Views one element off any alignment; what lies beside them is NaN and is neither read nor written."""
+    case = make_case((2, 20, 5, 7), 4, dtype, layout)
+    memory = torch.full((case.x.numel() + 2,), float("nan"), dtype=dtype)
+    x = memory[1:-1].as_strided(case.x.shape, case.x.stride(), 1)
+    x.copy_(case.x)
+    guarded = dataclasses.replace(case, x=x)
+    check(guarded)
+    assert torch.equal(guarded.run("cpu"), case.run("cpu"))
+    assert memory[[0, -1]].isnan().all()
+
+
+@needs_kernel
+def test_memory_format_is_kept() -> None:
+    x = torch.randn(2, 8, 4, 6)
+    views = [
+        x, in_layout(x, "last"), torch.randn(2, 5, 8).mT, torch.randn(2, 3, 4, 6, 8).movedim(-1, 1),
+        torch.randn(2, 8, 1, 1), torch.randn(16).as_strided((2, 8, 1, 1), (8, 1, 77, 5)),
+    ]  # fmt: skip
+    for view in views:
+        view = view.detach().requires_grad_()
+        y = group_norm(view, 4, backend="cpu")
+        (dx,) = torch.autograd.grad(y, view, torch.ones(y.shape))
+        assert y.stride() == view.stride() and dx.stride() == view.stride()
+    assert group_norm(x[..., ::2], 4, backend="cpu").is_contiguous()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_fp32_parameters_with_a_half_precision_input(dtype: torch.dtype) -> None:
+    case = make_case((2, 32, 8, 8), 8, dtype)
+    parameters = {n: torch.randn_like(getattr(case, n), dtype=torch.float32) for n in NAMES[1:]}
+    check(dataclasses.replace(case, **parameters))
+
+
+@needs_kernel
+def test_threads_do_not_change_a_bit() -> None:
+    for shape, layout in [((2, 96, 40, 40), "last"), ((3, 96, 40, 40), "first"), ((1, 64, 70, 71), "last")]:
+        case = make_case(shape, 32, torch.float32, layout)
+        dy = torch.randn_like(case.x)
+        results = []
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            results.append([case.run("cpu"), *case.gradients("cpu", dy).values()])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["first", "last", "strided"])
+def test_opcheck(layout: str) -> None:
+    for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)]:
+        case = make_case((2, 12, 5, 3), 3, dtype, layout, affine=optional, scale_shift=optional)
+        last = (case.scale, case.shift)
+        forward = (case.x, 3, case.weight, case.bias, 1e-5, True, *last)
+        torch.library.opcheck(torch.ops.sdfast.group_norm_forward, forward)
+        y, mean, rstd = torch.ops.sdfast.group_norm_forward(*forward)
+        backward = (torch.randn_like(y), case.x, mean, rstd, 3, case.weight, case.bias, True, *last)
+        torch.library.opcheck(torch.ops.sdfast.group_norm_backward, backward)
+
+
+def test_gradcheck_in_fp64() -> None:
+    case = make_case((2, 6, 3, 2), 3, torch.float64)
+    inputs = [getattr(case, name).double().requires_grad_() for name in NAMES]
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return group_norm(x, 3, weight, bias, activation="silu", scale=scale, shift=shift)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def backend_of_compiler() -> list[object]:
+    compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+    return ["aot_eager", pytest.param("inductor", marks=compiler)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("compiler", backend_of_compiler())
+def test_compiles_to_one_graph(compiler: str) -> None:
+    case = make_case((2, 16, 6, 5), 4, torch.float32)
+    torch._dynamo.reset()
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return group_norm(x * 2, 4, weight, case.bias, activation="silu", scale=case.scale, shift=case.shift) + 1
+
+    compiled = torch.compile(call, backend=compiler, fullgraph=True)
+    results = []
+    for function in (call, compiled):
+        x, weight = case.x.detach().requires_grad_(), case.weight.detach().requires_grad_()
+        y = function(x, weight)
+        results.append((y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(case.x, case.weight), results[0][0])
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_lower_instruction_sets(isa: str) -> None:
+    """The libraries of lesser CPUs, on this one."""
+    if isa not in _library._CPU_ISAS[_library._CPU_ISAS.index(_library.cpu_isa()) :]:
+        pytest.skip(f"this CPU has no {isa}")
+    code = f"""
+        import torch
+        torch.cpu._is_avx512_bf16_supported = lambda: False
+        import test_group_norm as t
+        torch.set_num_threads(1)
+        from sdfast import _library
+        assert _library.load_cpu_library().name == "_C_cpu_{isa}", _library.status()
+        for dtype in t.DTYPES:
+            t.test_odd_shapes(dtype)
+            t.test_silu_far_from_zero(dtype)
+            for layout in ("first", "last"):
+                t.test_tiles_are_merged(dtype, layout)
+                for value in (float("nan"), float("inf")):
+                    t.test_non_finite_values_stay_in_their_group(value, dtype, layout)
+    """
+    run_python(code, ATEN_CPU_CAPABILITY="default" if isa == "baseline" else isa)
+
+
+def test_without_the_compiled_library() -> None:
+    output = run_python("""
+        import pathlib, torch
+        from sdfast import _library
+        _library._PACKAGE_DIR = pathlib.Path("nowhere")
+        from sdfast.ops import group_norm
+        x = torch.randn(2, 8, 4, 4)
+        expected = torch.nn.functional.group_norm(x, 2)
+        assert torch.equal(group_norm(x, 2), expected)
+        compiled = torch.compile(lambda x: group_norm(x, 2), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        try:
+            group_norm(x, 2, backend="cpu")
+        except ValueError as error:
+            print(error)
+    """)
+    assert "backend 'cpu' cannot run" in output and "was not built" in output
+
+
+def test_errors_name_the_argument() -> None:
+    x = torch.randn(2, 8, 4, 4)
+    half = torch.randn(8, dtype=torch.bfloat16)
+    wrong: list[tuple[type[Exception], str, tuple[object, ...], dict[str, object]]] = [
+        (TypeError, "x: got list", ([1.0], 2), {}),
+        (TypeError, "x: got dtype torch.int64", (torch.ones(2, 8, dtype=torch.int64), 2), {}),
+        (ValueError, r"x: got shape \(8,\), expected \(N, C, \*\)", (torch.ones(8), 2), {}),
+        (ValueError, "num_groups: got 3, expected a divisor of the 8 channels", (x, 3), {}),
+        (ValueError, "num_groups: got 0", (x, 0), {}),
+        (ValueError, r"weight: got shape \(4,\), expected \(8,\)", (x, 2, torch.ones(4)), {}),
+        (TypeError, "weight: got dtype torch.bfloat16, expected torch.float32", (x, 2, half), {}),
+        (TypeError, "bias: got dtype torch.float64", (x, 2, None, torch.ones(8, dtype=torch.float64)), {}),
+        (ValueError, "weight: is on meta, expected cpu", (x, 2, torch.ones(8, device="meta")), {}),
+        (ValueError, r"scale: got shape \(8,\), expected \(2, 8\)", (x, 2), {"scale": torch.ones(8)}),
+        (ValueError, "activation: got 'gelu', expected None or 'silu'", (x, 2), {"activation": "gelu"}),
+        (ValueError, "backend: got 'fast'", (x, 2), {"backend": "fast"}),
+        (ValueError, "backend 'cpu' cannot run: x is float64", (x.double(), 2), {"backend": "cpu"}),
+        (ValueError, "backend 'cuda' cannot run", (x, 2), {"backend": "cuda"}),
+    ]
+    if not has_kernel:
+        wrong = [entry for entry in wrong if entry[3].get("backend") != "cpu"]
+    for error, message, args, kwargs in wrong:
+        with pytest.raises(error, match=message):
+            group_norm(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def test_defaults_to_the_formula_of_torch() -> None:
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(group_norm(x, 2), F.group_norm(x, 2))
+    torch.testing.assert_close(group_norm_reference(x, 2, silu=True), F.silu(F.group_norm(x, 2)))
+    with dispatch.use_backend("reference"):
+        assert torch.equal(group_norm(x, 2), group_norm_torch(x, 2))
