@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sdfast.testing import assert_within_budget, relative_error
 
 from sdfast import dispatch, ops
+from sdfast.testing import assert_within_budget, relative_error
 
 SAMPLE_ARGUMENTS = {
     "conv2d": (

@@ -137,7 +137,8 @@ def load_model(
     Args:
         model_class: `UNet2DCondition`, `UNet2D`, `AutoencoderKL` or `CLIPTextEncoder`.
         folder_or_id: holds config.json and the weights, itself or in `subfolder`; see `resolve`.
-        dtype: what the weights become; None keeps what the file has, mapped from disk without a copy.
+        dtype: what the weights become; None keeps what the file has. What needs no conversion (of dtype,
+            or of a convolution to channels_last) stays mapped from disk.
         variant: "fp16" for files named so.
         revision: on the hub.
 

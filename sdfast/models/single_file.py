@@ -159,7 +159,7 @@ def _mapped(tensors: Tensors, mapping: ldm_keys.Mapping) -> Tensors:
     def lazy(source: ldm_keys.Source) -> LazyTensor:
         stored = tensors[source.key]
         shape = source.take(torch.empty(stored.shape, device="meta")).shape
-        return LazyTensor(tuple(shape), lambda: source.take(stored.read()))
+        return LazyTensor(tuple(shape), lambda: source.take(stored.read()), stored.mapped)
 
     return {name: lazy(source) for name, source in mapping.items()}
 
