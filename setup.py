@@ -1,8 +1,8 @@
 """Builds the compiled libraries with CMake and packs them into a py3-none-<platform> wheel.
 
 Metadata is in pyproject.toml, the build itself in CMakeLists.txt. The libraries hold no Python.h and no torch
-symbol outside LibTorch's stable ABI, so one wheel serves every Python 3 and every torch from 2.10 on. Where they
-cannot be built, the package installs without them and runs on torch; `sdfast doctor` then says so.
+symbol outside LibTorch's stable ABI, so one wheel serves every Python 3 and every torch from 2.10 on. Where
+they cannot be built, the package installs without them and runs on torch; `sdfast doctor` then says so.
 """
 
 from __future__ import annotations

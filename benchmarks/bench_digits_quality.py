@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import pathlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from _record import results_path, write_json
 from torch import Tensor
 
+from sdfast.loading import digits_folder
 from sdfast.pipelines import StableDiffusion
-from sdfast.testing import environment
 from sdfast.training.captions import WORDS
 from sdfast.training.data import Digits, Reader, enlarge, load_digits, shrink
+from sdfast.training.digits import RECORD
 
 # (guidance scale, steps); the first are the defaults of `sdfast generate`.
 SETTINGS = ((7.5, 50), (7.5, 20), (3.0, 50), (3.0, 20), (1.0, 50))
@@ -87,18 +88,22 @@ def main() -> int:
             f" asked, spread {row['spread']:.3f}, {row['seconds']} s"
         )
     if not arguments.no_record:
-        _record({"real": real, "generated": rows, "required_accuracy": REQUIRED})
+        path = results_path("digits_quality")
+        command = " ".join(["python", "benchmarks/bench_digits_quality.py", *sys.argv[1:]])
+        write_json(path, rows, command=command, training=_training(arguments.model), real=real)
+        print(path)
     return 0 if rows[0]["accuracy"] >= REQUIRED else 1
 
 
-def _record(result: dict[str, Any]) -> None:
-    machine = environment()
-    device = re.sub(r"[^a-z0-9]+", "-", str(machine["cpu"]).lower()).strip("-")
-    path = Path(__file__).parent / "results" / device / "digits_quality.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", "benchmarks/bench_digits_quality.py", *sys.argv[1:]])
-    path.write_text(json.dumps({"command": command, "environment": machine, **result}, indent=2) + "\n")
-    print(path)
+def _training(model: str) -> dict[str, Any] | None:
+    """How the model was trained, from the file that the training left beside it."""
+    path = (digits_folder() if model == "digits" else pathlib.Path(model)) / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    options = ("seed", "vae_steps", "unet_steps", "threads")
+    arguments = [f"--{name.replace('_', '-')} {record[name]}" for name in options]
+    return {"command": " ".join(["sdfast train digits", *arguments]), **record}
 
 
 if __name__ == "__main__":

@@ -18,37 +18,36 @@ inline Vec gradient_of_z(Vec dy, Vec z) {
   return kSilu ? dy * simd::silu_gradient(z) : dy;
 }
 
-// Adds to out, per channel: the sums of dz and of dz * (x - center). For a line, to out's first
-// lanes, which the caller adds up.
+// Out: the sums of dz and of dz * (x - center); per channel added to what is there, for a line as
+// they are.
 template <bool kChannelsLast, bool kSilu, typename T>
 void gradient_sums(const T* x, const T* dy, int64_t rows, int64_t width, const Coefficients& k,
-                   ChannelPair out) {
-  Vec line_first{}, line_second{};
+                   const TileSums& out) {
+  Vec line_sum{}, line_product{};
   for_each_strip(width, [&](int64_t begin, int64_t end) {
     for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
       const Normalize<kChannelsLast> norm(k, i);
-      Vec first = kChannelsLast ? simd::load(out.first + i) : line_first;
-      Vec second = kChannelsLast ? simd::load(out.second + i) : line_second;
+      Vec sum{}, product{};
       for (int j = 0; j < count; ++j) {
         const int64_t at = (r + j) * width + i;
         const Vec deviation = simd::load(x + at, lanes) - norm.center;
         const Vec dz =
             gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
-        first += dz;
-        second += dz * deviation;
+        sum += dz;
+        product += dz * deviation;
       }
       if constexpr (kChannelsLast) {
-        simd::store(out.first + i, first);
-        simd::store(out.second + i, second);
+        simd::store(out.sums + i, simd::load(out.sums + i) + sum);
+        simd::store(out.products + i, simd::load(out.products + i) + product);
       } else {
-        line_first = first;
-        line_second = second;
+        line_sum += sum;
+        line_product += product;
       }
     });
   });
   if (!kChannelsLast) {
-    out.first[0] = simd::sum(line_first);
-    out.second[0] = simd::sum(line_second);
+    *out.sums = simd::sum(line_sum);
+    *out.products = simd::sum(line_product);
   }
 }
 
@@ -80,7 +79,7 @@ inline void merge_gradient_sums(const Tiling& t, const float* partials, int64_t 
   std::fill_n(sum_dz, t.channels, 0.0);
   std::fill_n(sum_dz_xhat, t.channels, 0.0);
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float *sums = partials + 2 * tile * t.padded, *products = sums + t.padded;
+    const float *sums = partials + TileSums::kArrays * tile * t.padded, *products = sums + t.padded;
     for (int64_t c = 0; c < t.channels; ++c) {
       sum_dz[c] += sums[c];
       sum_dz_xhat[c] += products[c];
@@ -120,11 +119,11 @@ void backward(const Tiling& t, const T* dy, const T* x, const Affine& affine, co
   };
   run_steps(
       t,
-      [&](const Tile& tile, ChannelPair out) {
+      [&](const Tile& tile, const TileSums& out) {
         const auto [rows, width] = shape_of(tile);
         if (kChannelsLast) {
-          std::fill_n(out.first, t.padded, 0.0f);
-          std::fill_n(out.second, t.padded, 0.0f);
+          std::fill_n(out.sums, t.padded, 0.0f);
+          std::fill_n(out.products, t.padded, 0.0f);
         }
         gradient_sums<kChannelsLast, kSilu>(x + tile.offset, dy + tile.offset, rows, width,
                                             of(tile.image).from(tile.line), out);

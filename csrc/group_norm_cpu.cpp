@@ -42,7 +42,7 @@ std::vector<float> values_of(const std::optional<Tensor>& tensor, const char* na
   if (!tensor) return values;
   check_cpu(*tensor, name);
   check_shape(*tensor, name, shape);
-  const Tensor dense = torch::stable::contiguous(*tensor);
+  const Tensor dense = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
   dispatch(dense.scalar_type(), [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(dense.const_data_ptr());
     simd::for_each_vector(0, size, [&](int64_t i, auto lanes) {

@@ -1,9 +1,9 @@
 // group_norm with SiLU and scale-shift on CPU, for fp32, bf16 and fp16. Backward has its own file.
 //
-// Algorithm. An image is cut into tiles that stay in L2. (1) Per tile and channel: the mean and the
-// squared deviations from it, in one reading about a center near the mean. (2) Per image: the tiles
-// merged in a fixed order in fp64, which gives mean and rstd of each group and folds the formula
-// into z = (x - center) * gain + offset per channel. (3) Per tile: y = act(z).
+// Algorithm. An image is cut into tiles that stay in L2. (1) Per tile and channel: the sums of
+// deviations from a center near the mean and of their squares. (2) Per image: the tiles merged in a
+// fixed order in fp64, which gives mean and rstd of each group and folds the formula into
+// z = (x - center) * gain + offset per channel. (3) Per tile: y = act(z).
 // Bytes: y once; x once where an image stays in cache between (1) and (3), otherwise twice.
 // Limit: memory bandwidth; with SiLU in cache, the exponential.
 // Tiles depend on the shape alone, so the result does not depend on the number of threads.
@@ -23,7 +23,8 @@ namespace sdfast::group_norm {
 
 using simd::Vec;
 
-constexpr int64_t kTileElements = 32768;
+constexpr int64_t kTileElements = 65536;
+constexpr int64_t kTileRows = 256;  // fp32 sums over more would round too much
 constexpr int64_t kStrip = 512;
 // Threads that share images take them through the steps in rounds of about this size, so that step
 // 3 finds x in cache.
@@ -47,9 +48,9 @@ struct Tiling {
         groups(groups) {
     lines = channels_last ? 1 : channels;
     // As many tiles as it takes, then all as equal as can be.
-    const int64_t row_elements = channels_last ? channels : 1;
-    tiles =
-        std::clamp<int64_t>((pixels * row_elements + kTileElements - 1) / kTileElements, 1, pixels);
+    const int64_t most = channels_last ? std::clamp<int64_t>(kTileElements / channels, 1, kTileRows)
+                                       : kTileRows * simd::kLanes;
+    tiles = (pixels + most - 1) / most;
     rows = (pixels + tiles - 1) / tiles;
     tiles = (pixels + rows - 1) / rows;
     padded = simd::round_up(channels);
@@ -93,10 +94,16 @@ struct Coefficients {
   Coefficients from(int64_t channel) const { return Coefficients(center + channel, gain - center); }
 };
 
-// Two sums per channel of a tile: (mean, squared deviations) forward,
-// (sum of dz, sum of dz * (x - center)) backward.
-struct ChannelPair {
-  float *first, *second;
+// What step 1 leaves of a tile, per channel. Forward: a center and the sums of deviations from it
+// and of their squares, as the mean itself would not fit in fp32. Backward: sums of dz and dz * (x
+// - center).
+struct TileSums {
+  static constexpr int64_t kArrays = 3;
+  float *sums, *products, *center;
+
+  TileSums(float* base, int64_t stride)
+      : sums(base), products(base + stride), center(base + 2 * stride) {}
+  TileSums from(int64_t channel) const { return TileSums(sums + channel, products - sums); }
 };
 
 // Parameters of the formula in fp32; where absent, arrays that change nothing.
@@ -131,72 +138,72 @@ inline void for_each_strip(int64_t width, const Body& body) {
     body(begin, std::min(begin + kStrip, width));
 }
 
-// Whether squares about a center, of which `own` remain about the mean, lost too many digits to the
-// difference of the two. False for NaN.
-inline bool is_poor_center(float squares, float own) { return squares > 16.0f * own; }
+// Whether the squares about a center lose too many digits when they become those about the mean.
+// False for NaN.
+inline bool is_poor_center(float sum, float squares, float per_row) {
+  return squares > 16.0f * (squares - sum * sum * per_row);
+}
 
-// x: (rows, channels). Out: the mean of each channel and its squared deviations from it, from sums
-// about a center near the mean. The first rows give one; should they be far from typical, the mean
-// they led to is the center of a second attempt, which makes it the two-pass algorithm.
+// x: (rows, channels). The first rows give a center; should they be far from typical, the mean they
+// led to is the center of a second attempt, which makes it the two-pass algorithm.
 template <typename T>
-void column_moments(const T* x, int64_t rows, int64_t channels, ChannelPair out) {
+void column_moments(const T* x, int64_t rows, int64_t channels, const TileSums& tile) {
   const float per_row = 1.0f / static_cast<float>(rows);
   const int64_t first_rows = std::min<int64_t>(rows, 4);
   for_each_strip(channels, [&](int64_t begin, int64_t end) {
-    float *center = out.first + begin, *squares = out.second + begin, sums[kStrip];
-    simd::for_each_vector(begin, end, [&](int64_t c, auto lanes) {
+    const TileSums out = tile.from(begin);
+    const int64_t width = end - begin, padded = simd::round_up(width);
+    simd::for_each_vector(0, width, [&](int64_t c, auto lanes) {
       Vec total{};
-      for (int64_t r = 0; r < first_rows; ++r) total += simd::load(x + r * channels + c, lanes);
-      simd::store(out.first + c, total / static_cast<float>(first_rows));
+      for (int64_t r = 0; r < first_rows; ++r) {
+        total += simd::load(x + r * channels + begin + c, lanes);
+      }
+      simd::store(out.center + c, total / static_cast<float>(first_rows));
     });
     for (int attempt = 0; attempt < 2; ++attempt) {
-      const int64_t width = end - begin, padded = simd::round_up(width);
-      std::fill_n(sums, padded, 0.0f);
-      std::fill_n(squares, padded, 0.0f);
+      std::fill_n(out.sums, padded, 0.0f);
+      std::fill_n(out.products, padded, 0.0f);
       for_each_block(rows, 0, width, [&](int64_t row, auto count, int64_t c, auto lanes) {
         const T* from = x + row * channels + begin + c;
-        const Vec about = simd::load(center + c);
-        Vec sum = simd::load(sums + c), square = simd::load(squares + c);
+        const Vec center = simd::load(out.center + c);
+        Vec sum{}, squares{};  // of the block alone: shorter chains round less
         for (int j = 0; j < count; ++j) {
           simd::prefetch(from + (j + count) * channels);
-          const Vec deviation = simd::load(from + j * channels, lanes) - about;
+          const Vec deviation = simd::load(from + j * channels, lanes) - center;
           sum += deviation;
-          square += deviation * deviation;
+          squares += deviation * deviation;
         }
-        simd::store(sums + c, sum);
-        simd::store(squares + c, square);
+        simd::store(out.sums + c, simd::load(out.sums + c) + sum);
+        simd::store(out.products + c, simd::load(out.products + c) + squares);
       });
       int poor = 0;
       for (int64_t c = 0; c < width; ++c) {
-        const float own = squares[c] - sums[c] * sums[c] * per_row;
-        poor |= is_poor_center(squares[c], own);
-        center[c] += sums[c] * per_row;
-        squares[c] = std::max(own, 0.0f);
+        poor |= is_poor_center(out.sums[c], out.products[c], per_row);
       }
-      if (!poor) break;
+      if (!poor || attempt == 1) break;
+      for (int64_t c = 0; c < width; ++c) out.center[c] += out.sums[c] * per_row;
     }
   });
 }
 
 // x: (size), all of one channel. As column_moments.
 template <typename T>
-void line_moments(const T* x, int64_t size, ChannelPair out) {
+void line_moments(const T* x, int64_t size, const TileSums& out) {
   const float per_element = 1.0f / static_cast<float>(size);
   const int first = static_cast<int>(std::min<int64_t>(size, simd::kLanes));
-  float center = simd::sum(simd::load(x, first)) / static_cast<float>(first);
+  *out.center = simd::sum(simd::load(x, first)) / static_cast<float>(first);
   for (int attempt = 0; attempt < 2; ++attempt) {
-    Vec sums{}, squares{};
+    const Vec center = simd::broadcast(*out.center);
+    Vec sum{}, squares{};
     simd::for_each_vector(0, size, [&](int64_t i, auto lanes) {
       const Vec deviation = simd::keep_first(simd::load(x + i, lanes) - center, lanes);
-      sums += deviation;
+      sum += deviation;
       squares += deviation * deviation;
     });
-    const float sum = simd::sum(sums), square = simd::sum(squares);
-    const float own = square - sum * sum * per_element;
-    center += sum * per_element;
-    out.first[0] = center;
-    out.second[0] = std::max(own, 0.0f);
-    if (!is_poor_center(square, own)) break;
+    *out.sums = simd::sum(sum);
+    *out.products = simd::sum(squares);
+    if (!is_poor_center(*out.sums, *out.products, per_element) || attempt == 1) break;
+    *out.center += *out.sums * per_element;
   }
 }
 
@@ -243,8 +250,8 @@ double sum_over(int64_t begin, int64_t end, const Term& term) {
   return (chains[0] + chains[1]) + (chains[2] + chains[3]);
 }
 
-// The coefficients center, gain and offset of one image's channels. `rest`: what rounding took from
-// the mean of each group, or null.
+// The coefficients center, gain and offset of one image's channels. mean, rstd: (G). `rest`: what
+// rounding took from each mean, or null.
 inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affine& affine,
                                      const float* mean, const float* rstd, const float* rest,
                                      const Coefficients& k) {
@@ -252,15 +259,18 @@ inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affin
   for (int64_t g = 0; g < t.groups; ++g) {
     std::fill_n(k.center + g * width, width, mean[g]);
     std::fill_n(k.gain + g * width, width, rstd[g]);
-    std::fill_n(k.offset + g * width, width, rest ? -rest[g] : 0.0f);
+    std::fill_n(k.offset + g * width, width, rest ? rest[g] : 0.0f);
   }
   const float *scale = affine.scale + image * t.channels,
               *shift = affine.shift + image * t.channels;
-  for (int64_t c = 0; c < t.channels; ++c) {
-    const float factor = 1.0f + scale[c], gain = k.gain[c] * affine.weight[c] * factor;
-    k.gain[c] = gain;
-    k.offset[c] = k.offset[c] * gain + (affine.bias[c] * factor + shift[c]);
-  }
+  simd::for_each_vector(0, t.channels, [&](int64_t c, auto lanes) {
+    const Vec factor = simd::load(scale + c, lanes) + 1.0f;
+    const Vec gain = simd::load(k.gain + c) * (simd::load(affine.weight + c, lanes) * factor);
+    const Vec bias = simd::load(affine.bias + c, lanes) * factor + simd::load(shift + c, lanes);
+    const Vec offset = bias - simd::load(k.offset + c) * gain;
+    simd::store(k.gain + c, gain);
+    simd::store(k.offset + c, offset);
+  });
 }
 
 // From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
@@ -268,17 +278,21 @@ inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
                           const Affine& affine, double eps, float* mean, float* rstd,
                           const Coefficients& k) {
   std::vector<double> means(t.channels), squares(t.channels);
+  const int64_t stride = TileSums::kArrays * t.padded;
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float* tile_means = partials + 2 * tile * t.padded;
-    const double share = static_cast<double>(t.rows_of(tile)) / t.pixels;
-    for (int64_t c = 0; c < t.channels; ++c) means[c] += share * tile_means[c];
+    const float *sums = partials + tile * stride, *center = sums + 2 * t.padded;
+    const double share = static_cast<double>(t.rows_of(tile)) / t.pixels,
+                 per_pixel = 1.0 / t.pixels;
+    for (int64_t c = 0; c < t.channels; ++c) means[c] += share * center[c] + per_pixel * sums[c];
   }
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float *tile_means = partials + 2 * tile * t.padded, *tile_squares = tile_means + t.padded;
+    const float *sums = partials + tile * stride, *products = sums + t.padded;
+    const float* center = products + t.padded;
     const double rows = t.rows_of(tile);
+    // Squares about the mean, which is `shift` from the center.
     for (int64_t c = 0; c < t.channels; ++c) {
-      const double distance = tile_means[c] - means[c];
-      squares[c] += tile_squares[c] + rows * distance * distance;
+      const double shift = means[c] - center[c];
+      squares[c] += products[c] + shift * (rows * shift - 2.0 * sums[c]);
     }
   }
   const int64_t width = t.group_channels();
@@ -290,25 +304,29 @@ inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
       const double distance = means[c] - group_mean;
       return squares[c] + t.pixels * distance * distance;
     });
+    // Rounding may leave a constant group just below zero; a NaN is kept.
+    const double variance = group_squares < 0 ? 0.0 : group_squares / t.group_size();
     mean[g] = static_cast<float>(group_mean);
     rest[g] = static_cast<float>(group_mean - mean[g]);
-    rstd[g] = static_cast<float>(1.0 / std::sqrt(group_squares / t.group_size() + eps));
+    rstd[g] = static_cast<float>(1.0 / std::sqrt(variance + eps));
   }
   normalizing_coefficients(t, image, affine, mean, rstd, rest.data(), k);
 }
 
-// gather(tile, pair) over all tiles of an image, merge(image, partials), then apply(tile) over its
+// gather(tile, sums) over all tiles of an image, merge(image, partials), then apply(tile) over its
 // tiles.
 template <typename Gather, typename Merge, typename Apply>
 void run_steps(const Tiling& t, const Gather& gather, const Merge& merge, const Apply& apply) {
   using torch::stable::parallel_for;
-  const int64_t image_tiles = t.lines * t.tiles, image_partials = 2 * t.tiles * t.padded;
+  const int64_t image_tiles = t.lines * t.tiles;
+  const int64_t tile_partials = TileSums::kArrays * t.padded,
+                image_partials = t.tiles * tile_partials;
   const auto gather_tiles = [&](int64_t begin, int64_t end, int64_t first_image, float* partials) {
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile(t, i);
       float* sums =
-          partials + (tile.image - first_image) * image_partials + 2 * tile.index * t.padded;
-      gather(tile, ChannelPair{sums + tile.line, sums + t.padded + tile.line});
+          partials + (tile.image - first_image) * image_partials + tile.index * tile_partials;
+      gather(tile, TileSums(sums, t.padded).from(tile.line));
     }
   };
   // Backwards: what was read last is still in cache.
@@ -352,7 +370,7 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
   };
   run_steps(
       t,
-      [&](const Tile& tile, ChannelPair out) {
+      [&](const Tile& tile, const TileSums& out) {
         if constexpr (kChannelsLast) {
           column_moments(x + tile.offset, tile.rows, t.channels, out);
         } else {

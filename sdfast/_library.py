@@ -8,7 +8,6 @@ without a compiled library runs on torch, and `status()` says why.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import pathlib
 from collections.abc import Callable
@@ -18,6 +17,10 @@ import torch
 LIBRARY = torch.library.Library("sdfast", "DEF")
 
 _PACKAGE_DIR = pathlib.Path(__file__).parent
+# Plain values, looked up in every call, so that torch.compile traces through and guards on them.
+_native_ops: list[str] = []
+_kernels: set[tuple[str, str]] = set()
+_cpu_status: LibraryStatus | None = None
 # The instruction sets a CPU library is built for, best first. Each runs on all CPUs of those before it.
 _CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
 
@@ -43,8 +46,11 @@ def define(schema: str, composite: Callable[..., object]) -> None:
 
 def define_native(schema: str, fake: Callable[..., object]) -> None:
     """Define `sdfast::<schema>`, whose kernels are compiled; `fake` gives shapes, dtypes and strides."""
+    name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
-    torch.library.register_fake(f"sdfast::{schema.split('(', 1)[0]}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"sdfast::{name}", fake, lib=LIBRARY)
+    _native_ops.append(name)
+    _note_kernels()
 
 
 def cpu_isa() -> str:
@@ -58,9 +64,16 @@ def cpu_isa() -> str:
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
 
 
-@functools.cache
 def load_cpu_library() -> LibraryStatus:
-    """Load the best compiled CPU library this machine can run. Never raises."""
+    """Load the best compiled CPU library this machine can run, once. Never raises."""
+    global _cpu_status
+    if _cpu_status is None:
+        _cpu_status = _load_cpu_library()
+        _note_kernels()
+    return _cpu_status
+
+
+def _load_cpu_library() -> LibraryStatus:
     problems = []
     for isa in _CPU_ISAS[_CPU_ISAS.index(cpu_isa()) :]:
         path = _PACKAGE_DIR / f"_C_cpu_{isa}.so"
@@ -89,19 +102,14 @@ def status() -> list[LibraryStatus]:
     return [load_cpu_library(), triton_status()]
 
 
-@torch.compiler.assume_constant_result
 def has_kernel(op_name: str, device_type: str) -> bool:
     """Whether a compiled kernel of `sdfast::<op_name>` is registered for this kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and _has_kernel(f"sdfast::{op_name}", key)
+    return (op_name, device_type) in _kernels
 
 
-@functools.cache
-def _has_kernel(qualified_name: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, key)
-
-
-@torch.compiler.assume_constant_result
-def why_no_cpu_kernel() -> str:
-    """Why there is no compiled CPU kernel, for an error text."""
-    return load_cpu_library().detail
+def _note_kernels() -> None:
+    """Look up which operations have kernels by now."""
+    for name in _native_ops:
+        for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sdfast::{name}", key):
+                _kernels.add((name, device_type))

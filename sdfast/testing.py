@@ -1,12 +1,13 @@
 """The error budget and the timing that tests and benchmarks share.
 
-A result is right when its error against fp64 stays within twice that of eager torch in the same dtype, plus one
-rounding band: one unit in the last place of that dtype, `torch.finfo(dtype).eps`. Nothing is tuned per test.
+A result is right when its error against fp64 stays within twice that of eager torch in the same dtype, plus
+one rounding band: one unit in the last place of that dtype, `torch.finfo(dtype).eps`.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import pathlib
 import platform
 import statistics
@@ -22,8 +23,8 @@ def relative_error(actual: Tensor, expected: Tensor, *, magnitude: Tensor | None
     """‖actual − expected‖ / ‖expected‖ in fp64; inf where one is finite and the other is not.
 
     Args:
-        magnitude: for a result that cancels to almost nothing, the size of the terms whose sum each element is;
-            its norm divides where that of `expected` is smaller.
+        magnitude: for a result that cancels to almost nothing, the size of the terms whose sum each element
+            is; its norm divides where that of `expected` is smaller.
     """
     return _error(actual, expected, magnitude, lambda t: float(torch.linalg.vector_norm(t)))
 
@@ -55,7 +56,9 @@ def error_budget(eager: Tensor, exact: Tensor, *, magnitude: Tensor | None = Non
 def assert_within_budget(
     actual: Tensor, eager: Tensor, exact: Tensor, *, magnitude: Tensor | None = None, what: str = "result"
 ) -> None:
-    """Raise AssertionError unless `actual` is as close to `exact` as the budget asks, as a whole and at its worst.
+    """Raise AssertionError unless `actual` is within the budget of `exact`, as a whole and at its worst.
+
+    The worst of a few elements is chance, for eager as for the other; it is judged from 256 elements on.
 
     Args:
         actual: what is judged.
@@ -70,7 +73,7 @@ def assert_within_budget(
         ("error", lambda t: float(torch.linalg.vector_norm(t))),
         ("worst element's error", lambda t: float(t.abs().max())),
     )
-    for name, norm in norms:
+    for name, norm in norms if exact.numel() >= 256 else norms[:1]:
         error = _error(actual, exact, magnitude, norm)
         eager_error = _error(eager, exact, magnitude, norm)
         budget = 2 * eager_error + torch.finfo(eager.dtype).eps
@@ -81,14 +84,27 @@ def assert_within_budget(
 
 
 def time_alternating(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int = 20, warmup: int = 2
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    warmup: int = 2,
+    limit_seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns, so that all meet the same disturbances."""
+    """Seconds of each call, the functions taking turns, so that all meet the same disturbances.
+
+    Args:
+        rounds: how often each is timed.
+        warmup: how often each is called before.
+        limit_seconds: after this long no further round is started, once there are five.
+    """
     for _ in range(warmup):
         for function in functions.values():
             function()
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - began > limit_seconds:
+            break
         for name, function in functions.items():
             start = time.perf_counter()
             function()
@@ -141,16 +157,7 @@ def _commit() -> str:
     root = pathlib.Path(__file__).parent
     try:
         commit = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(root),
-                "describe",
-                "--always",
-                "--abbrev=12",
-                "--dirty=+changes",
-                "--exclude=*",
-            ],
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--exclude=*"],
             capture_output=True,
             text=True,
             check=True,

@@ -145,6 +145,8 @@ def test_recipe_writes_a_pipeline_once_and_replaces_it(few_pictures, tmp_path):
     assert image.size == (32, 32)
     index = json.loads((output / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
+    record = json.loads((output / "training.json").read_text())
+    assert record["seconds"] > 0 and (record["vae_steps"], record["unet_steps"]) == (1, 2)
     before = (output / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     (output / "left_over").touch()
     assert _recipe(tmp_path) == output

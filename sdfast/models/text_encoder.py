@@ -16,7 +16,6 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdfast import ops
@@ -205,12 +204,7 @@ class _MLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-        self.activation = _quick_gelu if config.hidden_act == "quick_gelu" else F.gelu
+        self.activation = config.hidden_act
 
     def forward(self, x: Tensor, *, residual: Tensor) -> Tensor:  # (B, L, C) -> same
-        return self.fc2(self.activation(self.fc1(x)), residual=residual)
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    """x σ(1.702 x), the approximation that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+        return self.fc2(self.fc1(x, activation=self.activation), residual=residual)

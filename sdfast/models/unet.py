@@ -97,7 +97,7 @@ class UpBlock2D(nn.Module):
     def forward(
         self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None = None
     ) -> Tensor:
-        """Takes its skips off the list's end; (N, C, H, W) -> (N, C', 2H, 2W) or the size of the next skip."""
+        """Takes its skips off the list's end; (N, C, H, W) -> (N, C', 2H, 2W), or the next skip's size."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
             if self.attentions is not None:
@@ -326,7 +326,7 @@ class UNet2DConfig:
 
 
 class UNet2D(_UNet):
-    """ε_θ(x_t, t): the unconditional U-Net of Ho et al. 2020 (the report's section 3.3)."""
+    """ε_θ(x_t, t): the unconditional U-Net of Ho et al. 2020."""
 
     config_class = UNet2DConfig
     diffusers_class = "UNet2DModel"

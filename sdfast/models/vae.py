@@ -1,7 +1,7 @@
 """The variational autoencoder: images to latents and back, 8 times smaller in Stable Diffusion.
 
-Kingma & Welling 2014; the network is Rombach et al. 2022's (KL-f8), the report's section 2.5. The encoder
-gives mean and log-variance of a diagonal Gaussian; the prior is N(0, I).
+Kingma & Welling 2014; the network is Rombach et al. 2022's (KL-f8). The encoder gives mean and
+log-variance of a diagonal Gaussian; the prior is N(0, I).
 """
 
 from __future__ import annotations

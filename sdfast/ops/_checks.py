@@ -25,7 +25,7 @@ def check_tensor(
     Args:
         rank: the number of dimensions it must have.
         shape: the exact shape it must have.
-        like: a tensor whose device and dtype it must share.
+        like: a tensor whose device and dtype it must share; under autocast, which casts, only the device.
     """  # fmt: skip
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
@@ -37,7 +37,7 @@ def check_tensor(
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, expected {like.device} as the input")
-    if like is not None and value.dtype != like.dtype:
+    if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the input")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, widened
 
 
 def attention_torch(
@@ -79,8 +79,17 @@ def attention(
             raise ValueError(
                 "mask: cannot be given together with is_causal=True; fold the causal part into mask"
             )
-        if mask.dtype != torch.bool:
-            check_optional("mask", mask, like=q)
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+            check_tensor("mask", mask, like=q)
+        scores = (batch, heads, q.shape[2], k.shape[2])
+        if not _broadcasts(mask.shape, scores):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
     serve = dispatch.choose("attention", q.device.type, NO_KERNEL_YET, backend)
     run = attention_reference if serve == "reference" else attention_torch
     return cast(Tensor, run(q, k, v, mask=mask, is_causal=is_causal, scale=scale))
+
+
+def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    if len(shape) > len(target):
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(shape[::-1], target[::-1], strict=False))

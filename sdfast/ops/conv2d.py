@@ -84,7 +84,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int | tuple[int, int, int, int] = 0,
+    padding: int | tuple[int, ...] = 0,
     *,
     norm: NormPrologue | None = None,
     upsample: bool = False,
@@ -100,8 +100,9 @@ def conv2d(
         x: (N, C_in, H, W), fp32, bf16, fp16 or fp64, contiguous or channels_last; other strides are copied.
         weight: (C_out, C_in, kh, kw), same dtype.
         bias: (C_out,) or None.
-        stride: 1 or 2, ...
-        padding: zeros on every side, or (left, right, top, bottom) as `torch.nn.functional.pad` counts.
+        stride: of both axes, at least 1.
+        padding: zeros on every side; or (vertical, horizontal) as `torch.nn.functional.conv2d` counts; or
+            (left, right, top, bottom) as `torch.nn.functional.pad` does.
         norm: GroupNorm and SiLU of the input, before anything else.
         upsample: nearest-2x of the (normalised) input before the convolution.
         time_embedding: (N, C_out), added to every pixel.
@@ -124,11 +125,9 @@ def conv2d(
     if weight_channels != channels_in:
         raise ValueError(f"x: got {channels_in} channels, expected {weight_channels} to fit weight")
     check_optional("bias", bias, shape=(channels_out,), like=x)
-    if stride < 1:
-        raise ValueError(f"stride: got {stride}, expected at least 1")
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-    if len(sides) != 4 or min(sides) < 0:
-        raise ValueError(f"padding: got {padding}, expected an int >= 0 or (left, right, top, bottom)")
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride: got {stride}, expected one int, at least 1")
+    sides = _sides(padding)
     scale = 2 if upsample else 1
     out_height = (height * scale + sides[2] + sides[3] - kernel_height) // stride + 1
     out_width = (width * scale + sides[0] + sides[1] - kernel_width) // stride + 1
@@ -154,7 +153,7 @@ def conv2d(
             weight,
             bias,
             stride,
-            cast("tuple[int, int, int, int]", sides),
+            sides,
             upsample=upsample,
             time_embedding=time_embedding,
             residual=residual,
@@ -178,6 +177,16 @@ def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Te
     mean = grouped.mean(dim=-1)
     var = (grouped - mean[..., None]).square().mean(dim=-1)
     return mean, torch.rsqrt(var + eps)
+
+
+def _sides(padding: int | tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Zeros to the left, right, top and bottom."""
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) == 2:
+        sides = (sides[1], sides[1], sides[0], sides[0])
+    if len(sides) != 4 or min(sides) < 0:
+        raise ValueError(f"padding: got {padding}, expected an int >= 0, two or (left, right, top, bottom)")
+    return cast("tuple[int, int, int, int]", sides)
 
 
 def _check_groups(name: str, groups: int, channels: int) -> None:

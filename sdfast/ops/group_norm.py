@@ -1,8 +1,8 @@
 """group_norm: GroupNorm with what follows it in a diffusion model, a scale-shift and SiLU.
 
     mean_ng, var_ng = mean and variance of x[n, i] over the channels i of group g and all pixels
-    x̂  = (x − mean) / √(var + eps)                              Wu & He 2018, "Group Normalization", eq. 1-5
-    z  = (x̂ · weight + bias) · (1 + scale) + shift              "scale_shift" time embedding: Nichol & Dhariwal 2021
+    x̂  = (x − mean) / √(var + eps)                    Wu & He 2018, "Group Normalization", eq. 1-5
+    z  = (x̂ · weight + bias) · (1 + scale) + shift    time embedding as "scale_shift": Nichol & Dhariwal 2021
     y  = z · sigmoid(z) with activation="silu", else z
 
 x, y: (N, C, *). weight, bias: (C,). scale, shift: (N, C). mean, rstd = 1/√(var + eps): (N, num_groups), fp32.
@@ -54,7 +54,7 @@ group_norm_reference = widened(group_norm_torch)
 
 
 def _has_layout(x: Tensor, axes: tuple[int, ...]) -> bool:
-    """Whether x is dense with its axes in this order, the fastest first. An axis of size 1 fits any stride."""
+    """Whether x is dense, its axes in this order, fastest first. An axis of size 1 fits any stride."""
     expected = 1
     for axis in axes:
         if x.shape[axis] > 1 and x.stride(axis) != expected:
@@ -188,7 +188,7 @@ def _unavailable(x: Tensor) -> dict[str, str]:
     elif x.dtype == torch.float64:
         reason = "x is float64; use torch or reference"
     elif not _library.has_kernel("group_norm_forward", "cpu"):
-        reason = _library.why_no_cpu_kernel()
+        reason = _library.load_cpu_library().detail
     else:
         return _NO_KERNEL_BUT_CPU
     return {**_NO_KERNEL_BUT_CPU, "cpu": reason}

@@ -38,7 +38,7 @@ class DDPMTraining:
         caption_dropout: the share of captions replaced by the empty one.
     """
 
-    schedule: Schedule = Schedule(steps=6000, learning_rate=1e-3, ema_decay=0.999)
+    schedule: Schedule = Schedule(steps=4500, learning_rate=1e-3, ema_decay=0.999)
     batch_size: int = 64
     caption_dropout: float = 0.1
 
@@ -68,9 +68,12 @@ class CaptionedLatents:
         rows = torch.randint(len(self.labels), (batch,), generator=generator)
         z = DiagonalGaussian(torch.cat([self.posterior.mean[rows], self.posterior.logvar[rows]], dim=1))
         z0 = z.sample(torch.randn(z.mean.shape, generator=generator)) * self.scaling_factor
-        which = torch.randint(self.captions.shape[1], (batch,), generator=generator)
+        # One wording for each class in a step: the text encoder then runs on a few captions, not on a batch.
+        classes, wordings = self.captions.shape[:2]
+        wording = torch.randint(wordings, (classes,), generator=generator)
+        ids = self.captions[torch.arange(classes), wording][self.labels[rows]]
         dropped = torch.rand(batch, generator=generator) < caption_dropout
-        return z0, torch.where(dropped[:, None], self.empty_caption, self.captions[self.labels[rows], which])
+        return z0, torch.where(dropped[:, None], self.empty_caption, ids)
 
 
 class TextConditionedUNet(nn.Module):
@@ -83,7 +86,7 @@ class TextConditionedUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, input_ids: Tensor) -> Tensor:
         """x_t (N, C, H, W), t (N,), input_ids (N, L) -> (N, C, H, W)."""
-        # Many samples of a batch share a caption: each is encoded once.
+        # Samples of a batch share captions: each is encoded once.
         distinct, which = torch.unique(input_ids, dim=0, return_inverse=True)
         context = self.text_encoder(distinct).last_hidden_state.index_select(0, which)
         return self.unet(x_t, t, context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sdfast import __version__
 from sdfast.diffusion import NoiseSchedule
 from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
 from sdfast.models.checkpoint import save_components
@@ -23,11 +25,13 @@ from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training.captions import caption_ids, write_tokenizer
 from sdfast.training.data import IMAGE_SIZE, load_digits, training_set
 from sdfast.training.ddpm import CaptionedLatents, DDPMTraining, TextConditionedUNet, train_ddpm
+from sdfast.training.run_folder import seconds_spent
 from sdfast.training.trainer import Schedule
 from sdfast.training.vae import VAETraining, encode, train_vae
 
+RECORD = "training.json"
 VAE_STEPS = 1000
-UNET_STEPS = 6000
+UNET_STEPS = 4500
 _COPIES = 7  # augmented versions of each training picture
 _WIDTH = 64  # of the text
 
@@ -49,7 +53,7 @@ UNET_CONFIG = UNet2DConditionConfig(
     layers_per_block=1,
     norm_num_groups=16,
     cross_attention_dim=_WIDTH,
-    attention_head_dim=4,
+    attention_head_dim=2,
 )
 # The paper's schedule (§3.3). It ends in almost pure noise, so sampling starts where training ended.
 SCHEDULER_CONFIG: dict[str, Any] = {
@@ -85,11 +89,13 @@ def train_digits(
 
     Args:
         output: the folder to write. It appears whole or not at all; a pipeline that is there is replaced.
+            Beside the pipeline it holds training.json: options, seconds, versions.
         run_dir: where checkpoints go (some 50 MB).
         seed: of everything random: the data split, the first weights, the steps.
         vae_steps, unet_steps: length of the two phases.
         resume: False forgets the checkpoints in `run_dir` and starts anew.
-        threads: CPU threads; the networks are too small for many. None leaves torch's setting alone.
+        threads: CPU threads; the networks are too small for many, and 1 is faster where other programs keep
+            the cores busy. None leaves torch's setting alone.
         progress: show progress bars.
         checkpoint_seconds: the age at which a checkpoint is replaced.
 
@@ -144,7 +150,17 @@ def train_digits(
             folder=run_dir / "unet",
             **common,
         )
-        _write(output, vae, model, Path(scratch))
+        record = {
+            "seed": seed,
+            "vae_steps": vae_steps,
+            "unet_steps": unet_steps,
+            "threads": torch.get_num_threads(),
+            "seconds": round(sum(seconds_spent(run_dir / phase) for phase in ("vae", "unet")), 1),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+            "sdfast": __version__,
+        }
+        _write(output, vae, model, Path(scratch), record)
     return output
 
 
@@ -174,7 +190,9 @@ def _check_output(output: Path) -> None:
         raise FileExistsError(f"{output}: exists and is no pipeline folder; choose another output")
 
 
-def _write(output: Path, vae: torch.nn.Module, model: TextConditionedUNet, tokenizer: Path) -> None:
+def _write(
+    output: Path, vae: torch.nn.Module, model: TextConditionedUNet, tokenizer: Path, record: Any
+) -> None:
     """Write beside `output`, then rename: nobody sees half a pipeline."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
@@ -194,6 +212,8 @@ def _write(output: Path, vae: torch.nn.Module, model: TextConditionedUNet, token
                 "requires_safety_checker": False,
             },
         )
+        # How it came about, for whoever asks; pipelines do not read it.
+        (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         if output.exists():
             output.rename(old)
         try:

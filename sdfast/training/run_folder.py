@@ -101,6 +101,19 @@ class RunFolder:
             )
 
 
+def seconds_spent(folder: str | Path) -> float:
+    """How long the run in `folder` has trained, up to its last checkpoint, all of its starts together.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: the last one is damaged.
+    """
+    paths = sorted(Path(folder).glob("checkpoint-*.pt"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no checkpoint")
+    return float(_read(paths[-1])["seconds"])
+
+
 def _read(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]

@@ -144,18 +144,21 @@ def train(
     module.train()
     optimizer = _optimizer(module, schedule)
     ema = EMA(module, schedule.ema_decay) if schedule.ema_decay else None
-    step = 0
+    step, seconds_before, began = 0, 0.0, time.monotonic()
     checkpoint = run.latest()
     if checkpoint is not None:
-        step = checkpoint["step"]
+        step, seconds_before = checkpoint["step"], checkpoint["seconds"]
         module.load_state_dict(checkpoint["module"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema"])
 
     def save() -> None:
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(step, state if ema is None else {**state, "ema": ema.state_dict()})
+        state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        state["seconds"] = seconds_before + time.monotonic() - began
+        if ema is not None:
+            state["ema"] = ema.state_dict()
+        run.save(step, state)
 
     saved_at = time.monotonic()
     shown: float | None = None

@@ -1,0 +1,44 @@
+"""What the benchmarks share: the name of this machine, tables, and JSON files written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sdfast import _library
+from sdfast.testing import environment
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def device_slug(device: str = "cpu") -> str:
+    """The folder of this machine's results: "cpu-2core-avx512_bf16", "nvidia-h200"."""
+    if device == "cpu":
+        return f"cpu-{os.cpu_count()}core-{_library.cpu_isa()}"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def results_path(name: str, device: str = "cpu") -> pathlib.Path:
+    return RESULTS / device_slug(device) / f"{name}.json"
+
+
+def write_json(path: pathlib.Path, rows: Sequence[Mapping[str, object]], **more: object) -> None:
+    """Write environment, load and rows; a run that is interrupted leaves the file before it as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    record = {"environment": {**environment(), "load_average": load}, **more, "rows": list(rows)}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+
+
+def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
+    """Rows as aligned text. `columns`: format by key, as {"eager_ms": ".3f"}."""
+    cells = [list(columns)] + [[format(row[key], spec) for key, spec in columns.items()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)  # noqa: B905

@@ -1,0 +1,147 @@
+"""Writes RESULTS.md, and the table at the top of README.md, from the recorded JSON files.
+
+    python benchmarks/report.py
+
+No number enters either by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+_BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+
+Row = dict[str, Any]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def provenance(name: str, record: Row) -> str:
+    """Where a table's numbers come from."""
+    machine = record["environment"]
+    return (
+        f"`{record['command']}`, {machine['cpu']} with {machine['threads']} threads"
+        f" ({machine['cpu_capability']}), torch {machine['torch']}, commit {machine['commit']},"
+        f" {machine['date'][:10]}; [{name}](results/{name})."
+    )
+
+
+def models_rows(record: Row) -> Iterator[Sequence[object]]:
+    for row in record["rows"]:
+        yield (
+            row["work"], row["dtype"], f"{row['best_eager_ms']:.0f} ms ({row['eager_layout']})",
+            f"{row['sdfast_ms']:.0f} ms", f"**{row['ratio']:.2f}x**",
+        )  # fmt: skip
+
+
+def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
+    for row in record["rows"]:
+        name = "GroupNorm + SiLU" if row["silu"] else "GroupNorm"
+        yield (
+            name + (", forward and backward" if row["training"] else ""), row["shape"], row["dtype"],
+            f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}", f"{row['ratio']:.2f}x",
+            f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['of_copy']:.0%}",
+        )  # fmt: skip
+
+
+def group_norm_summary(record: Row) -> Iterator[Sequence[object]]:
+    """For the README: all shapes of a model, each once, and the range of their ratios."""
+    for model in ("U-Net", "VAE", "training"):
+        for dtype in ("float32", "bfloat16"):
+            rows = [r for r in record["rows"] if (r["model"], r["dtype"]) == (model, dtype)]
+            rows = [r for r in rows if r["silu"]]
+            low, high = min(r["ratio"] for r in rows), max(r["ratio"] for r in rows)
+            work = "GroupNorm + SiLU, " + (
+                "forward and backward" if model == "training" else f"all {len(rows)} shapes of the {model}"
+            )
+            eager, fast = (sum(r[name] for r in rows) for name in ("eager_ms", "sdfast_ms"))
+            yield work, dtype, f"{eager:.1f} ms", f"{fast:.1f} ms", f"**{low:.2f}x to {high:.2f}x**"
+
+
+def results_md(records: dict[str, Row]) -> list[str]:
+    """RESULTS.md, device by device."""
+    lines = [
+        "# Recorded results",
+        "",
+        "Written by `python benchmarks/report.py` from the JSON files beside it. Every benchmark checks its",
+        "result before it times it; both sides take turns in one process; times are medians, ratios are medians",
+        "of neighbours in time (20th to 80th percentile in brackets). No GPU kernel exists yet, and nothing here",
+        "was measured on a GPU.",
+    ]
+    for name, record in records.items():
+        device, kind = name.removesuffix(".json").split("/")
+        lines += ["", f"## {kind} on {device}", "", provenance(name, record), ""]
+        if kind == "models":
+            lines += markdown_table(("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record))
+        elif kind == "group_norm":
+            head = ("work", "shape", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
+            lines += [f"Copy bandwidth in the same run: {record['copy_gb_per_s']:.1f} GB/s (128 MiB).", ""]
+            lines += markdown_table(head, group_norm_rows(record))
+        elif kind == "digits_quality":
+            lines += quality(record)
+    return lines
+
+
+def quality(record: Row) -> list[str]:
+    """The digits: how many are read as asked."""
+    training = record["training"]
+    lines = [
+        f"Real digits that were held out: {record['real']['accuracy']:.1%} read as labelled. The model was trained"
+        f" in {training['seconds'] / 60:.0f} minutes ({training['command']}).",
+        "",
+    ]
+    rows = [
+        (f"guidance {r['guidance_scale']}, {r['steps']} steps", r["images"], f"{r['accuracy']:.1%}", f"{r['spread']:.3f}")
+        for r in record["rows"]
+    ]  # fmt: skip
+    rows.append(("real", "", f"{record['real']['accuracy']:.1%}", f"{record['real']['spread']:.3f}"))
+    return lines + markdown_table(("pictures", "count", "read as asked", "spread"), rows)
+
+
+def readme_block(records: dict[str, Row]) -> list[str]:
+    """The README's table: whole models first, then the kernel."""
+    lines: list[str] = []
+    for name, record in records.items():
+        if name.endswith("/models.json"):
+            machine = record["environment"]
+            lines += [
+                f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}), torch"
+                f" {machine['torch']}, beside eager torch in its faster memory format:",
+                "",
+            ]
+            lines += markdown_table(("work", "dtype", "eager", "sdfast", "speed"), models_rows(record))
+    for name, record in records.items():
+        if name.endswith("/group_norm.json"):
+            lines += ["| " + " | ".join(map(str, row)) + " |" for row in group_norm_summary(record)]
+        if name.endswith("/digits_quality.json"):
+            first = record["rows"][0]
+            lines += [
+                "",
+                f"Of {first['images']} digits drawn by the model that ships, a classifier trained on real ones reads"
+                f" {first['accuracy']:.1%} as the digit asked for.",
+            ]
+    return lines
+
+
+def main() -> None:
+    """Rewrite both files."""
+    paths = sorted((HERE / "results").glob("*/*.json"), key=lambda p: (p.parent, p.stem != "models", p.stem))
+    records = {f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths}
+    (HERE / "RESULTS.md").write_text("\n".join(results_md(records)) + "\n")
+    block = "\n".join([_BEGIN, *readme_block(records), _END])
+    text = README.read_text()
+    README.write_text(re.sub(f"{_BEGIN}.*?{_END}", lambda _: block, text, flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()
