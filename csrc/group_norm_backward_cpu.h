@@ -86,11 +86,13 @@ inline void merge_gradient_sums(const Tiling& t, const float* partials, int64_t 
     }
   }
   const int64_t width = t.group_channels();
-  const float* scale = affine.scale + image * t.channels;
+  const int64_t row = image * t.channels;  // of scale
   for (int64_t g = 0; g < t.groups; ++g) {
     const int64_t begin = g * width, end = begin + width;
     for (int64_t c = begin; c < end; ++c) sum_dz_xhat[c] *= rstd[g];
-    const auto factor = [&](int64_t c) { return affine.weight[c] * (1.0 + scale[c]); };
+    const auto factor = [&](int64_t c) {
+      return at(affine.weight, c, 1) * (1.0 + at(affine.scale, row + c, 0));
+    };
     const double dxhat = sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz[c]; });
     const double dxhat_xhat =
         sum_over(begin, end, [&](int64_t c) { return factor(c) * sum_dz_xhat[c]; });

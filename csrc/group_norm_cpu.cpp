@@ -11,6 +11,7 @@ namespace sdfast {
 namespace {
 
 using group_norm::Affine;
+using group_norm::at;
 using group_norm::Tiling;
 
 // Calls f with a value of the storage type and with the two flags as compile-time constants.
@@ -33,24 +34,36 @@ void dispatch(ScalarType dtype, const F& f) {
   dispatch(dtype, false, false, [&](auto element, auto, auto) { f(element); });
 }
 
-// A parameter's values in fp32; where it is absent, `neutral` for each.
-std::vector<float> values_of(const std::optional<Tensor>& tensor, const char* name,
-                             std::initializer_list<int64_t> shape, float neutral) {
-  int64_t size = 1;
-  for (const int64_t extent : shape) size *= extent;
-  std::vector<float> values(size, neutral);
-  if (!tensor) return values;
-  check_cpu(*tensor, name);
-  check_shape(*tensor, name, shape);
-  const Tensor dense = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
-  dispatch(dense.scalar_type(), [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(dense.const_data_ptr());
-    simd::for_each_vector(0, size, [&](int64_t i, auto lanes) {
-      simd::store(values.data() + i, simd::load(from + i, lanes), lanes);
+// A parameter's values in fp32, null where it is absent: the tensor's own where they are so already.
+class Values {
+ public:
+  Values(const std::optional<Tensor>& tensor, const char* name,
+         std::initializer_list<int64_t> shape) {
+    if (!tensor) return;
+    check_cpu(*tensor, name);
+    check_shape(*tensor, name, shape);
+    dense_ = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
+    if (dense_->scalar_type() == ScalarType::Float) {
+      data_ = dense_->const_data_ptr<float>();
+      return;
+    }
+    converted_.resize(dense_->numel());
+    dispatch(dense_->scalar_type(), [&](auto element) {
+      const auto* from = static_cast<const decltype(element)*>(dense_->const_data_ptr());
+      simd::for_each_vector(0, dense_->numel(), [&](int64_t i, auto lanes) {
+        simd::store(converted_.data() + i, simd::load(from + i, lanes), lanes);
+      });
     });
-  });
-  return values;
-}
+    data_ = converted_.data();
+  }
+  Values(const Values&) = delete;
+  const float* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> dense_;
+  std::vector<float> converted_;
+  const float* data_ = nullptr;
+};
 
 // The gradient of a parameter, value(i) for each of its elements; of no elements where it is
 // absent.
@@ -99,10 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_grou
                                                       std::optional<Tensor> shift) {
   check_input(x, num_groups);
   const int64_t images = x.size(0), channels = x.size(1);
-  const auto w = values_of(weight, "weight", {channels}, 1),
-             b = values_of(bias, "bias", {channels}, 0);
-  const auto s = values_of(scale, "scale", {images, channels}, 0);
-  const auto t = values_of(shift, "shift", {images, channels}, 0);
+  const Values w(weight, "weight", {channels}), b(bias, "bias", {channels});
+  const Values s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
   const Affine affine{w.data(), b.data(), s.data(), t.data()};
   const Layout layout = layout_of(x);
   const Tensor input = in_layout(x, layout);
@@ -137,12 +148,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
   STD_TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
                   "dy: expected as x");
   const int64_t images = x.size(0), channels = x.size(1);
-  const auto saved_mean = values_of(mean, "mean", {images, num_groups}, 0);
-  const auto saved_rstd = values_of(rstd, "rstd", {images, num_groups}, 0);
-  const auto w = values_of(weight, "weight", {channels}, 1),
-             b = values_of(bias, "bias", {channels}, 0);
-  const auto s = values_of(scale, "scale", {images, channels}, 0);
-  const auto t = values_of(shift, "shift", {images, channels}, 0);
+  const Values saved_mean(mean, "mean", {images, num_groups});
+  const Values saved_rstd(rstd, "rstd", {images, num_groups});
+  const Values w(weight, "weight", {channels}), b(bias, "bias", {channels});
+  const Values s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
   const Affine affine{w.data(), b.data(), s.data(), t.data()};
   const Layout layout = layout_of(x);
   const Tensor input = in_layout(x, layout), output_gradient = in_layout(dy, layout);
@@ -164,13 +173,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     return [&](int64_t c) {
       double total = 0;
       for (int64_t n = 0; n < images; ++n) {
-        total += sums[n * channels + c] * (1.0 + s[n * channels + c]);
+        total += sums[n * channels + c] * (1.0 + at(affine.scale, n * channels + c, 0));
       }
       return total;
     };
   };
   const auto scale_gradient = [&](int64_t i) {
-    return w[i % channels] * sum_dz_xhat[i] + b[i % channels] * sum_dz[i];
+    return at(affine.weight, i % channels, 1) * sum_dz_xhat[i] +
+           at(affine.bias, i % channels, 0) * sum_dz[i];
   };
   return {dx, parameter_gradient(x, weight, over_images(sum_dz_xhat)),
           parameter_gradient(x, bias, over_images(sum_dz)),

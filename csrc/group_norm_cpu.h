@@ -106,11 +106,19 @@ struct TileSums {
   TileSums from(int64_t channel) const { return TileSums(sums + channel, products - sums); }
 };
 
-// Parameters of the formula in fp32; where absent, arrays that change nothing.
+// Parameters of the formula in fp32; null where absent.
 struct Affine {
   const float *weight, *bias;  // (C)
   const float *scale, *shift;  // (N, C)
 };
+
+// One value of a parameter, or what changes nothing where it is absent.
+inline float at(const float* values, int64_t i, float neutral) {
+  return values ? values[i] : neutral;
+}
+inline Vec at(const float* values, int64_t i, float neutral, int lanes) {
+  return values ? simd::load(values + i, lanes) : simd::broadcast(neutral);
+}
 
 // Calls body(row, count, i, lanes) over (rows, [begin, end)): `count` rows from `row` on, four at a
 // time so that what they share is loaded once and their dependency chains overlap, then one at a
@@ -261,12 +269,11 @@ inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affin
     std::fill_n(k.gain + g * width, width, rstd[g]);
     std::fill_n(k.offset + g * width, width, rest ? rest[g] : 0.0f);
   }
-  const float *scale = affine.scale + image * t.channels,
-              *shift = affine.shift + image * t.channels;
+  const int64_t row = image * t.channels;  // of scale and shift
   simd::for_each_vector(0, t.channels, [&](int64_t c, auto lanes) {
-    const Vec factor = simd::load(scale + c, lanes) + 1.0f;
-    const Vec gain = simd::load(k.gain + c) * (simd::load(affine.weight + c, lanes) * factor);
-    const Vec bias = simd::load(affine.bias + c, lanes) * factor + simd::load(shift + c, lanes);
+    const Vec factor = at(affine.scale, row + c, 0, lanes) + 1.0f;
+    const Vec gain = simd::load(k.gain + c) * (at(affine.weight, c, 1, lanes) * factor);
+    const Vec bias = at(affine.bias, c, 0, lanes) * factor + at(affine.shift, row + c, 0, lanes);
     const Vec offset = bias - simd::load(k.offset + c) * gain;
     simd::store(k.gain + c, gain);
     simd::store(k.offset + c, offset);
@@ -334,13 +341,17 @@ void run_steps(const Tiling& t, const Gather& gather, const Merge& merge, const 
     for (int64_t i = end; i-- > begin;) apply(Tile(t, i));
   };
   // Images that divide among the threads need no step to wait for another thread.
-  if (t.images % torch::stable::get_num_threads() == 0) {
-    parallel_for(0, t.images, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> partials(new float[image_partials]);
-      for (int64_t n = begin; n < end; ++n) {
-        gather_tiles(n * image_tiles, (n + 1) * image_tiles, n, partials.get());
-        merge(n, partials.get());
-        apply_tiles(n * image_tiles, (n + 1) * image_tiles);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (t.images % threads == 0) {
+    const std::unique_ptr<float[]> scratch(new float[threads * image_partials]);
+    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        float* partials = scratch.get() + thread * image_partials;
+        for (int64_t n = thread * t.images / threads; n < (thread + 1) * t.images / threads; ++n) {
+          gather_tiles(n * image_tiles, (n + 1) * image_tiles, n, partials);
+          merge(n, partials);
+          apply_tiles(n * image_tiles, (n + 1) * image_tiles);
+        }
       }
     });
     return;

@@ -1,8 +1,9 @@
 """The command `sdfast`: generate | train | doctor.
 
-Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done; Ctrl-C
-is 130. (`python -X dev -m sdfast` shows the traceback instead.) Nothing here imports torch before the
-arguments have been checked, so that a mistake is answered at once.
+Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
+fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
+sdfast` shows the traceback instead.) Nothing here imports torch before the arguments have been checked, so
+that a mistake is answered at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,12 +19,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdfast import __version__
-from sdfast.dispatch import BACKENDS
-from sdfast.request import MAX_STEPS, check_count, check_seed, check_size, check_strength
+from sdfast.dispatch import BACKENDS, ORDER
+from sdfast.request import (
+    MAX_STEPS,
+    SAMPLER_NAMES,
+    check_count,
+    check_guidance_scale,
+    check_sampler,
+    check_seed,
+    check_size,
+    check_strength,
+)
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BAD_INPUT = 2
+_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, those of the process when None.
 
     Returns:
-        The exit status: 0, 2 for bad input, 130 when interrupted. `--help` and `--version` raise SystemExit.
+        The exit status: 0, 1 for work that failed, 2 for bad input, 130 when interrupted. `--help` and
+        `--version` raise SystemExit.
     """
     with _warnings_as_lines():
         try:
@@ -47,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             print(f"sdfast: error: {_one_line(error)}", file=sys.stderr)
             return _BAD_INPUT
+        except (FloatingPointError, MemoryError, RuntimeError) as error:
+            diverged = isinstance(error, FloatingPointError)
+            if sys.flags.dev_mode or not (diverged or _out_of_memory(error)):
+                raise
+            print(
+                f"sdfast: error: {'' if diverged else 'out of memory: '}{_one_line(error)}", file=sys.stderr
+            )
+            return _FAILED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,12 +96,12 @@ def _add_generate(commands: Any) -> None:
         "--separate", action="store_true", help="write NAME-0000.png, NAME-0001.png, ... instead of one sheet"
     )
     model_help = "diffusers folder, .safetensors or .ckpt file, or Hugging Face id (the shipped digits)"
-    add("--model", default="digits", metavar="DIR|FILE|ID", help=model_help)
+    add("--model", metavar="DIR|FILE|ID", help=model_help)
     add("--tokenizer", metavar="DIR|ID", help="CLIP's tokenizer, for a single-file model")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--steps", type=int, default=50, help=f"reverse steps, 1 to {MAX_STEPS} (%(default)s)")
     add("--guidance-scale", type=float, default=7.5, metavar="G", help="how closely to follow (%(default)s)")
-    add("--sampler", help="ddpm, ddim, euler, euler_a or dpm++2m (the model's own)")
+    add("--sampler", help=f"{', '.join(SAMPLER_NAMES)} (the model's own)")
     add("--seed", type=int, help="image i gets SEED + i (a fresh one, which is told)")
     add("--size", metavar="HxW", help="height x width, multiples of 8 (the model's own)")
     add("--height", type=int, help="instead of --size")
@@ -100,7 +121,7 @@ def _add_train(commands: Any) -> None:
     models = train.add_subparsers(title="models", metavar="MODEL", required=True)
     parser = models.add_parser("digits", help="handwritten digits; some twenty minutes on two CPU cores")
     add = parser.add_argument
-    add("-o", "--output", type=Path, default=Path("digits"), help="diffusers folder to write (%(default)s)")
+    add("-o", "--output", type=Path, default=Path("my-digits"), help="folder to write (%(default)s)")
     add("--run-dir", type=Path, default=Path("runs/digits"), help="where checkpoints go (%(default)s)")
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
     add("--vae-steps", type=int, help="length of the first phase")
@@ -122,6 +143,8 @@ def _train_digits(arguments: argparse.Namespace) -> int:
     steps = {name: count for name, count in steps.items() if count is not None}
     for name, count in {**steps, "threads": arguments.threads}.items():
         check_count(f"--{name.replace('_', '-')}", count)
+    _check_writable("--output", arguments.output.parent)
+    _check_writable("--run-dir", arguments.run_dir)
     from sdfast.training.digits import train_digits
 
     output = train_digits(
@@ -132,7 +155,9 @@ def _train_digits(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         **steps,
     )
-    print(f"{output}: trained; try: sdfast generate 'a handwritten seven' --model {output}")
+    # With "./", for the name alone may mean something else.
+    model = shlex.quote(os.path.join(os.curdir, output))
+    print(f"{output}: trained; try: sdfast generate 'a handwritten seven' --model {model}")
     return 0
 
 
@@ -153,12 +178,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = _device(arguments.device)
-    pipe = StableDiffusion.from_pretrained(
-        arguments.model,
-        dtype=getattr(torch, arguments.dtype),
-        device=device,
-        tokenizer=arguments.tokenizer,
-    )
+    _check_backend(arguments.backend, device.type)
+    load_options = {
+        "dtype": getattr(torch, arguments.dtype),
+        "device": device,
+        "tokenizer": arguments.tokenizer,
+    }
+    if arguments.model is None:
+        pipe = StableDiffusion.digits(**load_options)
+    else:
+        pipe = StableDiffusion.from_pretrained(arguments.model, **load_options)
     forced = contextlib.nullcontext() if arguments.backend is None else use_backend(arguments.backend)
     with forced, _step_bar() as on_step:
         if image is None:
@@ -179,6 +208,9 @@ def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
             check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
     if arguments.seed is not None:
         check_seed("--seed", arguments.seed)
+    if arguments.sampler is not None:
+        check_sampler("--sampler", arguments.sampler)
+    check_guidance_scale("--guidance-scale", arguments.guidance_scale)
     height, width = arguments.height, arguments.width
     if arguments.size is not None:
         if height is not None or width is not None:
@@ -222,6 +254,30 @@ def _check_output(path: Path) -> None:
         raise ValueError(f"--output: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"--output: the folder {path.parent} cannot be written to")
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    """Refuse a folder that could not be written to, nor made."""
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{option}: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{option}: the folder {existing} cannot be written to")
+
+
+def _check_backend(backend: str | None, device_type: str) -> None:
+    """Refuse kernels that could serve no operation at all: `use_backend` would quietly fall back to torch."""
+    allowed = dict.fromkeys(("reference", "torch", *ORDER.get(device_type, ())))
+    if backend is not None and backend not in allowed:
+        raise ValueError(
+            f"--backend: {backend!r} does not run on {device_type}, expected one of {', '.join(allowed)}"
+        )
+    if backend == "cpu":
+        from sdfast._library import load_cpu_library
+
+        library = load_cpu_library()
+        if not library.loaded:
+            raise ValueError(f"--backend: 'cpu' cannot run: {library.detail}")
 
 
 def _device(name: str) -> Any:
@@ -281,6 +337,13 @@ def _warnings_as_lines() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # if it has not been loaded it has not failed
+    gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # On the CPU torch raises a plain RuntimeError.
+    return gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _one_line(error: object) -> str:

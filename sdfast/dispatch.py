@@ -39,7 +39,14 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(op: str, device_type: str, unavailable: Mapping[str, str], backend: str | None) -> str:
+def choose(
+    op: str,
+    device_type: str,
+    unavailable: Mapping[str, str],
+    backend: str | None,
+    *,
+    order: tuple[str, ...] | None = None,
+) -> str:
     """Return the backend that serves one call of `op`.
 
     Args:
@@ -47,6 +54,7 @@ def choose(op: str, device_type: str, unavailable: Mapping[str, str], backend: s
         device_type: "cpu", "cuda", ... of the tensors.
         unavailable: reason by backend, for each backend that cannot serve this call.
         backend: the caller's own choice, or None.
+        order: candidates for this call, best first, where it differs from `ORDER`.
 
     Raises:
         ValueError: `backend` is unknown, or cannot run; the reason is in the message.
@@ -59,7 +67,7 @@ def choose(op: str, device_type: str, unavailable: Mapping[str, str], backend: s
         return backend
     if _forced is not None:
         return _forced if _forced not in unavailable else "torch"
-    for candidate in ORDER.get(device_type, ("torch",)):
+    for candidate in order or ORDER.get(device_type, ("torch",)):
         if candidate not in unavailable:
             return candidate
     return "torch"

@@ -47,7 +47,7 @@ def as_tensor(
         image: a picture, several (they get one size), or a tensor (P, channels, H, W) in [0, 1].
         height, width: what pictures are resized to, with Lanczos as in diffusers. None: the first one's own,
             cut down to a multiple of `multiple`, with a warning if that changes it.
-        channels: 1 or 3; pictures are converted.
+        channels: 1 or 3; pictures are converted first, what is transparent becoming white.
 
     Returns:
         (P, channels, height, width) float32 in [-1, 1].
@@ -68,11 +68,25 @@ def as_tensor(
     if (width is None and size[0] != own_width) or (height is None and size[1] != own_height):
         warnings.warn(f"the image is {own_width}x{own_height}; it is resized to {size[0]}x{size[1]}")
     check_size(size[1], size[0], multiple)
-    resized = [one.resize(size, Image.Resampling.LANCZOS).convert(_MODES[channels]) for one in images]
+    # Converted first: a palette's numbers cannot be averaged, nor colours that nobody sees.
+    resized = [
+        _opaque(one).convert(_MODES[channels]).resize(size, Image.Resampling.LANCZOS) for one in images
+    ]
     array = np.stack(
         [np.asarray(one, dtype=np.float32).reshape(size[1], size[0], channels) for one in resized]
     )
     return torch.from_numpy(2 * (array / 255) - 1).permute(0, 3, 1, 2)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The picture with eight bits a channel, on white."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        grey = (np.asarray(image) / 257).round().clip(0, 255)  # 65535 becomes 255
+        return Image.fromarray(grey.astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA"))
 
 
 def _check_tensor(image: Tensor, height: int | None, width: int | None, channels: int) -> Tensor:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from sdfast.models import UNet2DCondition
+from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError, load_components, load_single_file, resolve
 from sdfast.tokenizer import CLIPTokenizer
 
@@ -31,17 +32,27 @@ def load_pipeline_parts(
     """The arguments of `StableDiffusion.__init__`; those here are `from_pretrained`'s.
 
     Raises:
-        CheckpointError: as `StableDiffusion.from_pretrained`.
+        CheckpointError, ValueError: as `StableDiffusion.from_pretrained`.
     """
     name = str(path_or_id)
-    path = digits_folder() if name == DIGITS else resolve(path_or_id, variant=variant, revision=revision)
+    if isinstance(path_or_id, str) and name == DIGITS:
+        path = _shipped_digits()
+    else:
+        path = resolve(path_or_id, variant=variant, revision=revision)
     if path.is_file():
+        if variant is not None:
+            raise ValueError(f"variant: got {variant!r}, but {path} is a single file, which has no variants")
         components = load_single_file(path, dtype=dtype, device=device)
         tokenizers = _single_file_tokenizers(components, tokenizer, path)
     else:
+        if tokenizer is not None:
+            raise ValueError(
+                f"tokenizer: got {str(tokenizer)!r}, but {name} is a folder, which brings its own;"
+                " only a single file needs one"
+            )
         components = load_components(path, dtype=dtype, device=device, variant=variant)
-        folders = [components[part] for part in ("tokenizer", "tokenizer_2") if part in components]
-        tokenizers = [_read_tokenizer(folder) for folder in folders]
+        folders = [components.get(part) for part in ("tokenizer", "tokenizer_2")]
+        tokenizers = [_read_tokenizer(folder) for folder in folders if isinstance(folder, Path)]
     _check_complete(components, path)
     unet, vae = components["unet"], components["vae"]
     # fp16 overflows in SDXL's VAE, which says so; in SD 1.x the same flag is only an old default.
@@ -73,8 +84,18 @@ def digits_folder() -> Path:
     return folder
 
 
+def _shipped_digits() -> Path:
+    if Path(DIGITS).exists():
+        raise CheckpointError(
+            f"{DIGITS}: is the model that ships with sdfast, but here is a file or folder of that name;"
+            f" write ./{DIGITS} for yours, or name no model (StableDiffusion.digits()) for the one that ships"
+        )
+    return digits_folder()
+
+
 def _check_complete(components: Mapping[str, Any], path: Path) -> None:
-    missing = [part for part in ("unet", "vae", "text_encoder", "scheduler") if part not in components]
+    kinds = {"unet": nn.Module, "vae": AutoencoderKL, "text_encoder": CLIPTextEncoder, "scheduler": Mapping}
+    missing = [part for part, kind in kinds.items() if not isinstance(components.get(part), kind)]
     if missing:
         raise CheckpointError(
             f"{path}: is a {components.get('_class_name', 'pipeline')} without {', '.join(missing)};"

@@ -11,6 +11,7 @@ torch picks its algorithms by batch size, and the last bits of the latents follo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, plan_from_config, sampler_name
 from sdfast.generation import GeneratedImages, Generation, OnStep, draw_noise
 from sdfast.images import as_tensor
-from sdfast.loading import load_pipeline_parts
+from sdfast.loading import digits_folder, load_pipeline_parts
 from sdfast.memory import total_memory_bytes
 from sdfast.models import AutoencoderKL, CLIPTextEncoder, DiagonalGaussian, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError
@@ -98,15 +99,17 @@ class StableDiffusion:
 
         Args:
             path_or_id: a diffusers folder; a single .safetensors or .ckpt file in Stability AI's layout;
-                a Hugging Face hub id; or "digits", the small model that ships with sdfast.
+                a Hugging Face hub id; or the text "digits", the small model that ships with sdfast, which is
+                refused where it could also mean a file or folder here: see `digits`.
             dtype: of weights and activations. The VAE of SDXL keeps float32 where its config asks for it.
             device: where it runs.
             tokenizer: of CLIP, for a single file, which holds none: its folder or hub id. When None, it is
                 taken from the hub or its cache.
-            variant: "fp16" reads the weight files of that name.
+            variant: "fp16" reads the weight files of that name in a folder.
             revision: branch, tag or commit on the hub.
 
         Raises:
+            ValueError: a tokenizer for a folder, or a variant of a single file.
             sdfast.models.checkpoint.CheckpointError: it is missing, damaged, unsafe, or not a
                 text-to-image model; the message says which.
         """
@@ -122,7 +125,7 @@ class StableDiffusion:
     @classmethod
     def digits(cls, **options: Any) -> StableDiffusion:
         """The small model of handwritten digits that ships with sdfast. `options`: as `from_pretrained`."""
-        return cls.from_pretrained("digits", **options)
+        return cls.from_pretrained(digits_folder(), **options)
 
     @property
     def is_xl(self) -> bool:
@@ -195,7 +198,7 @@ class StableDiffusion:
         shape = (len(request.seeds), *request.latent_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected {shape}")
-        plan = plan_from_config(self.scheduler_config, steps, sampler=sampler)
+        plan = self._plan(request.steps, sampler=sampler)
 
         def start(part: slice, generators: list[torch.Generator]) -> Tensor:
             noise = self._noise(request, generators) if latents is None else latents[part]
@@ -251,7 +254,7 @@ class StableDiffusion:
             steps=steps, guidance_scale=guidance_scale, seed=seed, num_images=num_images,
             batch_size=batch_size, time_ids=time_ids, output=output,
         )  # fmt: skip
-        plan = plan_from_config(self.scheduler_config, steps, sampler=sampler, strength=strength)
+        plan = self._plan(request.steps, sampler=sampler, strength=strength)
 
         @functools.cache
         def posterior(index: int) -> DiagonalGaussian:
@@ -266,7 +269,7 @@ class StableDiffusion:
             noise = self._noise(request, generators).float()
             return plan.add_noise(clean, noise).to(self.dtype)
 
-        settings = self._settings(request, sampler, strength=strength)
+        settings = self._settings(request, sampler, strength=float(strength))
         return self._generation(request, plan).run(start, on_step, settings)
 
     @property
@@ -292,6 +295,22 @@ class StableDiffusion:
                 f" this device has {available / 2**30:.0f} GiB"
             )
         return request
+
+    def _plan(self, steps: int, **options: Any) -> SamplingPlan:
+        """As `plan_from_config`; where steps_offset leaves no room, the error says for how many it does."""
+        try:
+            return plan_from_config(self.scheduler_config, steps, **options)
+        except ValueError as error:
+            if not str(error).startswith("steps_offset: "):
+                raise
+            no_room = error
+        for most in range(steps - 1, 0, -1):
+            with contextlib.suppress(ValueError):
+                plan_from_config(self.scheduler_config, most, **options)
+                break
+        else:
+            raise no_room
+        raise ValueError(f"steps: got {steps}, this model's schedule allows {most} at most") from no_room
 
     def _generation(self, request: Request, plan: SamplingPlan) -> Generation:
         text = TextConditioner(

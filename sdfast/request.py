@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 SIZE_MULTIPLE = 8  # what Stable Diffusion asks of an image's sides
 MAX_STEPS = 1000
 MAX_SIDE = 2**16
 OUTPUTS = ("pil", "tensor", "latent")
+# The keys of `sdfast.diffusion.SAMPLERS`, which cannot be asked without torch; a test holds them equal.
+SAMPLER_NAMES = ("ddpm", "ddim", "euler", "euler_a", "dpm++2m")
 _MAX_SEED = 2**63 - 1  # a signed 64-bit number, for programs that read our settings
 # Latent pixels in one batch by default: four images of Stable Diffusion 1.5, or 256 digits.
 _LATENT_PIXELS_PER_BATCH = 4 * 64 * 64
@@ -65,15 +69,14 @@ def make_request(
     """Check the arguments of a pipeline and spread them over the images.
 
     Raises:
-        ValueError: names the argument, what came and what is allowed.
+        TypeError, ValueError: names the argument, what came and what is allowed.
     """
     check_size(height, width, math.lcm(SIZE_MULTIPLE, downsampling))
     check_count("steps", steps, MAX_STEPS)
     check_count("num_images", num_images)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
+    check_guidance_scale("guidance_scale", guidance_scale)
     if output not in OUTPUTS:
         raise ValueError(f"output: got {output!r}, expected one of {', '.join(OUTPUTS)}")
     if time_ids is not None and len(time_ids) != 6:
@@ -85,6 +88,8 @@ def make_request(
         negatives *= len(prompts)
     if len(negatives) != len(prompts):
         raise ValueError(f"negative_prompt: got {len(negatives)} for {len(prompts)} prompts")
+    # Plain numbers from here on: numpy's would not go into the settings' JSON.
+    height, width = int(height), int(width)
     latent_size = (height // downsampling, width // downsampling)
     return Request(
         prompts=[prompt for prompt in prompts for _ in range(num_images)],
@@ -93,8 +98,8 @@ def make_request(
         height=height,
         width=width,
         latent_shape=(latent_channels, *latent_size),
-        steps=steps,
-        guidance_scale=guidance_scale,
+        steps=int(steps),
+        guidance_scale=float(guidance_scale),
         batch_size=batch_size or max(1, _LATENT_PIXELS_PER_BATCH // math.prod(latent_size)),
         time_ids=tuple(time_ids or (height, width, 0, 0, height, width)),
         output=output,
@@ -119,6 +124,7 @@ def as_prompts(name: str, prompt: str | Sequence[str]) -> list[str]:
 def check_size(height: int, width: int, multiple: int = SIZE_MULTIPLE) -> None:
     """Raises ValueError, with the nearest sizes that work, unless both sides are multiples of `multiple`."""
     for name, side in (("height", height), ("width", width)):
+        side = _whole(name, side)
         if not multiple <= side <= MAX_SIDE:
             raise ValueError(f"{name}: got {side}, expected {multiple} to {MAX_SIDE}")
         if side % multiple:
@@ -130,9 +136,22 @@ def check_size(height: int, width: int, multiple: int = SIZE_MULTIPLE) -> None:
 
 
 def check_count(name: str, value: int, most: int | None = None) -> None:
-    """Raises ValueError unless 1 <= value <= most."""
+    """Raises TypeError unless it is a whole number, ValueError unless 1 <= value <= most."""
+    value = _whole(name, value)
     if value < 1 or (most is not None and value > most):
         raise ValueError(f"{name}: got {value}, expected {f'1 to {most}' if most else 'at least 1'}")
+
+
+def check_guidance_scale(name: str, guidance_scale: float) -> None:
+    """Raises ValueError unless it is finite."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"{name}: got {guidance_scale}, expected a finite number")
+
+
+def check_sampler(name: str, sampler: str) -> None:
+    """Raises ValueError unless there is such a sampler."""
+    if sampler not in SAMPLER_NAMES:
+        raise ValueError(f"{name}: got {sampler!r}, expected one of {', '.join(SAMPLER_NAMES)}")
 
 
 def check_strength(strength: float, steps: int) -> None:
@@ -153,12 +172,21 @@ def check_seed(name: str, seed: int) -> None:
 def _as_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if seed is None:
         seeds = [secrets.randbelow(2**32) for _ in range(count)]
-    elif isinstance(seed, int):
-        seeds = list(range(seed, seed + count))
+    elif isinstance(seed, Iterable):
+        seeds = [_whole("seed", one) for one in seed]
     else:
-        seeds = [int(one) for one in seed]
+        first = _whole("seed", seed)
+        seeds = list(range(first, first + count))
     if len(seeds) != count:
         raise ValueError(f"seed: got {len(seeds)} seeds for {count} images")
     for one in seeds:
         check_seed("seed", one)
     return seeds
+
+
+def _whole(name: str, value: Any) -> int:
+    """A plain int of whatever stands for one, numpy's integers included."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected a whole number") from None

@@ -267,7 +267,7 @@ def test_buffers_outside_the_checkpoint_are_real():
             super().__init__(2, 2)
             self.register_buffer("table", torch.arange(3.0), persistent=False)
 
-    model = weights.build(WithBuffer, None)
+    model = weights.build(WithBuffer, None, "test")
     assert model.weight.is_meta and model.table.tolist() == [0, 1, 2]
     lazy = {
         name: weights.LazyTensor(tuple(tensor.shape), lambda tensor=tensor: torch.ones(tensor.shape))

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from tiny_models import assert_same_tensors, make_unet
 
-from sdfast.models import UNet2DCondition
+from sdfast.models import UNet2DCondition, weights
 from sdfast.models import checkpoint as ckpt
 
 
@@ -130,12 +130,52 @@ def test_bin_files_hold_tensors_only(tmp_path, monkeypatch):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_damaged_pickle_is_not_accused(tmp_path):
+    """Only a file that asks for a Python object is told off for it."""
+    path = tmp_path / "model.ckpt"
+    state = {f"layers.{i}.weight": torch.ones(2, 2) for i in range(4)}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    pages = [b"<!DOCTYPE html><html>Not found</html>", b"", b"\0" * 100]
+    for content in [*(whole[: len(whole) * i // 50] for i in range(50)), *pages]:
+        path.write_bytes(content)
+        with pytest.raises(ckpt.CheckpointError, match="model.ckpt") as error:
+            weights.read_file(path)
+        refused_a_global = "GLOBAL" in str(error.value.__cause__)  # a cut within a name leaves another name
+        assert ("damaged or cut short" in str(error.value)) is not refused_a_global
+        assert not (refused_a_global and content in pages)
+    torch.save({"callback": _RunsCode()}, path)
+    with pytest.raises(ckpt.CheckpointError, match=r"objects besides tensors \(getattr\).*refused"):
+        weights.read_file(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block_out_channels": 48},
+        {"norm_num_groups": 7},
+        {"norm_num_groups": 0},
+        {"block_out_channels": [-16, 32]},
+        {"block_out_channels": []},
+        {"layers_per_block": "two"},
+    ],
+)
+def test_a_configuration_that_makes_no_model(settings, tmp_path):
+    make_unet().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ckpt.CheckpointError, match="config.json"):
+        ckpt.load_model(UNet2DCondition, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"unet": ["diffusers", "FluxTransformer2DModel"]}, "unet is a FluxTransformer2DModel"),
         ({"../unet": ["diffusers", "UNet2DConditionModel"]}, r"'\.\./unet'"),
         ({"unet": ["diffusers"]}, "expected"),
+        ({"unet": ["diffusers", 5]}, "'unet': got .*expected"),
+        ({"unet": ["diffusers", ["UNet2DConditionModel"]]}, "'unet': got .*expected"),
     ],
 )
 def test_unusable_model_index(entry, message, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 
 import sdfast
 from sdfast import cli, doctor
+from sdfast._library import LibraryStatus
 from sdfast.images import read_settings
 
 
@@ -155,12 +156,18 @@ def test_the_model_that_ships(tmp_path):
         (["--batch-size", "-1"], "--batch-size: got -1"),
         (["--threads", "0"], "--threads: got 0"),
         (["--seed", "-1"], "--seed: got -1"),
-        (["--guidance-scale", "nan"], "guidance_scale: got nan"),
-        (["--sampler", "plms"], "sampler: got 'plms', expected one of ddpm, ddim"),
+        (["--guidance-scale", "nan"], "--guidance-scale: got nan"),
+        (["--sampler", "plms"], "--sampler: got 'plms', expected one of ddpm, ddim"),
         (["--strength", "0.5"], "--strength: needs --image"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used"),
         (["--backend", "abacus"], "invalid choice: 'abacus'"),
+        (
+            ["--backend", "cuda"],
+            "--backend: 'cuda' does not run on cpu, expected one of reference, torch, cpu",
+        ),
+        (["--backend", "triton"], "--backend: 'triton' does not run on cpu"),
+        (["--tokenizer", "."], "tokenizer: got '.'"),
         (["--model", "no/such/folder"], "no/such/folder: no such file or folder"),
         (["--image", "absent.png"], "No such file or directory: 'absent.png'"),
         (["-o", "no/such/folder/seven.png"], "the folder no/such/folder does not exist"),
@@ -173,6 +180,42 @@ def test_bad_input(generate, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("sdfast.generation.sample", None)  # nothing is to be computed
     assert refused(generate(*arguments), message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_was_not_built(generate, monkeypatch):
+    missing = LibraryStatus("_C_cpu", False, "_C_cpu_avx2.so was not built")
+    monkeypatch.setattr("sdfast._library.load_cpu_library", lambda: missing)
+    assert refused(generate("--backend", "cpu"), "'cpu' cannot run: _C_cpu_avx2.so was not built")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FloatingPointError("the loss is nan at step 3"), "the loss is nan at step 3"),
+        (MemoryError(), "out of memory: MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory: CUDA out of memory. Tried"),
+        (None, "DefaultCPUAllocator"),
+    ],
+)
+def test_work_that_fails(generate, monkeypatch, error, message):
+    def fail(*_, **__):
+        if error is None:
+            torch.empty(2**60, dtype=torch.uint8)
+        raise error
+
+    monkeypatch.setattr("sdfast.generation.sample", fail)
+    status, out, err = generate()
+    assert status == 1 and out == ""
+    assert err.startswith("sdfast: error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(generate, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("sdfast.generation.sample", fail)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        generate()
 
 
 def test_a_folder_is_no_output(generate, tmp_path):
@@ -264,6 +307,44 @@ def test_train_digits_passes_its_arguments_on(monkeypatch, capsys, tmp_path):
     assert "--unet-steps: got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--output", "--run-dir"])
+def test_train_digits_checks_where_it_writes(monkeypatch, capsys, tmp_path, option):
+    def train_digits(*_, **__):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr("sdfast.training.digits.train_digits", train_digits)
+    (tmp_path / "file").touch()
+    arguments = {"--output": tmp_path / "out", "--run-dir": tmp_path / "run"}
+
+    def train(path):
+        given = [str(one) for pair in (arguments | {option: path}).items() for one in pair]
+        return cli.main(["train", "digits", *given]), *capsys.readouterr()
+
+    assert refused(train(tmp_path / "file" / "below" / "it"), f"{option}: {tmp_path / 'file'} is no folder")
+    (tmp_path / "locked").mkdir()
+    access = os.access  # root, in a container, may write everywhere
+    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path) and access(path, mode))
+    assert refused(
+        train(tmp_path / "locked" / "a" / "b"), f"{option}: the folder {tmp_path / 'locked'} cannot"
+    )
+
+
+def test_train_digits_does_not_shadow_the_model_that_ships(monkeypatch, capsys, tmp_path, model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sdfast.training.digits.train_digits", lambda output, **_: output)
+    assert cli.main(["train", "digits"]) == 0
+    assert capsys.readouterr().out.endswith(" --model ./my-digits\n")
+    assert cli.main(["train", "digits", "-o", "digits"]) == 0
+    assert capsys.readouterr().out.endswith(" --model ./digits\n")
+    shutil.copytree(model, "digits")
+    arguments = ["generate", "seven", "--steps", "2"]
+    assert refused((cli.main([*arguments, "--model", "digits"]), *capsys.readouterr()), "./digits")
+    assert cli.main([*arguments, "--model", "./digits"]) == 0
+    assert Image.open("sdfast.png").size == (16, 16)
+    assert cli.main(arguments) == 0
+    assert Image.open("sdfast.png").size == (32, 32)
+
+
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -307,11 +388,19 @@ def test_as_a_process(model, tmp_path):
     assert done.returncode == 0 and done.stderr == "" and path.is_file()
 
 
-def test_bad_input_as_a_process_does_not_even_load_torch(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "0", "got 0, expected 1 to 1000"),
+        ("--sampler", "plms", "got 'plms', expected one of ddpm, ddim, euler, euler_a, dpm++2m"),
+        ("--guidance-scale", "inf", "got inf, expected a finite number"),
+    ],
+)
+def test_bad_input_as_a_process_does_not_even_load_torch(tmp_path, option, value, message):
     (tmp_path / "torch.py").write_text("raise AssertionError('torch was imported')")
     done = run_process(
-        "generate", "seven", "--steps", "0",
+        "generate", "seven", option, value,
         cwd=Path(cli.__file__).parents[1], env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "sdfast: error: --steps: got 0, expected 1 to 1000\n"
+    assert done.stderr == f"sdfast: error: {option}: {message}\n"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from diffusers.utils import load_image
 from PIL import Image
 from tiny_pipelines import assert_same_pictures, picture
 
@@ -14,6 +15,43 @@ def test_pictures_survive_a_round_trip(mode):
     tensor = as_tensor(source, height=None, width=None, channels=3, multiple=8)
     assert tensor.shape == (1, 3, 16, 24) and tensor.min() >= -1 and tensor.max() <= 1
     assert_same_pictures(to_pil(tensor / 2 + 0.5), [source.convert("RGB")], most=0)
+
+
+def assert_resized_as(source, expected):
+    """as_tensor at another size gives the pixels of `expected`, resized."""
+    tensor = as_tensor(source, height=8, width=16, channels=3, multiple=8)
+    resized = expected.resize((16, 8), Image.Resampling.LANCZOS)
+    assert_same_pictures(to_pil(tensor / 2 + 0.5), [resized], most=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1"])
+def test_resized_as_by_diffusers(mode):
+    """Converted first: what lies between numbers 3 and 5 of a palette is not number 4."""
+    source = picture(24, 16, mode)
+    assert_resized_as(source, load_image(source))
+
+
+def test_transparency_becomes_white():
+    source = picture(24, 16, "RGBA")
+    source.paste((255, 0, 0, 0), (0, 0, 12, 16))  # red that nobody sees
+    expected = source.convert("RGB")
+    expected.paste("white", (0, 0, 12, 16))
+    assert_resized_as(source, expected)
+    palette = Image.new("P", (24, 16), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.paste(0, (0, 0, 12, 16))
+    palette.info["transparency"] = 0
+    expected = Image.new("RGB", (24, 16), "blue")
+    expected.paste("white", (0, 0, 12, 16))
+    assert_resized_as(palette, expected)
+
+
+def test_sixteen_bits(tmp_path):
+    levels = np.arange(16 * 24, dtype=np.uint16).reshape(16, 24) % 256
+    Image.fromarray(levels * 257).save(tmp_path / "deep.png")
+    deep = read_image(tmp_path / "deep.png")
+    assert deep.mode.startswith("I")
+    assert_resized_as(deep, Image.fromarray(levels.astype(np.uint8)).convert("RGB"))
 
 
 def test_grid():

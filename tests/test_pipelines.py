@@ -1,9 +1,12 @@
 """Pictures are diffusers' pictures, a seed is a picture, and what cannot be drawn is refused first."""
 
+import json
 import shutil
 import warnings
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -12,8 +15,10 @@ from tiny_pipelines import assert_same_pictures, picture
 
 import sdfast
 from sdfast import loading
+from sdfast.diffusion import SAMPLERS
 from sdfast.images import to_pil
 from sdfast.models.checkpoint import CheckpointError, load_components
+from sdfast.request import SAMPLER_NAMES
 
 STEPS = 6
 # Ours -> diffusers', built from the pipeline's own configuration.
@@ -258,6 +263,7 @@ def test_overflow_is_told(pipe):
         ({"height": 65536, "width": 65536}, "GiB"),
         ({"steps": 0}, "steps: got 0, expected 1 to 1000"),
         ({"steps": 1001}, "steps: got 1001"),
+        ({"steps": 1000}, "steps: got 1000, this model's schedule allows 999 at most"),
         ({"num_images": 0}, "num_images: got 0"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"sampler": "plms"}, "sampler: got 'plms'"),
@@ -276,6 +282,38 @@ def test_bad_arguments(pipe, options, message):
 
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         pipe.text_to_image("seven", on_step=nothing_is_computed, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_images": 2.5},
+        {"steps": 2.5},
+        {"batch_size": 1.5},
+        {"seed": 2.5},
+        {"seed": [0.5]},
+        {"height": 16.5},
+    ],
+)
+def test_numbers_that_are_not_whole(pipe, options):
+    (name,) = options
+    with pytest.raises(TypeError, match=f"{name}: got .*expected a whole number"):
+        pipe.text_to_image("seven", **options)
+
+
+def test_numbers_of_numpy(pipe):
+    plain = {"seed": 3, "steps": 2, "num_images": 2, "height": 16, "width": 24, "guidance_scale": 2.0}
+    ours = pipe.text_to_image("seven", **plain)
+    numpy = {name: np.asarray(value)[()] for name, value in plain.items()}
+    theirs = pipe.text_to_image("seven", **numpy)
+    assert_same_pictures(theirs.images, ours.images, most=0)
+    assert json.dumps(theirs.settings) == json.dumps(ours.settings)
+    again = pipe.text_to_image("seven", **numpy | {"seed": np.array([3, 4])})
+    assert again.seeds == [3, 4] and json.dumps(again.settings) == json.dumps(ours.settings)
+
+
+def test_request_knows_the_samplers():
+    assert tuple(SAMPLERS) == SAMPLER_NAMES
 
 
 @pytest.mark.parametrize(
@@ -311,6 +349,35 @@ def test_a_long_prompt_is_cut_and_that_is_told(pipe, folders):
         ours = pipe.text_to_image(prompt, steps=2, seed=0)
     other = theirs(folders["sd"])(prompt, num_inference_steps=2, generator=generators(1))
     assert_same_pictures(ours.images, other.images)
+
+
+def test_what_digits_means(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = sdfast.StableDiffusion.digits().unet.config
+    assert sdfast.StableDiffusion.from_pretrained("digits").unet.config == shipped
+    shutil.copytree(folders["sd"], "digits")
+    assert sdfast.StableDiffusion.digits().unet.config == shipped
+    for path in ("./digits", Path("digits"), tmp_path / "digits"):
+        assert sdfast.StableDiffusion.from_pretrained(path).unet.config != shipped
+    with pytest.raises(CheckpointError, match=r"digits: .*\./digits for yours"):
+        sdfast.StableDiffusion.from_pretrained("digits")
+
+
+def test_arguments_that_would_change_nothing(folders, tmp_path):
+    with pytest.raises(ValueError, match="^tokenizer: "):
+        sdfast.StableDiffusion.from_pretrained(folders["sd"], tokenizer=folders["sd"] / "tokenizer")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="^variant: "):
+        sdfast.StableDiffusion.from_pretrained(tmp_path / "model.safetensors", variant="fp16")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_a_part_that_is_no_part(folders, tmp_path, part):
+    shutil.copytree(folders["sd"], tmp_path / "broken")
+    index = tmp_path / "broken" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {part: 5}))
+    with pytest.raises(CheckpointError, match=f"broken.*{part}"):
+        sdfast.StableDiffusion.from_pretrained(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("lost", ["unet", "tokenizer/tokenizer.json", "model_index.json"])

@@ -153,7 +153,7 @@ def load_model(
         config = config_from_dict(model_class, settings)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    model = weights.build(model_class, config)
+    model = weights.build(model_class, config, folder / "config.json")
     tensors = {current_name(name): tensor for name, tensor in weights.read_folder(folder, variant).items()}
     # Old text encoders hold the numbers 0 to 76 as if they were weights.
     tensors.pop("text_model.embeddings.position_ids", None)
@@ -215,6 +215,8 @@ def load_components(
         class_name = entry[1]
         if class_name is None:
             continue
+        if not isinstance(class_name, str):
+            raise CheckpointError(f"{index}: {part!r}: got {entry!r}, expected [library, class]")
         if class_name in _MODEL_OF_CLASS:
             components[part] = load_model(
                 _MODEL_OF_CLASS[class_name], folder / part, dtype=dtype, device=device, variant=variant

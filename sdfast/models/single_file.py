@@ -100,8 +100,9 @@ def load_single_file(
     for part, value in components.items():
         if isinstance(value, tuple):
             model_class, config, mapping = value
-            model = weights.build(model_class, config)
-            weights.fill(model, _mapped(tensors, mapping), f"{path} ({part})", dtype=dtype, device=device)
+            source = f"{path} ({part})"
+            model = weights.build(model_class, config, source)
+            weights.fill(model, _mapped(tensors, mapping), source, dtype=dtype, device=device)
             components[part] = model.eval()
     components["scheduler"] = _scheduler(kind, prediction)
     if "ztsnr" in tensors:  # a marker beside v_pred: trained on a schedule that ends in pure noise

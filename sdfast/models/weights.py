@@ -20,6 +20,7 @@ import mmap
 import os
 import pathlib
 import pickle
+import re
 import sys
 import threading
 import zipfile
@@ -92,13 +93,20 @@ def _read_pickle(path: pathlib.Path) -> Tensors:
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    # An unpickler that reads other bytes than a pickle's raises almost anything.
+    except Exception as error:
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if unpickling else None
+        if refused is not None:
+            raise CheckpointError(
+                f"{path}: holds Python objects besides tensors ({refused[1]}); loading them could run any"
+                " code: refused. Take a .safetensors version of it, or convert it on a machine that has"
+                " nothing to lose"
+            ) from error
+        reason = "no pickle of tensors" if unpickling else f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{path}: holds Python objects besides tensors; loading them could run any code: refused."
-            " Take a .safetensors version of it, or convert it on a machine that has nothing to lose"
+            f"{path}: damaged or cut short ({reason}); download or copy it again"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error}); download or copy it again") from error
     while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # Lightning wraps it
         state = state["state_dict"]
     if not isinstance(state, Mapping):
@@ -184,10 +192,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def build(model_class: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    """`model_class(config)` whose parameters take no memory yet; buffers are real."""
-    with _parameters_on_meta():
-        return model_class(config)
+def build(model_class: Callable[[Any], nn.Module], config: Any, source: object) -> nn.Module:
+    """`model_class(config)` whose parameters take no memory yet; buffers are real.
+
+    Raises:
+        CheckpointError: `config` makes no model; the message names `source`, where it is from.
+    """
+    try:
+        with _parameters_on_meta():
+            return model_class(config)
+    # A number where a list belongs, widths that the groups do not divide, a negative width, no widths.
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: describes no model that can be built: {error}") from error
 
 
 @contextlib.contextmanager
