@@ -34,7 +34,8 @@ void dispatch(ScalarType dtype, const F& f) {
   dispatch(dtype, false, false, [&](auto element, auto, auto) { f(element); });
 }
 
-// A parameter's values in fp32, null where it is absent: the tensor's own where they are so already.
+// A parameter's values in fp32, null where it is absent: the tensor's own where they are so
+// already.
 class Values {
  public:
   Values(const std::optional<Tensor>& tensor, const char* name,

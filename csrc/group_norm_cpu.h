@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,8 @@ using simd::Vec;
 constexpr int64_t kTileElements = 65536;
 constexpr int64_t kTileRows = 256;  // fp32 sums over more would round too much
 constexpr int64_t kStrip = 512;
+// Of x, beside as much of y.
+constexpr int64_t kL1SlabBytes = 24 << 10, kL2SlabBytes = 384 << 10;
 // Threads that share images take them through the steps in rounds of about this size, so that step
 // 3 finds x in cache.
 constexpr int64_t kRoundElements = 2 << 20;
@@ -36,6 +39,7 @@ struct Tiling {
   bool channels_last;
   int64_t images, channels, pixels, groups;
   int64_t lines;   // per image: 1 channels last, C channels first
+  int64_t stride;  // channels last: from one pixel to the next
   int64_t rows;    // pixels of every tile of a line but the last
   int64_t tiles;   // per line
   int64_t padded;  // C in whole vectors: the stride of per-channel arrays
@@ -45,7 +49,8 @@ struct Tiling {
         images(images),
         channels(channels),
         pixels(pixels),
-        groups(groups) {
+        groups(groups),
+        stride(channels) {
     lines = channels_last ? 1 : channels;
     // As many tiles as it takes, then all as equal as can be.
     const int64_t most = channels_last ? std::clamp<int64_t>(kTileElements / channels, 1, kTileRows)
@@ -152,10 +157,11 @@ inline bool is_poor_center(float sum, float squares, float per_row) {
   return squares > 16.0f * (squares - sum * sum * per_row);
 }
 
-// x: (rows, channels). The first rows give a center; should they be far from typical, the mean they
-// led to is the center of a second attempt, which makes it the two-pass algorithm.
+// x: (rows, channels), rows `stride` apart. The first rows give a center; should they be far from
+// typical, the mean they led to is the center of a second attempt: the two-pass algorithm.
 template <typename T>
-void column_moments(const T* x, int64_t rows, int64_t channels, const TileSums& tile) {
+void column_moments(const T* x, int64_t rows, int64_t channels, int64_t stride,
+                    const TileSums& tile) {
   const float per_row = 1.0f / static_cast<float>(rows);
   const int64_t first_rows = std::min<int64_t>(rows, 4);
   for_each_strip(channels, [&](int64_t begin, int64_t end) {
@@ -164,7 +170,7 @@ void column_moments(const T* x, int64_t rows, int64_t channels, const TileSums& 
     simd::for_each_vector(0, width, [&](int64_t c, auto lanes) {
       Vec total{};
       for (int64_t r = 0; r < first_rows; ++r) {
-        total += simd::load(x + r * channels + begin + c, lanes);
+        total += simd::load(x + r * stride + begin + c, lanes);
       }
       simd::store(out.center + c, total / static_cast<float>(first_rows));
     });
@@ -172,12 +178,12 @@ void column_moments(const T* x, int64_t rows, int64_t channels, const TileSums& 
       std::fill_n(out.sums, padded, 0.0f);
       std::fill_n(out.products, padded, 0.0f);
       for_each_block(rows, 0, width, [&](int64_t row, auto count, int64_t c, auto lanes) {
-        const T* from = x + row * channels + begin + c;
+        const T* from = x + row * stride + begin + c;
         const Vec center = simd::load(out.center + c);
         Vec sum{}, squares{};  // of the block alone: shorter chains round less
         for (int j = 0; j < count; ++j) {
-          simd::prefetch(from + (j + count) * channels);
-          const Vec deviation = simd::load(from + j * channels, lanes) - center;
+          simd::prefetch(from + (j + count) * stride);
+          const Vec deviation = simd::load(from + j * stride, lanes) - center;
           sum += deviation;
           squares += deviation * deviation;
         }
@@ -231,14 +237,14 @@ struct Normalize {
 };
 
 template <bool kChannelsLast, bool kSilu, typename T>
-void apply(const T* x, int64_t rows, int64_t width, const Coefficients& k, T* y) {
+void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coefficients& k, T* y) {
   for_each_strip(width, [&](int64_t begin, int64_t end) {
     for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
       const Normalize<kChannelsLast> norm(k, i);
       for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * width + i;
-        simd::prefetch(x + at + count * width);
-        simd::prefetch_for_write(y + at + count * width);
+        const int64_t at = (r + j) * stride + i;
+        simd::prefetch(x + at + count * stride);
+        simd::prefetch_for_write(y + at + count * stride);
         const Vec z = (simd::load(x + at, lanes) - norm.center) * norm.gain + norm.offset;
         simd::store(y + at, kSilu ? simd::silu(z) : z, lanes);
       }
@@ -371,9 +377,69 @@ void run_steps(const Tiling& t, const Gather& gather, const Merge& merge, const 
   }
 }
 
+// How many channels of one image to take through all steps at once, so that x is read from L1 or L2
+// the second time: whole groups and whole vectors. 0 where the fewest possible exceed L2.
+template <typename T>
+int64_t slab_channels(const Tiling& t) {
+  if (!t.channels_last) return 0;
+  const int64_t unit = std::lcm(t.group_channels(), int64_t{simd::kLanes});
+  if (t.channels % unit != 0) return 0;
+  const int64_t units = t.channels / unit, unit_bytes = unit * t.pixels * sizeof(T);
+  if (unit_bytes > kL2SlabBytes) return 0;
+  int64_t count = std::clamp<int64_t>(kL1SlabBytes / std::max<int64_t>(unit_bytes, 1), 1, units);
+  while (units % count != 0) --count;
+  return count * unit;
+}
+
+// The three steps slab by slab, `width` channels of an image each.
+template <bool kSilu, typename T>
+void forward_slabs(const Tiling& t, int64_t width, const T* x, const Affine& affine, double eps,
+                   T* y, float* mean, float* rstd) {
+  const int64_t slabs = t.channels / width, count = t.images * slabs;
+  Tiling slab(true, 1, width, t.pixels, width / t.group_channels());
+  slab.stride = t.channels;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const int64_t partials_size = slab.tiles * TileSums::kArrays * slab.padded;
+  const int64_t scratch_size = partials_size + Coefficients::kArrays * slab.padded;
+  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
+  const auto run = [&](int64_t image, int64_t channel, float* partials) {
+    const Coefficients k(partials + partials_size, slab.padded);
+    const int64_t base = image * t.channels * t.pixels + channel;
+    const int64_t group = image * t.groups + channel / t.group_channels();
+    const auto offset = [](const float* values, int64_t by) {
+      return values ? values + by : values;
+    };
+    const int64_t row = image * t.channels + channel;  // of scale and shift
+    const Affine own{offset(affine.weight, channel), offset(affine.bias, channel),
+                     offset(affine.scale, row), offset(affine.shift, row)};
+    for (int64_t tile = 0; tile < slab.tiles; ++tile) {
+      const TileSums out(partials + tile * TileSums::kArrays * slab.padded, slab.padded);
+      column_moments(x + base + tile * slab.rows * slab.stride, slab.rows_of(tile), width,
+                     slab.stride, out);
+    }
+    merge_moments(slab, partials, 0, own, eps, mean + group, rstd + group, k);
+    for (int64_t tile = slab.tiles; tile-- > 0;) {
+      const int64_t from = base + tile * slab.rows * slab.stride;
+      apply<true, kSilu>(x + from, slab.rows_of(tile), width, slab.stride, k, y + from);
+    }
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads; ++i) {
+        run(i / slabs, i % slabs * width, scratch.get() + thread * scratch_size);
+      }
+    }
+  });
+}
+
 template <bool kChannelsLast, bool kSilu, typename T>
 void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y, float* mean,
              float* rstd) {
+  if constexpr (kChannelsLast) {
+    if (const int64_t width = slab_channels<T>(t)) {
+      return forward_slabs<kSilu>(t, width, x, affine, eps, y, mean, rstd);
+    }
+  }
   const int64_t stride = Coefficients::kArrays * t.padded;
   const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
   const auto of = [&](int64_t image) {
@@ -383,7 +449,7 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
       t,
       [&](const Tile& tile, const TileSums& out) {
         if constexpr (kChannelsLast) {
-          column_moments(x + tile.offset, tile.rows, t.channels, out);
+          column_moments(x + tile.offset, tile.rows, t.channels, t.stride, out);
         } else {
           line_moments(x + tile.offset, tile.rows, out);
         }
@@ -394,8 +460,8 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
       [&](const Tile& tile) {
         const int64_t rows = kChannelsLast ? tile.rows : 1,
                       width = kChannelsLast ? t.channels : tile.rows;
-        apply<kChannelsLast, kSilu>(x + tile.offset, rows, width, of(tile.image).from(tile.line),
-                                    y + tile.offset);
+        apply<kChannelsLast, kSilu>(x + tile.offset, rows, width, width,
+                                    of(tile.image).from(tile.line), y + tile.offset);
       });
 }
 

@@ -106,7 +106,7 @@ ALLOWED = {
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.doctor": ("sdfast.__version__", "sdfast._library", "sdfast.dispatch", "sdfast.ops"),
-    "sdfast.cli": (
+    "sdfast.cli": ("sdfast._library", 
         *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.optimize",
     ),
 }  # fmt: skip
