@@ -17,8 +17,10 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
 
 bench: $(VENV)/.installed-dev
+	$(RUN) benchmarks/bench_models.py
 	$(RUN) benchmarks/bench_group_norm.py
 	$(RUN) benchmarks/bench_digits_quality.py
+	$(RUN) benchmarks/report.py
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
@@ -33,7 +35,7 @@ format: $(VENV)/.installed-dev
 
 # Rebuilds the compiled libraries in place after a change under csrc/.
 native: $(VENV)/.installed
-	$(RUN) setup.py build_ext --inplace
+	SDFAST_REQUIRE_NATIVE=1 $(RUN) setup.py build_ext --inplace
 
 $(VENV)/.torch:
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

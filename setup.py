@@ -22,12 +22,17 @@ ROOT = pathlib.Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once; its libraries land in the package folder that is being built."""
+    """Runs CMake once; its libraries land in the package folder that is being built.
+
+    With SDFAST_REQUIRE_NATIVE=1 a failure ends the build instead of leaving the package without libraries.
+    """
 
     def run(self) -> None:
         try:
             self._build()
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("SDFAST_REQUIRE_NATIVE") == "1":
+                raise
             print(f"\nsdfast: no compiled library was built: {error}", file=sys.stderr)
             print("sdfast: the package installs without, and runs on torch's own kernels.\n", file=sys.stderr)
 
@@ -43,13 +48,18 @@ class CMakeBuild(build_ext):
         build_dir = ROOT / "build" / ("cmake-inplace" if self.inplace else "cmake-wheel")
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release",
+            "-USDFAST_LIBTORCH_CPU",  # an earlier build may have found it in another environment
             f"-DSDFAST_TORCH_DIR={next(iter(torch.submodule_search_locations))}",
             f"-DSDFAST_OUTPUT_DIR={output_dir}",
         ]  # fmt: skip
-        if shutil.which("ninja") and not (build_dir / "CMakeCache.txt").exists():
+        if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run(configure, check=True)
+        try:
+            subprocess.run(configure, check=True)
+        except subprocess.CalledProcessError:  # perhaps over the cache of tools that are gone: once more
+            shutil.rmtree(build_dir, ignore_errors=True)
+            subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
 
     def get_outputs(self) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,7 +32,9 @@ def write_json(path: pathlib.Path, rows: Sequence[Mapping[str, object]], **more:
     """Write environment, load and rows; a run that is interrupted leaves the file before it as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    record = {"environment": {**environment(), "load_average": load}, **more, "rows": list(rows)}
+    command = " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+    machine = {**environment(), "load_average": load}
+    record = {"command": command, "environment": machine, **more, "rows": list(rows)}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)

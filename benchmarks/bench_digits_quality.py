@@ -89,8 +89,7 @@ def main() -> int:
         )
     if not arguments.no_record:
         path = results_path("digits_quality")
-        command = " ".join(["python", "benchmarks/bench_digits_quality.py", *sys.argv[1:]])
-        write_json(path, rows, command=command, training=_training(arguments.model), real=real)
+        write_json(path, rows, training=_training(arguments.model), real=real)
         print(path)
     return 0 if rows[0]["accuracy"] >= REQUIRED else 1
 

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_models.py [--rounds 3] [--dtype float32 bfloat16]
 
-Real sizes, random weights, the same on both sides. U-Net: 64x64 latent, batch 2 (guidance); VAE: one latent to
-512x512. Before anything is timed the result is checked: in fp32 against diffusers', in bf16 by its distance
-from diffusers' fp32 result, at most 1.5 times that of diffusers' own bf16. Eager runs in both memory formats,
-and the ratio is against the faster; all take turns in one process.
+Real sizes, random weights, the same on both sides. U-Net: 64x64 latent, batch 2 (guidance); VAE: one latent
+to 512x512. Before anything is timed the result is checked: in fp32 against diffusers', in bf16 by its
+distance from diffusers' fp32 result, at most 1.5 times that of diffusers' own bf16. Eager runs in both
+memory formats, and the ratio is against the faster; all take turns in one process.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _runs(
         "eager channels_last": run(channels_last, dtype),
         "sdfast": run(ours, dtype),
     }
-    error, eager_error = (relative_error(runs[name](), expected) for name in ("sdfast", "eager channels_last"))
+    error, eager_error = (
+        relative_error(runs[name](), expected) for name in ("sdfast", "eager channels_last")
+    )
     limit = 1e-4 if dtype == torch.float32 else 1.5 * eager_error
     if not error <= limit:
         raise AssertionError(f"{ours_class.__name__}, {dtype}: error {error:.1e} exceeds {limit:.1e}")
@@ -83,7 +85,9 @@ def _runs(
 
 
 @torch.inference_mode()
-def measure(work: str, make: Callable[[torch.dtype], dict[str, Run]], dtype: torch.dtype, rounds: int) -> dict:
+def measure(
+    work: str, make: Callable[[torch.dtype], dict[str, Run]], dtype: torch.dtype, rounds: int
+) -> dict:
     """Median milliseconds of each, and the median ratio of neighbours in time."""
     torch.manual_seed(0)
     samples = time_alternating(make(dtype), rounds=rounds, warmup=1)
@@ -108,7 +112,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="of each side (%(default)s)")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
     options = parser.parse_args()
     rows = []
     for dtype in options.dtype:

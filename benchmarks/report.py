@@ -50,7 +50,8 @@ def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
         yield (
             name + (", forward and backward" if row["training"] else ""), row["shape"], row["dtype"],
             f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}", f"{row['ratio']:.2f}x",
-            f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['of_copy']:.0%}",
+            f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}", f"{row['gb_per_s']:.1f}",
+            f"{row['of_copy']:.0%}",
         )  # fmt: skip
 
 
@@ -74,15 +75,16 @@ def results_md(records: dict[str, Row]) -> list[str]:
         "# Recorded results",
         "",
         "Written by `python benchmarks/report.py` from the JSON files beside it. Every benchmark checks its",
-        "result before it times it; both sides take turns in one process; times are medians, ratios are medians",
-        "of neighbours in time (20th to 80th percentile in brackets). No GPU kernel exists yet, and nothing here",
-        "was measured on a GPU.",
+        "result before it times it; both sides take turns in one process; times are medians, ratios are",
+        "medians of neighbours in time. No GPU kernel exists yet, and nothing here was measured on a GPU.",
     ]
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
         lines += ["", f"## {kind} on {device}", "", provenance(name, record), ""]
         if kind == "models":
-            lines += markdown_table(("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record))
+            lines += markdown_table(
+                ("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record)
+            )
         elif kind == "group_norm":
             head = ("work", "shape", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
             lines += [f"Copy bandwidth in the same run: {record['copy_gb_per_s']:.1f} GB/s (128 MiB).", ""]
@@ -96,12 +98,18 @@ def quality(record: Row) -> list[str]:
     """The digits: how many are read as asked."""
     training = record["training"]
     lines = [
-        f"Real digits that were held out: {record['real']['accuracy']:.1%} read as labelled. The model was trained"
-        f" in {training['seconds'] / 60:.0f} minutes ({training['command']}).",
+        f"Real digits that were held out: {record['real']['accuracy']:.1%} read as labelled. The model was"
+        f" trained in {training['seconds'] / 60:.0f} minutes (`{training['command']}`). Spread: the standard"
+        " deviation of a pixel among pictures of one digit.",
         "",
     ]
     rows = [
-        (f"guidance {r['guidance_scale']}, {r['steps']} steps", r["images"], f"{r['accuracy']:.1%}", f"{r['spread']:.3f}")
+        (
+            f"guidance {r['guidance_scale']}, {r['steps']} steps",
+            r["images"],
+            f"{r['accuracy']:.1%}",
+            f"{r['spread']:.3f}",
+        )
         for r in record["rows"]
     ]  # fmt: skip
     rows.append(("real", "", f"{record['real']['accuracy']:.1%}", f"{record['real']['spread']:.3f}"))
@@ -115,8 +123,8 @@ def readme_block(records: dict[str, Row]) -> list[str]:
         if name.endswith("/models.json"):
             machine = record["environment"]
             lines += [
-                f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}), torch"
-                f" {machine['torch']}, beside eager torch in its faster memory format:",
+                f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}),"
+                f" torch {machine['torch']}, beside eager torch in its faster memory format:",
                 "",
             ]
             lines += markdown_table(("work", "dtype", "eager", "sdfast", "speed"), models_rows(record))
@@ -127,8 +135,8 @@ def readme_block(records: dict[str, Row]) -> list[str]:
             first = record["rows"][0]
             lines += [
                 "",
-                f"Of {first['images']} digits drawn by the model that ships, a classifier trained on real ones reads"
-                f" {first['accuracy']:.1%} as the digit asked for.",
+                f"Of {first['images']} digits drawn by the model that ships, a classifier trained on real ones"
+                f" reads {first['accuracy']:.1%} as the digit asked for.",
             ]
     return lines
 

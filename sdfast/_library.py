@@ -59,7 +59,8 @@ def cpu_isa() -> str:
     torch's own override (ATEN_CPU_CAPABILITY) is respected, so a test can force a lower one.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # no public name yet
+    if capability == "AVX512" and has_bf16():
         return "avx512_bf16"
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
 
@@ -87,7 +88,9 @@ def _load_cpu_library() -> LibraryStatus:
             continue
         return LibraryStatus(path.stem, True, f"loaded for {isa}")
     return LibraryStatus(
-        "_C_cpu", False, "; ".join(problems) + "; build it: pip install . with a C++17 compiler"
+        "_C_cpu",
+        False,
+        "; ".join(problems) + "; build it: pip install --no-build-isolation . with a C++17 compiler",
     )
 
 

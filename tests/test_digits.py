@@ -158,10 +158,10 @@ def test_recipe_writes_a_pipeline_once_and_replaces_it(few_pictures, tmp_path):
 
 def test_recipe_touches_no_folder_that_is_not_its_own(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="is no pipeline folder"):
+    (tmp_path / "out" / "model_index.json").touch()  # somebody else's pipeline
+    with pytest.raises(FileExistsError, match="was not written by this command"):
         _recipe(tmp_path)
-    assert _names(tmp_path) == ["out"] and _names(tmp_path / "out") == ["thesis.tex"]
+    assert _names(tmp_path) == ["out"] and _names(tmp_path / "out") == ["model_index.json"]
 
 
 def test_recipe_leaves_the_number_of_threads_and_the_randomness_alone(few_pictures, tmp_path):

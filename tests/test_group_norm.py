@@ -462,3 +462,23 @@ def test_defaults_to_the_formula_of_torch() -> None:
     torch.testing.assert_close(group_norm_reference(x, 2, silu=True), F.silu(F.group_norm(x, 2)))
     with dispatch.use_backend("reference"):
         assert torch.equal(group_norm(x, 2), group_norm_torch(x, 2))
+
+
+def test_transforms_get_the_gradient_of_torch():
+    """torch.func and forward-mode AD cannot see through a compiled kernel: torch has to serve them."""
+    x, tangent = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
+
+    def normalise(x, backend=None):
+        return group_norm(x, 4, activation="silu", backend=backend)
+
+    expected = torch.func.jvp(lambda x: normalise(x, "torch"), (x,), (tangent,))[1]
+    assert torch.equal(torch.func.jvp(normalise, (x,), (tangent,))[1], expected)
+    gradient = torch.func.grad(lambda x: normalise(x).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda x: normalise(x, "torch").square().sum())(x))
+
+
+def test_the_library_is_there_where_it_is_required():
+    if os.environ.get("SDFAST_REQUIRE_NATIVE") != "1":
+        pytest.skip("SDFAST_REQUIRE_NATIVE=1 asks for it")
+    status = _library.load_cpu_library()
+    assert status.loaded, status.detail

@@ -319,6 +319,7 @@ def write_weights(model: nn.Module, folder: pathlib.Path, stem: str, max_shard_b
         dense = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
         with replacing(folder / name) as temporary:
             save_file(dense, temporary, metadata={"format": "pt"})
+            temporary.chmod(folder.stat().st_mode & 0o666)  # it comes readable by its owner alone
     index = folder / f"{stem}.safetensors.index.json"
     if count > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

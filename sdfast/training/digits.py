@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,7 @@ def train_digits(
     and gives the same weights, bit for bit, as a run that was left alone.
 
     Args:
-        output: the folder to write. It appears whole or not at all; a pipeline that is there is replaced.
+        output: the folder to write. It appears whole or not at all; one it wrote before is replaced.
             Beside the pipeline it holds training.json: options, seconds, versions.
         run_dir: where checkpoints go (some 50 MB).
         seed: of everything random: the data split, the first weights, the steps.
@@ -103,13 +104,15 @@ def train_digits(
         `output` as a path.
 
     Raises:
-        FileExistsError: `output` exists and is no pipeline.
+        FileExistsError: `output` exists and is no pipeline that this function wrote.
         ImportError: scikit-learn is not installed.
         ValueError: a step count below 1, or `run_dir` holds a run of other settings.
         TrainingInterrupted: Ctrl-C; the text says how to go on.
     """
     output, run_dir = Path(output), Path(run_dir)
     _check_output(output)
+    if not resume:  # both phases at once: the second belongs to the first that led to it
+        shutil.rmtree(run_dir / "unet", ignore_errors=True)
     common: dict[str, Any] = {
         "seed": seed,
         "resume": resume,
@@ -129,8 +132,9 @@ def train_digits(
         )
 
         captions = caption_ids(tokenizer, seed)
+        posterior = encode(vae, pictures)
         data = CaptionedLatents(
-            posterior=encode(vae, pictures),
+            posterior=posterior,
             scaling_factor=vae.config.scaling_factor,
             labels=labels,
             captions=captions,
@@ -138,7 +142,8 @@ def train_digits(
             settings={
                 **source,
                 "autoencoder": dataclasses.asdict(vae_training),
-                "captions": hashlib.sha256(captions.numpy().tobytes()).hexdigest(),
+                "captions": _fingerprint(captions),
+                "latents": _fingerprint(posterior.mean),  # a U-Net of another autoencoder is refused
             },
         )
         model = train_ddpm(
@@ -164,6 +169,10 @@ def train_digits(
     return output
 
 
+def _fingerprint(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
 def text_config(vocabulary: int) -> CLIPTextConfig:
     """The text encoder's sizes; the last two ids of the vocabulary are begin and end of text."""
     return CLIPTextConfig(
@@ -186,8 +195,8 @@ def _with_steps(training: Any, steps: int) -> Any:
 
 def _check_output(output: Path) -> None:
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not empty and not (output / "model_index.json").is_file():
-        raise FileExistsError(f"{output}: exists and is no pipeline folder; choose another output")
+    if not empty and not (output / RECORD).is_file():
+        raise FileExistsError(f"{output}: exists and was not written by this command; choose another output")
 
 
 def _write(
@@ -218,7 +227,7 @@ def _write(
             output.rename(old)
         try:
             fresh.rename(output)
-        except OSError:
+        except BaseException:  # Ctrl-C too: the folder that was there must not go with the temporary one
             if old.exists():
                 old.rename(output)
             raise
