@@ -135,7 +135,7 @@ def readme_block(records: dict[str, Row]) -> list[str]:
             first = record["rows"][0]
             lines += [
                 "",
-                f"Of {first['images']} digits drawn by the model that ships, a classifier trained on real ones"
+                f"Of {first['images']} digits drawn by the shipped model, a classifier trained on real ones"
                 f" reads {first['accuracy']:.1%} as the digit asked for.",
             ]
     return lines
