@@ -29,6 +29,7 @@ constexpr int64_t kTileRows = 256;  // fp32 sums over more would round too much
 constexpr int64_t kStrip = 512;
 // Of x, beside as much of y.
 constexpr int64_t kL1SlabBytes = 24 << 10, kL2SlabBytes = 384 << 10;
+constexpr int64_t kSlabRowBytes = 256;  // narrower rows waste cache lines and prefetches
 // Threads that share images take them through the steps in rounds of about this size, so that step
 // 3 finds x in cache.
 constexpr int64_t kRoundElements = 2 << 20;
@@ -382,7 +383,8 @@ void run_steps(const Tiling& t, const Gather& gather, const Merge& merge, const 
 template <typename T>
 int64_t slab_channels(const Tiling& t) {
   if (!t.channels_last) return 0;
-  const int64_t unit = std::lcm(t.group_channels(), int64_t{simd::kLanes});
+  int64_t unit = std::lcm(t.group_channels(), int64_t{simd::kLanes});
+  while (unit * static_cast<int64_t>(sizeof(T)) < kSlabRowBytes) unit *= 2;
   if (t.channels % unit != 0) return 0;
   const int64_t units = t.channels / unit, unit_bytes = unit * t.pixels * sizeof(T);
   if (unit_bytes > kL2SlabBytes) return 0;
