@@ -1,10 +1,11 @@
-// group_norm on CPU: checks, launch and registration. The kernels are in group_norm_cpu.h and
-// group_norm_backward_cpu.h.
+// group_norm on CPU: checks, launch and registration. The kernels are in group_norm_forward_cpu.h
+// and group_norm_backward_cpu.h.
 #include "group_norm_cpu.h"
 
 #include <tuple>
 
 #include "group_norm_backward_cpu.h"
+#include "group_norm_forward_cpu.h"
 #include "tensor_checks.h"
 
 namespace sdfast {

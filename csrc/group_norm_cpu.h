@@ -1,4 +1,5 @@
-// group_norm with SiLU and scale-shift on CPU, for fp32, bf16 and fp16. Backward has its own file.
+// group_norm with SiLU and scale-shift on CPU, for fp32, bf16 and fp16: what forward and backward,
+// in files of their own, share.
 //
 // Algorithm. An image is cut into tiles that stay in L2. (1) Per tile and channel: the sums of
 // deviations from a center near the mean and of their squares. (2) Per image: the tiles merged in a
@@ -14,7 +15,6 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -27,9 +27,6 @@ using simd::Vec;
 constexpr int64_t kTileElements = 65536;
 constexpr int64_t kTileRows = 256;  // fp32 sums over more would round too much
 constexpr int64_t kStrip = 512;
-// Of x, beside as much of y.
-constexpr int64_t kL1SlabBytes = 24 << 10, kL2SlabBytes = 384 << 10;
-constexpr int64_t kSlabRowBytes = 256;  // narrower rows waste cache lines and prefetches
 // Threads that share images take them through the steps in rounds of about this size, so that step
 // 3 finds x in cache.
 constexpr int64_t kRoundElements = 2 << 20;
@@ -122,7 +119,8 @@ struct Affine {
 inline float at(const float* values, int64_t i, float neutral) {
   return values ? values[i] : neutral;
 }
-inline Vec at(const float* values, int64_t i, float neutral, int lanes) {
+template <typename Lanes>
+inline Vec at(const float* values, int64_t i, float neutral, Lanes lanes) {
   return values ? simd::load(values + i, lanes) : simd::broadcast(neutral);
 }
 
@@ -152,76 +150,6 @@ inline void for_each_strip(int64_t width, const Body& body) {
     body(begin, std::min(begin + kStrip, width));
 }
 
-// Whether the squares about a center lose too many digits when they become those about the mean.
-// False for NaN.
-inline bool is_poor_center(float sum, float squares, float per_row) {
-  return squares > 16.0f * (squares - sum * sum * per_row);
-}
-
-// x: (rows, channels), rows `stride` apart. The first rows give a center; should they be far from
-// typical, the mean they led to is the center of a second attempt: the two-pass algorithm.
-template <typename T>
-void column_moments(const T* x, int64_t rows, int64_t channels, int64_t stride,
-                    const TileSums& tile) {
-  const float per_row = 1.0f / static_cast<float>(rows);
-  const int64_t first_rows = std::min<int64_t>(rows, 4);
-  for_each_strip(channels, [&](int64_t begin, int64_t end) {
-    const TileSums out = tile.from(begin);
-    const int64_t width = end - begin, padded = simd::round_up(width);
-    simd::for_each_vector(0, width, [&](int64_t c, auto lanes) {
-      Vec total{};
-      for (int64_t r = 0; r < first_rows; ++r) {
-        total += simd::load(x + r * stride + begin + c, lanes);
-      }
-      simd::store(out.center + c, total / static_cast<float>(first_rows));
-    });
-    for (int attempt = 0; attempt < 2; ++attempt) {
-      std::fill_n(out.sums, padded, 0.0f);
-      std::fill_n(out.products, padded, 0.0f);
-      for_each_block(rows, 0, width, [&](int64_t row, auto count, int64_t c, auto lanes) {
-        const T* from = x + row * stride + begin + c;
-        const Vec center = simd::load(out.center + c);
-        Vec sum{}, squares{};  // of the block alone: shorter chains round less
-        for (int j = 0; j < count; ++j) {
-          simd::prefetch(from + (j + count) * stride);
-          const Vec deviation = simd::load(from + j * stride, lanes) - center;
-          sum += deviation;
-          squares += deviation * deviation;
-        }
-        simd::store(out.sums + c, simd::load(out.sums + c) + sum);
-        simd::store(out.products + c, simd::load(out.products + c) + squares);
-      });
-      int poor = 0;
-      for (int64_t c = 0; c < width; ++c) {
-        poor |= is_poor_center(out.sums[c], out.products[c], per_row);
-      }
-      if (!poor || attempt == 1) break;
-      for (int64_t c = 0; c < width; ++c) out.center[c] += out.sums[c] * per_row;
-    }
-  });
-}
-
-// x: (size), all of one channel. As column_moments.
-template <typename T>
-void line_moments(const T* x, int64_t size, const TileSums& out) {
-  const float per_element = 1.0f / static_cast<float>(size);
-  const int first = static_cast<int>(std::min<int64_t>(size, simd::kLanes));
-  *out.center = simd::sum(simd::load(x, first)) / static_cast<float>(first);
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const Vec center = simd::broadcast(*out.center);
-    Vec sum{}, squares{};
-    simd::for_each_vector(0, size, [&](int64_t i, auto lanes) {
-      const Vec deviation = simd::keep_first(simd::load(x + i, lanes) - center, lanes);
-      sum += deviation;
-      squares += deviation * deviation;
-    });
-    *out.sums = simd::sum(sum);
-    *out.products = simd::sum(squares);
-    if (!is_poor_center(*out.sums, *out.products, per_element) || attempt == 1) break;
-    *out.center += *out.sums * per_element;
-  }
-}
-
 // A coefficient for the lanes from i on: one per channel along a row, or the same all along a line.
 template <bool kChannelsLast>
 inline Vec coefficient(const float* values, int64_t i) {
@@ -236,22 +164,6 @@ struct Normalize {
         gain(coefficient<kChannelsLast>(k.gain, i)),
         offset(coefficient<kChannelsLast>(k.offset, i)) {}
 };
-
-template <bool kChannelsLast, bool kSilu, typename T>
-void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coefficients& k, T* y) {
-  for_each_strip(width, [&](int64_t begin, int64_t end) {
-    for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
-      const Normalize<kChannelsLast> norm(k, i);
-      for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * stride + i;
-        simd::prefetch(x + at + count * stride);
-        simd::prefetch_for_write(y + at + count * stride);
-        const Vec z = (simd::load(x + at, lanes) - norm.center) * norm.gain + norm.offset;
-        simd::store(y + at, kSilu ? simd::silu(z) : z, lanes);
-      }
-    });
-  });
-}
 
 // term(i) summed over [begin, end) in four interleaved chains, as one chain of additions is slow.
 template <typename Term>
@@ -285,46 +197,6 @@ inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affin
     simd::store(k.gain + c, gain);
     simd::store(k.offset + c, offset);
   });
-}
-
-// From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
-inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
-                          const Affine& affine, double eps, float* mean, float* rstd,
-                          const Coefficients& k) {
-  std::vector<double> means(t.channels), squares(t.channels);
-  const int64_t stride = TileSums::kArrays * t.padded;
-  for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float *sums = partials + tile * stride, *center = sums + 2 * t.padded;
-    const double share = static_cast<double>(t.rows_of(tile)) / t.pixels,
-                 per_pixel = 1.0 / t.pixels;
-    for (int64_t c = 0; c < t.channels; ++c) means[c] += share * center[c] + per_pixel * sums[c];
-  }
-  for (int64_t tile = 0; tile < t.tiles; ++tile) {
-    const float *sums = partials + tile * stride, *products = sums + t.padded;
-    const float* center = products + t.padded;
-    const double rows = t.rows_of(tile);
-    // Squares about the mean, which is `shift` from the center.
-    for (int64_t c = 0; c < t.channels; ++c) {
-      const double shift = means[c] - center[c];
-      squares[c] += products[c] + shift * (rows * shift - 2.0 * sums[c]);
-    }
-  }
-  const int64_t width = t.group_channels();
-  std::vector<float> rest(t.groups);
-  for (int64_t g = 0; g < t.groups; ++g) {
-    const int64_t begin = g * width, end = begin + width;
-    const double group_mean = sum_over(begin, end, [&](int64_t c) { return means[c]; }) / width;
-    const double group_squares = sum_over(begin, end, [&](int64_t c) {
-      const double distance = means[c] - group_mean;
-      return squares[c] + t.pixels * distance * distance;
-    });
-    // Rounding may leave a constant group just below zero; a NaN is kept.
-    const double variance = group_squares < 0 ? 0.0 : group_squares / t.group_size();
-    mean[g] = static_cast<float>(group_mean);
-    rest[g] = static_cast<float>(group_mean - mean[g]);
-    rstd[g] = static_cast<float>(1.0 / std::sqrt(variance + eps));
-  }
-  normalizing_coefficients(t, image, affine, mean, rstd, rest.data(), k);
 }
 
 // gather(tile, sums) over all tiles of an image, merge(image, partials), then apply(tile) over its
@@ -376,95 +248,6 @@ void run_steps(const Tiling& t, const Gather& gather, const Merge& merge, const 
     });
     parallel_for(first * image_tiles, last * image_tiles, t.grain(), apply_tiles);
   }
-}
-
-// How many channels of one image to take through all steps at once, so that x is read from L1 or L2
-// the second time: whole groups and whole vectors. 0 where the fewest possible exceed L2.
-template <typename T>
-int64_t slab_channels(const Tiling& t) {
-  if (!t.channels_last) return 0;
-  int64_t unit = std::lcm(t.group_channels(), int64_t{simd::kLanes});
-  while (unit * static_cast<int64_t>(sizeof(T)) < kSlabRowBytes) unit *= 2;
-  if (t.channels % unit != 0) return 0;
-  const int64_t units = t.channels / unit, unit_bytes = unit * t.pixels * sizeof(T);
-  if (unit_bytes > kL2SlabBytes) return 0;
-  int64_t count = std::clamp<int64_t>(kL1SlabBytes / std::max<int64_t>(unit_bytes, 1), 1, units);
-  while (units % count != 0) --count;
-  return count * unit;
-}
-
-// The three steps slab by slab, `width` channels of an image each.
-template <bool kSilu, typename T>
-void forward_slabs(const Tiling& t, int64_t width, const T* x, const Affine& affine, double eps,
-                   T* y, float* mean, float* rstd) {
-  const int64_t slabs = t.channels / width, count = t.images * slabs;
-  Tiling slab(true, 1, width, t.pixels, width / t.group_channels());
-  slab.stride = t.channels;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  const int64_t partials_size = slab.tiles * TileSums::kArrays * slab.padded;
-  const int64_t scratch_size = partials_size + Coefficients::kArrays * slab.padded;
-  const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
-  const auto run = [&](int64_t image, int64_t channel, float* partials) {
-    const Coefficients k(partials + partials_size, slab.padded);
-    const int64_t base = image * t.channels * t.pixels + channel;
-    const int64_t group = image * t.groups + channel / t.group_channels();
-    const auto offset = [](const float* values, int64_t by) {
-      return values ? values + by : values;
-    };
-    const int64_t row = image * t.channels + channel;  // of scale and shift
-    const Affine own{offset(affine.weight, channel), offset(affine.bias, channel),
-                     offset(affine.scale, row), offset(affine.shift, row)};
-    for (int64_t tile = 0; tile < slab.tiles; ++tile) {
-      const TileSums out(partials + tile * TileSums::kArrays * slab.padded, slab.padded);
-      column_moments(x + base + tile * slab.rows * slab.stride, slab.rows_of(tile), width,
-                     slab.stride, out);
-    }
-    merge_moments(slab, partials, 0, own, eps, mean + group, rstd + group, k);
-    for (int64_t tile = slab.tiles; tile-- > 0;) {
-      const int64_t from = base + tile * slab.rows * slab.stride;
-      apply<true, kSilu>(x + from, slab.rows_of(tile), width, slab.stride, k, y + from);
-    }
-  };
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads; ++i) {
-        run(i / slabs, i % slabs * width, scratch.get() + thread * scratch_size);
-      }
-    }
-  });
-}
-
-template <bool kChannelsLast, bool kSilu, typename T>
-void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y, float* mean,
-             float* rstd) {
-  if constexpr (kChannelsLast) {
-    if (const int64_t width = slab_channels<T>(t)) {
-      return forward_slabs<kSilu>(t, width, x, affine, eps, y, mean, rstd);
-    }
-  }
-  const int64_t stride = Coefficients::kArrays * t.padded;
-  const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
-  const auto of = [&](int64_t image) {
-    return Coefficients(coefficients.get() + image * stride, t.padded);
-  };
-  run_steps(
-      t,
-      [&](const Tile& tile, const TileSums& out) {
-        if constexpr (kChannelsLast) {
-          column_moments(x + tile.offset, tile.rows, t.channels, t.stride, out);
-        } else {
-          line_moments(x + tile.offset, tile.rows, out);
-        }
-      },
-      [&](int64_t n, const float* partials) {
-        merge_moments(t, partials, n, affine, eps, mean + n * t.groups, rstd + n * t.groups, of(n));
-      },
-      [&](const Tile& tile) {
-        const int64_t rows = kChannelsLast ? tile.rows : 1,
-                      width = kChannelsLast ? t.channels : tile.rows;
-        apply<kChannelsLast, kSilu>(x + tile.offset, rows, width, width,
-                                    of(tile.image).from(tile.line), y + tile.offset);
-      });
 }
 
 }  // namespace sdfast::group_norm
