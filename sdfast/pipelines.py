@@ -11,7 +11,6 @@ torch picks its algorithms by batch size, and the last bits of the latents follo
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -198,7 +197,7 @@ class StableDiffusion:
         shape = (len(request.seeds), *request.latent_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected {shape}")
-        plan = self._plan(request.steps, sampler=sampler)
+        plan = plan_from_config(self.scheduler_config, request.steps, sampler=sampler)
 
         def start(part: slice, generators: list[torch.Generator]) -> Tensor:
             noise = self._noise(request, generators) if latents is None else latents[part]
@@ -254,7 +253,7 @@ class StableDiffusion:
             steps=steps, guidance_scale=guidance_scale, seed=seed, num_images=num_images,
             batch_size=batch_size, time_ids=time_ids, output=output,
         )  # fmt: skip
-        plan = self._plan(request.steps, sampler=sampler, strength=strength)
+        plan = plan_from_config(self.scheduler_config, request.steps, sampler=sampler, strength=strength)
 
         @functools.cache
         def posterior(index: int) -> DiagonalGaussian:
@@ -295,22 +294,6 @@ class StableDiffusion:
                 f" this device has {available / 2**30:.0f} GiB"
             )
         return request
-
-    def _plan(self, steps: int, **options: Any) -> SamplingPlan:
-        """As `plan_from_config`; where steps_offset leaves no room, the error says for how many it does."""
-        try:
-            return plan_from_config(self.scheduler_config, steps, **options)
-        except ValueError as error:
-            if not str(error).startswith("steps_offset: "):
-                raise
-            no_room = error
-        for most in range(steps - 1, 0, -1):
-            with contextlib.suppress(ValueError):
-                plan_from_config(self.scheduler_config, most, **options)
-                break
-        else:
-            raise no_room
-        raise ValueError(f"steps: got {steps}, this model's schedule allows {most} at most") from no_room
 
     def _generation(self, request: Request, plan: SamplingPlan) -> Generation:
         text = TextConditioner(

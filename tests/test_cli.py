@@ -20,14 +20,7 @@ from sdfast import cli, doctor
 from sdfast._library import LibraryStatus
 from sdfast.images import read_settings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are all waiting for threads, more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

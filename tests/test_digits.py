@@ -15,14 +15,7 @@ from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training import data, digits
 from sdfast.training.captions import WORDS, caption_ids, captions, write_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These networks are too small for two, and bits may depend on the number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Data
@@ -186,7 +179,7 @@ def test_shipped_model_is_read_as_what_was_asked_for():
     prompts = [f"a handwritten {word}" for word in WORDS]
     drawn = pipe.text_to_image(prompts, num_images=3, steps=20, seed=0, output="tensor")
     read = data.Reader(data.load_digits()[0]).read(data.shrink(drawn.images * 2 - 1))
-    assert (read == torch.arange(10).repeat_interleave(3)).double().mean() >= 0.85
+    assert (read == torch.arange(10).repeat_interleave(3)).double().mean() >= 0.9
 
 
 def test_diffusers_loads_the_shipped_model():

@@ -22,14 +22,7 @@ from sdfast.training.run_folder import RunFolder
 from sdfast.training.trainer import EMA, Schedule, TrainingInterrupted, train
 from sdfast.training.vae import VAETraining, encode, scaling_factor, train_vae
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These networks are too small for two, and bits may depend on the number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SHORT = Schedule(steps=30, learning_rate=5e-3, warmup_steps=3, max_grad_norm=100.0)

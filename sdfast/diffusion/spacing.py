@@ -52,6 +52,11 @@ def spaced_steps(T: int, steps: int, spacing: str, steps_offset: int, unvisited:
     else:
         t = np.arange(T, 0, -T / steps, dtype=np.float64).round() - 1
     t = t[:steps]
+    if (
+        t[0] >= T and 0 < steps_offset <= T // n
+    ):  # an offset within a step's width is no mistake: too many steps
+        most = next(m for m in range(n - 1, 0, -1) if (m - 1) * (T // m) + steps_offset < T) - unvisited
+        raise ValueError(f"steps: got {steps}, this model's schedule allows {most} at most")
     if t[-1] < 0 or t[0] >= T:
         raise ValueError(
             f"steps_offset: {steps_offset} puts {steps} steps at {t[-1]:g} to {t[0]:g}, outside [0, {T}); "
