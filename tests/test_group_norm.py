@@ -398,6 +398,7 @@ def test_lower_instruction_sets(isa: str) -> None:
         torch.cpu._is_avx512_bf16_supported = lambda: False
         import test_group_norm as t
         torch.set_num_threads(1)
+        torch.manual_seed(0)
         from sdfast import _library
         assert _library.load_cpu_library().name == "_C_cpu_{isa}", _library.status()
         for dtype in t.DTYPES:
