@@ -14,6 +14,10 @@
 #include <immintrin.h>
 #endif
 
+// Across calls a vector would go through memory, so nothing here is left to the compiler's
+// judgement.
+#define SDFAST_INLINE inline __attribute__((always_inline))
+
 namespace sdfast::simd {
 
 #if defined(__AVX512F__)
@@ -44,20 +48,19 @@ using FullVector = std::integral_constant<int, kLanes>;
 // Calls body(i, lanes) for i = begin, begin + kLanes, ...: `lanes` is a FullVector, for what is
 // left at the end an int.
 template <typename Body>
-inline __attribute__((always_inline)) void for_each_vector(int64_t begin, int64_t end,
-                                                           const Body& body) {
+SDFAST_INLINE void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   for (; begin + kLanes <= end; begin += kLanes) body(begin, FullVector());
   if (begin < end) body(begin, static_cast<int>(end - begin));
 }
 
 constexpr int64_t round_up(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
-inline Vec broadcast(float value) { return value - Vec{}; }
-inline Bits as_bits(Vec v) { return reinterpret_cast<Bits>(v); }
-inline Vec as_floats(Bits v) { return reinterpret_cast<Vec>(v); }
-inline Vec select(Mask mask, Vec yes, Vec no) { return mask ? yes : no; }
+SDFAST_INLINE Vec broadcast(float value) { return value - Vec{}; }
+SDFAST_INLINE Bits as_bits(Vec v) { return reinterpret_cast<Bits>(v); }
+SDFAST_INLINE Vec as_floats(Bits v) { return reinterpret_cast<Vec>(v); }
+SDFAST_INLINE Vec select(Mask mask, Vec yes, Vec no) { return mask ? yes : no; }
 
-inline float sum(Vec v) {
+SDFAST_INLINE float sum(Vec v) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);
   for (int width = kLanes / 2; width > 0; width /= 2)
@@ -66,8 +69,8 @@ inline float sum(Vec v) {
 }
 
 // The first `lanes` lanes of v, the others zero.
-inline Vec keep_first(Vec v, FullVector) { return v; }
-inline Vec keep_first(Vec v, int lanes) {
+SDFAST_INLINE Vec keep_first(Vec v, FullVector) { return v; }
+SDFAST_INLINE Vec keep_first(Vec v, int lanes) {
   float values[kLanes] = {};
   std::memcpy(values, &v, lanes * sizeof(float));
   std::memcpy(&v, values, sizeof v);
@@ -75,7 +78,7 @@ inline Vec keep_first(Vec v, int lanes) {
 }
 
 // Between 16 and 32 bits per lane. GCC 12 splits the generic conversion of a whole AVX-512 vector.
-inline Bits widen_bits(HalfBits v) {
+SDFAST_INLINE Bits widen_bits(HalfBits v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Bits>(
       _mm512_maskz_cvtepu16_epi32(kAllLanes, reinterpret_cast<__m256i>(v)));
@@ -83,7 +86,7 @@ inline Bits widen_bits(HalfBits v) {
   return __builtin_convertvector(v, Bits);
 #endif
 }
-inline HalfBits narrow_bits(Bits v) {
+SDFAST_INLINE HalfBits narrow_bits(Bits v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfBits>(
       _mm512_maskz_cvtepi32_epi16(kAllLanes, reinterpret_cast<__m512i>(v)));
@@ -92,7 +95,7 @@ inline HalfBits narrow_bits(Bits v) {
 #endif
 }
 
-inline HalfBits high_halves(Bits v) {
+SDFAST_INLINE HalfBits high_halves(Bits v) {
 #if defined(__AVX512BW__)
   const Bits odd = Bits{0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d};
   const __m512i gathered = _mm512_maskz_permutexvar_epi16(~0u, reinterpret_cast<__m512i>(odd),
@@ -105,25 +108,33 @@ inline HalfBits high_halves(Bits v) {
 #endif
 }
 
-// v between the bounds; NaN stays NaN, because x86's min and max return their second operand then.
-inline Vec clamp(Vec v, float low, float high) {
+// The larger, the smaller of v and a bound; NaN stays NaN, because x86's min and max return their
+// second operand then.
+SDFAST_INLINE Vec at_least(Vec v, float bound) {
 #if defined(__AVX512F__)
-  const __m512 capped =
-      _mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(high), reinterpret_cast<__m512>(v));
-  return reinterpret_cast<Vec>(_mm512_maskz_max_ps(kAllLanes, _mm512_set1_ps(low), capped));
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_max_ps(kAllLanes, _mm512_set1_ps(bound), reinterpret_cast<__m512>(v)));
 #elif defined(__AVX__)
-  const __m256 capped = _mm256_min_ps(_mm256_set1_ps(high), reinterpret_cast<__m256>(v));
-  return reinterpret_cast<Vec>(_mm256_max_ps(_mm256_set1_ps(low), capped));
+  return reinterpret_cast<Vec>(_mm256_max_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(v)));
 #else
-  v = select(v > high, broadcast(high), v);
-  return select(v < low, broadcast(low), v);
+  return select(v < bound, broadcast(bound), v);
+#endif
+}
+SDFAST_INLINE Vec at_most(Vec v, float bound) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(bound), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Vec>(_mm256_min_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(v)));
+#else
+  return select(v > bound, broadcast(bound), v);
 #endif
 }
 
-inline Vec widen_bfloat16(HalfBits v) { return as_floats(widen_bits(v) << 16); }
+SDFAST_INLINE Vec widen_bfloat16(HalfBits v) { return as_floats(widen_bits(v) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.
-inline HalfBits narrow_bfloat16(Vec v) {
+SDFAST_INLINE HalfBits narrow_bfloat16(Vec v) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<HalfBits>(
       _mm512_maskz_cvtneps_pbh(kAllLanes, reinterpret_cast<__m512>(v)));
@@ -136,7 +147,7 @@ inline HalfBits narrow_bfloat16(Vec v) {
 #endif
 }
 
-inline Vec widen_half(HalfBits v) {
+SDFAST_INLINE Vec widen_half(HalfBits v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(kAllLanes, reinterpret_cast<__m256i>(v)));
 #elif defined(__F16C__)
@@ -152,7 +163,7 @@ inline Vec widen_half(HalfBits v) {
 #endif
 }
 
-inline HalfBits narrow_half(Vec v) {
+SDFAST_INLINE HalfBits narrow_half(Vec v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfBits>(
       _mm512_maskz_cvtps_ph(kAllLanes, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -172,96 +183,71 @@ inline HalfBits narrow_half(Vec v) {
 #endif
 }
 
-inline Vec load(const float* p, FullVector) {
+SDFAST_INLINE Vec load(const float* p, FullVector) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vec load(const BFloat16* p, FullVector) {
+SDFAST_INLINE Vec load(const BFloat16* p, FullVector) {
   HalfBits v;
   std::memcpy(&v, p, sizeof v);
   return widen_bfloat16(v);
 }
-inline Vec load(const Half* p, FullVector) {
+SDFAST_INLINE Vec load(const Half* p, FullVector) {
   HalfBits v;
   std::memcpy(&v, p, sizeof v);
   return widen_half(v);
 }
 
-inline void store(float* p, Vec v, FullVector) { std::memcpy(p, &v, sizeof v); }
-inline void store(BFloat16* p, Vec v, FullVector) {
+SDFAST_INLINE void store(float* p, Vec v, FullVector) { std::memcpy(p, &v, sizeof v); }
+SDFAST_INLINE void store(BFloat16* p, Vec v, FullVector) {
   const HalfBits bits = narrow_bfloat16(v);
   std::memcpy(p, &bits, sizeof bits);
 }
-inline void store(Half* p, Vec v, FullVector) {
+SDFAST_INLINE void store(Half* p, Vec v, FullVector) {
   const HalfBits bits = narrow_half(v);
   std::memcpy(p, &bits, sizeof bits);
 }
 
 // Loads fewer lanes than a vector has; the others are zero. No byte beyond them is touched.
 template <typename T>
-inline Vec load(const T* p, int lanes) {
+SDFAST_INLINE Vec load(const T* p, int lanes) {
   T values[kLanes] = {};
   std::memcpy(values, p, lanes * sizeof(T));
   return load(values, FullVector());
 }
 
 template <typename T>
-inline void store(T* p, Vec v, int lanes) {
+SDFAST_INLINE void store(T* p, Vec v, int lanes) {
   T values[kLanes];
   store(values, v, FullVector());
   std::memcpy(p, values, lanes * sizeof(T));
 }
 
 // Hints; an address outside the array does no harm.
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1); }
+SDFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
-inline Vec load(const float* p) { return load(p, FullVector()); }
-inline void store(float* p, Vec v) { store(p, v, FullVector()); }
+SDFAST_INLINE void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1); }
 
-// exp(v) for v between kExpLow and kExpHigh, where it has reached zero and inf.
-constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
-inline Vec exp_in_range(Vec v) {
-  constexpr float kToInteger = 0x1.8p23f;  // adding it rounds to an integer, held in the low bits
-  const Vec shifted = v * 1.44269504f + kToInteger;
-  const Vec n = shifted - kToInteger;
-  const Vec r = v - n * 0.693145751953125f - n * 1.42860682e-6f;  // v - n ln 2, ln 2 in two parts
-  // Minimax polynomial for |r| <= ln(2)/2: relative error 2e-9, a thirtieth of a unit.
-  Vec p = r * 0.00138368464f + 0.00837481561f;
-  p = p * r + 0.0416682261f;
-  p = p * r + 0.166664198f;
-  p = p * r + 0.499999907f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
 #if defined(__AVX512F__)
+// low and high as one table of 32, read at the low five bits of each index.
+SDFAST_INLINE Vec lookup(Vec low, Vec high, Bits index) {
+  return reinterpret_cast<Vec>(_mm512_maskz_permutex2var_ps(
+      kAllLanes, reinterpret_cast<__m512>(low), reinterpret_cast<__m512i>(index),
+      reinterpret_cast<__m512>(high)));
+}
+// v * 2^floor(n), rounded once.
+SDFAST_INLINE Vec scale_by_power_of_two(Vec v, Vec n) {
   return reinterpret_cast<Vec>(
-      _mm512_maskz_scalef_ps(kAllLanes, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
-#else
-  // 2^n in two factors, each a normal number, so that n may reach 129 and -151.
-  const Mask whole = reinterpret_cast<Mask>(as_bits(shifted) - 0x4b400000u);
-  const Mask half = whole >> 1;
-  const Vec first = as_floats(reinterpret_cast<Bits>(half + 127) << 23);
-  const Vec second = as_floats(reinterpret_cast<Bits>(whole - half + 127) << 23);
-  return p * first * second;
+      _mm512_maskz_scalef_ps(kAllLanes, reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(n)));
+}
+// 1 / v to 14 bits.
+SDFAST_INLINE Vec estimate_reciprocal(Vec v) {
+  return reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(kAllLanes, reinterpret_cast<__m512>(v)));
+}
 #endif
-}
 
-// exp(v) to about one unit in the last place over the whole range: overflow gives inf, underflow
-// goes through the subnormals to zero, NaN stays NaN.
-inline Vec exp(Vec v) { return exp_in_range(clamp(v, kExpLow, kExpHigh)); }
-
-// 1 + exp(-v). Negated after the clamp, where the sign costs nothing.
-inline Vec one_plus_exp_of_negative(Vec v) {
-  return 1.0f + exp_in_range(-clamp(v, -kExpHigh, -kExpLow));
-}
-inline Vec sigmoid(Vec v) { return 1.0f / one_plus_exp_of_negative(v); }
-inline Vec silu(Vec v) { return v / one_plus_exp_of_negative(v); }
-
-// d/dv of silu: s + v s (1 - s), s = sigmoid(v).
-inline Vec silu_gradient(Vec v) {
-  const Vec s = sigmoid(v);
-  return s + v * s * (1.0f - s);
-}
+SDFAST_INLINE Vec load(const float* p) { return load(p, FullVector()); }
+SDFAST_INLINE void store(float* p, Vec v) { store(p, v, FullVector()); }
 
 }  // namespace sdfast::simd

@@ -13,10 +13,23 @@
 
 namespace sdfast::group_norm {
 
-template <bool kSilu>
-inline Vec gradient_of_z(Vec dy, Vec z) {
-  return kSilu ? dy * simd::silu_gradient(z) : dy;
-}
+// x - center and dz of the same lanes of `count` rows.
+template <int count>
+struct Gradients {
+  simd::Vecs<count> deviation, dz;
+
+  template <bool kSilu, bool kChannelsLast, typename T, typename Lanes>
+  static SDFAST_INLINE Gradients of(const T* x, const T* dy, int64_t stride, Lanes lanes,
+                                    const Normalize<kChannelsLast>& norm,
+                                    std::bool_constant<kSilu>) {
+    Gradients g;
+    g.deviation = simd::make_vecs<count>([&](int j) { return simd::load(x + j * stride, lanes); });
+    g.dz = simd::make_vecs<count>([&](int j) { return simd::load(dy + j * stride, lanes); });
+    g.deviation = g.deviation - norm.center;
+    if (kSilu) g.dz = g.dz * simd::silu_gradient(g.deviation * norm.gain + norm.offset);
+    return g;
+  }
+};
 
 // Out: the sums of dz and of dz * (x - center); per channel added to what is there, for a line as
 // they are.
@@ -27,15 +40,11 @@ void gradient_sums(const T* x, const T* dy, int64_t rows, int64_t width, const C
   for_each_strip(width, [&](int64_t begin, int64_t end) {
     for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
       const Normalize<kChannelsLast> norm(k, i);
+      const auto g = Gradients<count>::of(x + r * width + i, dy + r * width + i, width, lanes, norm,
+                                          std::bool_constant<kSilu>());
       Vec sum{}, product{};
-      for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * width + i;
-        const Vec deviation = simd::load(x + at, lanes) - norm.center;
-        const Vec dz =
-            gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
-        sum += dz;
-        product += dz * deviation;
-      }
+      simd::for_each_of(g.dz, [&](int, Vec v) { sum += v; });
+      simd::for_each_of(g.dz * g.deviation, [&](int, Vec v) { product += v; });
       if constexpr (kChannelsLast) {
         simd::store(out.sums + i, simd::load(out.sums + i) + sum);
         simd::store(out.products + i, simd::load(out.products + i) + product);
@@ -59,13 +68,12 @@ void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const 
       const Normalize<kChannelsLast> norm(k, i);
       const Vec pull = coefficient<kChannelsLast>(k.pull, i);
       const Vec slope = coefficient<kChannelsLast>(k.slope, i);
-      for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * width + i;
-        const Vec deviation = simd::load(x + at, lanes) - norm.center;
-        const Vec dz =
-            gradient_of_z<kSilu>(simd::load(dy + at, lanes), deviation * norm.gain + norm.offset);
-        simd::store(dx + at, dz * norm.gain - pull - deviation * slope, lanes);
-      }
+      const int64_t from = r * width + i;
+      const auto g = Gradients<count>::of(x + from, dy + from, width, lanes, norm,
+                                          std::bool_constant<kSilu>());
+      const auto result = g.dz * norm.gain - pull - g.deviation * slope;
+      simd::for_each_of(result,
+                        [&](int j, Vec v) { simd::store(dx + from + j * width, v, lanes); });
     });
   });
 }

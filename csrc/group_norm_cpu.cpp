@@ -105,14 +105,11 @@ void check_input(const Tensor& x, int64_t num_groups) {
                   "num_groups: must divide the channels");
 }
 
-// x: (N, C, *). weight, bias: (C). scale, shift: (N, C). Returns y as x, mean and rstd: (N, G),
-// fp32.
-std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_groups,
-                                                      std::optional<Tensor> weight,
-                                                      std::optional<Tensor> bias, double eps,
-                                                      bool silu, std::optional<Tensor> scale,
-                                                      std::optional<Tensor> shift) {
-  check_input(x, num_groups);
+// y as x, for x: (N, C, *), weight, bias: (C), scale, shift: (N, C). mean, rstd: (N, G), written.
+Tensor normalize(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& bias, double eps, bool silu,
+                 const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                 float* mean, float* rstd) {
   const int64_t images = x.size(0), channels = x.size(1);
   const Values w(weight, "weight", {channels}), b(bias, "bias", {channels});
   const Values s(scale, "scale", {images, channels}), t(shift, "shift", {images, channels});
@@ -120,12 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_grou
   const Layout layout = layout_of(x);
   const Tensor input = in_layout(x, layout);
   Tensor y = empty_in_layout(x, layout);
-  Tensor mean = new_empty(x, {images, num_groups}, ScalarType::Float);
-  Tensor rstd = new_empty(x, {images, num_groups}, ScalarType::Float);
   if (x.numel() == 0) {
-    torch::stable::zero_(mean);
-    torch::stable::zero_(rstd);
-    return {y, mean, rstd};
+    std::fill_n(mean, images * num_groups, 0.0f);
+    std::fill_n(rstd, images * num_groups, 0.0f);
+    return y;
   }
   const Tiling tiling = tiling_of(x, num_groups, layout);
   dispatch(
@@ -133,9 +128,34 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_grou
         using T = decltype(element);
         group_norm::forward<last, with_silu>(tiling, static_cast<const T*>(input.const_data_ptr()),
                                              affine, eps, static_cast<T*>(y.mutable_data_ptr()),
-                                             mean.mutable_data_ptr<float>(),
-                                             rstd.mutable_data_ptr<float>());
+                                             mean, rstd);
       });
+  return y;
+}
+
+// For inference, where nobody asks for the statistics: allocating them would take as long as small
+// images do.
+Tensor group_norm_cpu(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
+                      std::optional<Tensor> bias, double eps, bool silu,
+                      std::optional<Tensor> scale, std::optional<Tensor> shift) {
+  check_input(x, num_groups);
+  std::vector<float> statistics(2 * x.size(0) * num_groups);
+  float* const mean = statistics.data();
+  return normalize(x, num_groups, weight, bias, eps, silu, scale, shift, mean,
+                   mean + x.size(0) * num_groups);
+}
+
+// Returns y, mean and rstd: (N, G), fp32.
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_groups,
+                                                      std::optional<Tensor> weight,
+                                                      std::optional<Tensor> bias, double eps,
+                                                      bool silu, std::optional<Tensor> scale,
+                                                      std::optional<Tensor> shift) {
+  check_input(x, num_groups);
+  Tensor mean = new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
+  Tensor rstd = new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
+  Tensor y = normalize(x, num_groups, weight, bias, eps, silu, scale, shift,
+                       mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>());
   return {y, mean, rstd};
 }
 
@@ -191,6 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("group_norm", TORCH_BOX(&group_norm_cpu));
   m.impl("group_norm_forward", TORCH_BOX(&group_norm_forward));
   m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
 }

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_simd.h"
+#include "cpu_math.h"
 
 namespace sdfast::group_norm {
 
@@ -124,16 +124,15 @@ inline Vec at(const float* values, int64_t i, float neutral, Lanes lanes) {
   return values ? simd::load(values + i, lanes) : simd::broadcast(neutral);
 }
 
-// Calls body(row, count, i, lanes) over (rows, [begin, end)): `count` rows from `row` on, four at a
-// time so that what they share is loaded once and their dependency chains overlap, then one at a
+// Calls body(row, count, i, lanes) over (rows, [begin, end)): `count` rows from `row` on, kRows at
+// a time so that what they share is loaded once and their dependency chains overlap, then one at a
 // time.
-template <typename Body>
-inline __attribute__((always_inline)) void for_each_block(int64_t rows, int64_t begin, int64_t end,
-                                                          const Body& body) {
+template <int kRows = 4, typename Body>
+SDFAST_INLINE void for_each_block(int64_t rows, int64_t begin, int64_t end, const Body& body) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
+  for (; row + kRows <= rows; row += kRows) {
     simd::for_each_vector(begin, end, [&](int64_t i, auto lanes) {
-      body(row, std::integral_constant<int, 4>(), i, lanes);
+      body(row, std::integral_constant<int, kRows>(), i, lanes);
     });
   }
   for (; row < rows; ++row) {
@@ -165,33 +164,44 @@ struct Normalize {
         offset(coefficient<kChannelsLast>(k.offset, i)) {}
 };
 
-// term(i) summed over [begin, end) in four interleaved chains, as one chain of additions is slow.
+// term(i) summed over [begin, end) in interleaved chains, as one chain of additions is slow.
 template <typename Term>
 double sum_over(int64_t begin, int64_t end, const Term& term) {
-  double chains[4] = {};
+  constexpr int kChains = 8;
+  double chains[kChains] = {};
   int64_t i = begin;
-  for (; i + 4 <= end; i += 4) {
-    for (int j = 0; j < 4; ++j) chains[j] += term(i + j);
+  for (; i + kChains <= end; i += kChains) {
+    for (int j = 0; j < kChains; ++j) chains[j] += term(i + j);
   }
   for (; i < end; ++i) chains[0] += term(i);
-  return (chains[0] + chains[1]) + (chains[2] + chains[3]);
+  return ((chains[0] + chains[1]) + (chains[2] + chains[3])) +
+         ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-// The coefficients center, gain and offset of one image's channels. mean, rstd: (G). `rest`: what
-// rounding took from each mean, or null.
+// What rounding to fp32 took from the statistics of a group.
+struct Rest {
+  float mean = 0, rstd = 0;
+};
+
+// The coefficients center, gain and offset of one image's channels. mean, rstd: (G); rest: (G) or
+// null.
 inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affine& affine,
-                                     const float* mean, const float* rstd, const float* rest,
+                                     const float* mean, const float* rstd, const Rest* rest,
                                      const Coefficients& k) {
   const int64_t width = t.group_channels();
+  float* const rstd_rest = k.pull;  // in forward it has no other use
   for (int64_t g = 0; g < t.groups; ++g) {
+    const Rest lost = rest ? rest[g] : Rest();
     std::fill_n(k.center + g * width, width, mean[g]);
     std::fill_n(k.gain + g * width, width, rstd[g]);
-    std::fill_n(k.offset + g * width, width, rest ? rest[g] : 0.0f);
+    std::fill_n(k.offset + g * width, width, lost.mean);
+    std::fill_n(rstd_rest + g * width, width, lost.rstd);
   }
   const int64_t row = image * t.channels;  // of scale and shift
   simd::for_each_vector(0, t.channels, [&](int64_t c, auto lanes) {
     const Vec factor = at(affine.scale, row + c, 0, lanes) + 1.0f;
-    const Vec gain = simd::load(k.gain + c) * (at(affine.weight, c, 1, lanes) * factor);
+    const Vec weight = at(affine.weight, c, 1, lanes) * factor;
+    const Vec gain = simd::load(k.gain + c) * weight + simd::load(rstd_rest + c) * weight;
     const Vec bias = at(affine.bias, c, 0, lanes) * factor + at(affine.shift, row + c, 0, lanes);
     const Vec offset = bias - simd::load(k.offset + c) * gain;
     simd::store(k.gain + c, gain);

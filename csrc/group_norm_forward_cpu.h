@@ -11,7 +11,7 @@
 namespace sdfast::group_norm {
 
 // Of x, beside as much of y.
-constexpr int64_t kL1SlabBytes = 24 << 10, kL2SlabBytes = 384 << 10;
+constexpr int64_t kL1SlabBytes = 48 << 10, kL2SlabBytes = 384 << 10;
 constexpr int64_t kSlabRowBytes = 256;  // narrower rows waste cache lines and prefetches
 
 // Whether the squares about a center lose too many digits when they become those about the mean.
@@ -26,7 +26,7 @@ template <typename T>
 void column_moments(const T* x, int64_t rows, int64_t channels, int64_t stride,
                     const TileSums& tile) {
   const float per_row = 1.0f / static_cast<float>(rows);
-  const int64_t first_rows = std::min<int64_t>(rows, 4);
+  const int64_t first_rows = std::min<int64_t>(rows, 8);
   for_each_strip(channels, [&](int64_t begin, int64_t end) {
     const TileSums out = tile.from(begin);
     const int64_t width = end - begin, padded = simd::round_up(width);
@@ -40,7 +40,7 @@ void column_moments(const T* x, int64_t rows, int64_t channels, int64_t stride,
     for (int attempt = 0; attempt < 2; ++attempt) {
       std::fill_n(out.sums, padded, 0.0f);
       std::fill_n(out.products, padded, 0.0f);
-      for_each_block(rows, 0, width, [&](int64_t row, auto count, int64_t c, auto lanes) {
+      for_each_block<8>(rows, 0, width, [&](int64_t row, auto count, int64_t c, auto lanes) {
         const T* from = x + row * stride + begin + c;
         const Vec center = simd::load(out.center + c);
         Vec sum{}, squares{};  // of the block alone: shorter chains round less
@@ -84,45 +84,63 @@ void line_moments(const T* x, int64_t size, const TileSums& out) {
   }
 }
 template <bool kChannelsLast, bool kSilu, typename T>
-void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coefficients& k, T* y) {
+void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coefficients& k, T* y,
+           int64_t ahead) {
   for_each_strip(width, [&](int64_t begin, int64_t end) {
     for_each_block(rows, begin, end, [&](int64_t r, auto count, int64_t i, auto lanes) {
       const Normalize<kChannelsLast> norm(k, i);
-      for (int j = 0; j < count; ++j) {
-        const int64_t at = (r + j) * stride + i;
-        simd::prefetch(x + at + count * stride);
-        simd::prefetch_for_write(y + at + count * stride);
-        const Vec z = (simd::load(x + at, lanes) - norm.center) * norm.gain + norm.offset;
-        simd::store(y + at, kSilu ? simd::silu(z) : z, lanes);
-      }
+      const int64_t from = r * stride + i;
+      auto z = simd::make_vecs<count>([&](int j) {
+        simd::prefetch(x + from + j * stride + ahead);
+        simd::prefetch_for_write(y + from + (j + count) * stride);
+        return simd::load(x + from + j * stride, lanes);
+      });
+      z = (z - norm.center) * norm.gain + norm.offset;
+      if (kSilu) z = simd::silu(z);
+      simd::for_each_of(z, [&](int j, Vec v) { simd::store(y + from + j * stride, v, lanes); });
     });
   });
 }
 
+// What merge_moments needs of its own, kept from one image or slab to the next.
+struct MergeScratch {
+  std::vector<double> means, squares;  // per channel
+  std::vector<Rest> rest;              // per group
+  explicit MergeScratch(const Tiling& t) : means(t.channels), squares(t.channels), rest(t.groups) {}
+};
+
 // From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
 inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
                           const Affine& affine, double eps, float* mean, float* rstd,
-                          const Coefficients& k) {
-  std::vector<double> means(t.channels), squares(t.channels);
+                          const Coefficients& k, MergeScratch& scratch) {
+  double* const means = scratch.means.data();
+  double* const squares = scratch.squares.data();
+  Rest* const rest = scratch.rest.data();
   const int64_t stride = TileSums::kArrays * t.padded;
-  for (int64_t tile = 0; tile < t.tiles; ++tile) {
+  const double per_pixel = 1.0 / t.pixels;
+  const auto merge_tile = [&](int64_t tile, auto first) {
     const float *sums = partials + tile * stride, *center = sums + 2 * t.padded;
-    const double share = static_cast<double>(t.rows_of(tile)) / t.pixels,
-                 per_pixel = 1.0 / t.pixels;
-    for (int64_t c = 0; c < t.channels; ++c) means[c] += share * center[c] + per_pixel * sums[c];
-  }
-  for (int64_t tile = 0; tile < t.tiles; ++tile) {
+    const double share = t.rows_of(tile) * per_pixel;
+    for (int64_t c = 0; c < t.channels; ++c) {
+      means[c] = (first ? 0.0 : means[c]) + share * center[c] + per_pixel * sums[c];
+    }
+  };
+  merge_tile(0, std::true_type());
+  for (int64_t tile = 1; tile < t.tiles; ++tile) merge_tile(tile, std::false_type());
+  const auto merge_squares = [&](int64_t tile, auto first) {
     const float *sums = partials + tile * stride, *products = sums + t.padded;
     const float* center = products + t.padded;
     const double rows = t.rows_of(tile);
     // Squares about the mean, which is `shift` from the center.
     for (int64_t c = 0; c < t.channels; ++c) {
       const double shift = means[c] - center[c];
-      squares[c] += products[c] + shift * (rows * shift - 2.0 * sums[c]);
+      squares[c] =
+          (first ? 0.0 : squares[c]) + products[c] + shift * (rows * shift - 2.0 * sums[c]);
     }
-  }
+  };
+  merge_squares(0, std::true_type());
+  for (int64_t tile = 1; tile < t.tiles; ++tile) merge_squares(tile, std::false_type());
   const int64_t width = t.group_channels();
-  std::vector<float> rest(t.groups);
   for (int64_t g = 0; g < t.groups; ++g) {
     const int64_t begin = g * width, end = begin + width;
     const double group_mean = sum_over(begin, end, [&](int64_t c) { return means[c]; }) / width;
@@ -132,11 +150,12 @@ inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
     });
     // Rounding may leave a constant group just below zero; a NaN is kept.
     const double variance = group_squares < 0 ? 0.0 : group_squares / t.group_size();
+    const double group_rstd = 1.0 / std::sqrt(variance + eps);
     mean[g] = static_cast<float>(group_mean);
-    rest[g] = static_cast<float>(group_mean - mean[g]);
-    rstd[g] = static_cast<float>(1.0 / std::sqrt(variance + eps));
+    rstd[g] = static_cast<float>(group_rstd);
+    rest[g] = {static_cast<float>(group_mean - mean[g]), static_cast<float>(group_rstd - rstd[g])};
   }
-  normalizing_coefficients(t, image, affine, mean, rstd, rest.data(), k);
+  normalizing_coefficients(t, image, affine, mean, rstd, rest, k);
 }
 
 // How many channels of one image to take through all steps at once, so that x is read from L1 or L2
@@ -165,7 +184,7 @@ void forward_slabs(const Tiling& t, int64_t width, const T* x, const Affine& aff
   const int64_t partials_size = slab.tiles * TileSums::kArrays * slab.padded;
   const int64_t scratch_size = partials_size + Coefficients::kArrays * slab.padded;
   const std::unique_ptr<float[]> scratch(new float[threads * scratch_size]);
-  const auto run = [&](int64_t image, int64_t channel, float* partials) {
+  const auto run = [&](int64_t image, int64_t channel, float* partials, MergeScratch& merging) {
     const Coefficients k(partials + partials_size, slab.padded);
     const int64_t base = image * t.channels * t.pixels + channel;
     const int64_t group = image * t.groups + channel / t.group_channels();
@@ -180,16 +199,17 @@ void forward_slabs(const Tiling& t, int64_t width, const T* x, const Affine& aff
       column_moments(x + base + tile * slab.rows * slab.stride, slab.rows_of(tile), width,
                      slab.stride, out);
     }
-    merge_moments(slab, partials, 0, own, eps, mean + group, rstd + group, k);
+    merge_moments(slab, partials, 0, own, eps, mean + group, rstd + group, k, merging);
     for (int64_t tile = slab.tiles; tile-- > 0;) {
       const int64_t from = base + tile * slab.rows * slab.stride;
-      apply<true, kSilu>(x + from, slab.rows_of(tile), width, slab.stride, k, y + from);
+      apply<true, kSilu>(x + from, slab.rows_of(tile), width, slab.stride, k, y + from, width);
     }
   };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    MergeScratch merging(slab);
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t i = thread * count / threads; i < (thread + 1) * count / threads; ++i) {
-        run(i / slabs, i % slabs * width, scratch.get() + thread * scratch_size);
+        run(i / slabs, i % slabs * width, scratch.get() + thread * scratch_size, merging);
       }
     }
   });
@@ -218,13 +238,15 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
         }
       },
       [&](int64_t n, const float* partials) {
-        merge_moments(t, partials, n, affine, eps, mean + n * t.groups, rstd + n * t.groups, of(n));
+        MergeScratch merging(t);
+        merge_moments(t, partials, n, affine, eps, mean + n * t.groups, rstd + n * t.groups, of(n),
+                      merging);
       },
       [&](const Tile& tile) {
         const int64_t rows = kChannelsLast ? tile.rows : 1,
                       width = kChannelsLast ? t.channels : tile.rows;
         apply<kChannelsLast, kSilu>(x + tile.offset, rows, width, width,
-                                    of(tile.image).from(tile.line), y + tile.offset);
+                                    of(tile.image).from(tile.line), y + tile.offset, 4 * width);
       });
 }
 

@@ -333,8 +333,10 @@ def test_opcheck(layout: str) -> None:
         case = make_case((2, 12, 5, 3), 3, dtype, layout, affine=optional, scale_shift=optional)
         last = (case.scale, case.shift)
         forward = (case.x, 3, case.weight, case.bias, 1e-5, True, *last)
+        torch.library.opcheck(torch.ops.sdfast.group_norm, forward)
         torch.library.opcheck(torch.ops.sdfast.group_norm_forward, forward)
         y, mean, rstd = torch.ops.sdfast.group_norm_forward(*forward)
+        assert torch.equal(torch.ops.sdfast.group_norm(*forward), y)
         backward = (torch.randn_like(y), case.x, mean, rstd, 3, case.weight, case.bias, True, *last)
         torch.library.opcheck(torch.ops.sdfast.group_norm_backward, backward)
 

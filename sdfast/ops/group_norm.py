@@ -87,6 +87,10 @@ def _forward_fake(
     return y, mean, torch.empty_like(mean)
 
 
+def _inference_fake(x: Tensor, *_: object) -> Tensor:
+    return _empty_in_layout(x)
+
+
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -108,6 +112,11 @@ def _backward_fake(
 
 
 _library.define_native(
+    "group_norm(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
+    "Tensor? scale, Tensor? shift) -> Tensor",
+    _inference_fake,
+)
+_library.define_native(
     "group_norm_forward(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, "
     "Tensor? scale, Tensor? shift) -> (Tensor, Tensor mean, Tensor rstd)",
     _forward_fake,
@@ -117,6 +126,9 @@ _library.define_native(
     "Tensor? bias, bool silu, Tensor? scale, Tensor? shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
+
+
+_group_norm_op = torch.ops.sdfast.group_norm.default  # looked up once: the lookup costs as much as a check
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -172,13 +184,14 @@ def group_norm_cpu(
     shift: Tensor | None = None,
 ) -> Tensor:
     """The compiled CPU kernels. Its gradient cannot be differentiated again; torch's can."""
-    tensors = (x, weight, bias, scale, shift)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, scale, shift)
+    ):
         return cast(Tensor, _GroupNorm.apply(x, num_groups, weight, bias, eps, silu, scale, shift))
-    y, _, _ = torch.ops.sdfast.group_norm_forward(x, num_groups, weight, bias, eps, silu, scale, shift)
-    return cast(Tensor, y)
+    return cast(Tensor, _group_norm_op(x, num_groups, weight, bias, eps, silu, scale, shift))
 
 
+_BACKENDS = {"cpu": group_norm_cpu, "reference": group_norm_reference}
 _NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
@@ -189,11 +202,11 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _unavailable(x: Tensor) -> dict[str, str]:
+def _unavailable(device_type: str, dtype: torch.dtype) -> dict[str, str]:
     """Why each backend that cannot take x cannot."""
-    if x.device.type != "cpu":
-        reason = f"x is on {x.device}, the kernel runs on cpu"
-    elif x.dtype == torch.float64:
+    if device_type != "cpu":
+        reason = f"x is on {device_type}, the kernel runs on cpu"
+    elif dtype is torch.float64:
         reason = "x is float64; use torch or reference"
     elif _is_transformed():
         reason = "torch.func transforms and forward-mode AD need torch or reference"
@@ -204,14 +217,8 @@ def _unavailable(x: Tensor) -> dict[str, str]:
     return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
 
 
-def _check_parameter(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_parameter(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """A parameter is of x's dtype, or fp32 where x is of half precision."""
-    if value is None:
-        return
-    # What nearly every call passes is let through first: at 8x8 the checks are a tenth of the time.
-    same_kind = isinstance(value, Tensor) and value.dtype == x.dtype and value.device == x.device
-    if same_kind and value.shape == shape:
-        return
     check_tensor(name, value, shape=shape)
     if value.device != x.device:
         raise ValueError(f"{name}: is on {value.device}, expected {x.device} as x")
@@ -259,14 +266,25 @@ def group_norm(
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels of x")
     if activation not in (None, "silu"):
         raise ValueError(f"activation: got {activation!r}, expected None or 'silu'")
-    _check_parameter("weight", weight, (channels,), x)
-    _check_parameter("bias", bias, (channels,), x)
-    _check_parameter("scale", scale, (x.shape[0], channels), x)
-    _check_parameter("shift", shift, (x.shape[0], channels), x)
+    # What nearly every call passes is let through first: at 8x8 the checks are a tenth of the time.
+    dtype, device, per_image = x.dtype, x.device, (x.shape[0], channels)
+    for name, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, per_image),
+        ("shift", shift, per_image),
+    ):
+        if value is None:
+            continue
+        same_kind = isinstance(value, Tensor) and value.dtype is dtype and value.device == device
+        if not same_kind or value.shape != shape:
+            _check_parameter(name, value, shape, x)
     # With nothing to fuse, torch's fp32 kernel was measured as fast or faster (benchmarks/RESULTS.md).
-    plain = x.dtype == torch.float32 and activation is None and scale is None and shift is None
-    order = ("torch",) if plain and x.device.type == "cpu" else None
-    serve = dispatch.choose("group_norm", x.device.type, _unavailable(x), backend, order=order)
-    run = {"cpu": group_norm_cpu, "reference": group_norm_reference}.get(serve, group_norm_torch)
+    plain = dtype is torch.float32 and activation is None and scale is None and shift is None
+    device_type = device.type
+    order = ("torch",) if plain and device_type == "cpu" else None
+    unavailable = _unavailable(device_type, dtype)
+    serve = dispatch.choose("group_norm", device_type, unavailable, backend, order=order)
+    run = _BACKENDS.get(serve, group_norm_torch)
     result = run(x, num_groups, weight, bias, eps, silu=activation == "silu", scale=scale, shift=shift)
     return cast(Tensor, result)
