@@ -178,30 +178,21 @@ double sum_over(int64_t begin, int64_t end, const Term& term) {
          ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-// What rounding to fp32 took from the statistics of a group.
-struct Rest {
-  float mean = 0, rstd = 0;
-};
-
-// The coefficients center, gain and offset of one image's channels. mean, rstd: (G); rest: (G) or
-// null.
+// The coefficients center, gain and offset of one image's channels. mean, rstd: (G). `rest`: what
+// rounding took from each mean, or null.
 inline void normalizing_coefficients(const Tiling& t, int64_t image, const Affine& affine,
-                                     const float* mean, const float* rstd, const Rest* rest,
+                                     const float* mean, const float* rstd, const float* rest,
                                      const Coefficients& k) {
   const int64_t width = t.group_channels();
-  float* const rstd_rest = k.pull;  // in forward it has no other use
   for (int64_t g = 0; g < t.groups; ++g) {
-    const Rest lost = rest ? rest[g] : Rest();
     std::fill_n(k.center + g * width, width, mean[g]);
     std::fill_n(k.gain + g * width, width, rstd[g]);
-    std::fill_n(k.offset + g * width, width, lost.mean);
-    std::fill_n(rstd_rest + g * width, width, lost.rstd);
+    std::fill_n(k.offset + g * width, width, rest ? rest[g] : 0.0f);
   }
   const int64_t row = image * t.channels;  // of scale and shift
   simd::for_each_vector(0, t.channels, [&](int64_t c, auto lanes) {
     const Vec factor = at(affine.scale, row + c, 0, lanes) + 1.0f;
-    const Vec weight = at(affine.weight, c, 1, lanes) * factor;
-    const Vec gain = simd::load(k.gain + c) * weight + simd::load(rstd_rest + c) * weight;
+    const Vec gain = simd::load(k.gain + c) * (at(affine.weight, c, 1, lanes) * factor);
     const Vec bias = at(affine.bias, c, 0, lanes) * factor + at(affine.shift, row + c, 0, lanes);
     const Vec offset = bias - simd::load(k.offset + c) * gain;
     simd::store(k.gain + c, gain);

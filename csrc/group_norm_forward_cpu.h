@@ -102,60 +102,52 @@ void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coeffi
   });
 }
 
-// What merge_moments needs of its own, kept from one image or slab to the next.
+// What merge_moments needs of its own per group, kept from one image or slab to the next.
 struct MergeScratch {
-  std::vector<double> means, squares;  // per channel
-  std::vector<Rest> rest;              // per group
-  explicit MergeScratch(const Tiling& t) : means(t.channels), squares(t.channels), rest(t.groups) {}
+  std::vector<double> means, squares;
+  std::vector<float> rest;
+  explicit MergeScratch(const Tiling& t) : means(t.groups), squares(t.groups), rest(t.groups) {}
 };
 
 // From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
 inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
                           const Affine& affine, double eps, float* mean, float* rstd,
                           const Coefficients& k, MergeScratch& scratch) {
-  double* const means = scratch.means.data();
-  double* const squares = scratch.squares.data();
-  Rest* const rest = scratch.rest.data();
-  const int64_t stride = TileSums::kArrays * t.padded;
-  const double per_pixel = 1.0 / t.pixels;
-  const auto merge_tile = [&](int64_t tile, auto first) {
-    const float *sums = partials + tile * stride, *center = sums + 2 * t.padded;
-    const double share = t.rows_of(tile) * per_pixel;
-    for (int64_t c = 0; c < t.channels; ++c) {
-      means[c] = (first ? 0.0 : means[c]) + share * center[c] + per_pixel * sums[c];
-    }
-  };
-  merge_tile(0, std::true_type());
-  for (int64_t tile = 1; tile < t.tiles; ++tile) merge_tile(tile, std::false_type());
-  const auto merge_squares = [&](int64_t tile, auto first) {
-    const float *sums = partials + tile * stride, *products = sums + t.padded;
-    const float* center = products + t.padded;
-    const double rows = t.rows_of(tile);
-    // Squares about the mean, which is `shift` from the center.
-    for (int64_t c = 0; c < t.channels; ++c) {
-      const double shift = means[c] - center[c];
-      squares[c] =
-          (first ? 0.0 : squares[c]) + products[c] + shift * (rows * shift - 2.0 * sums[c]);
-    }
-  };
-  merge_squares(0, std::true_type());
-  for (int64_t tile = 1; tile < t.tiles; ++tile) merge_squares(tile, std::false_type());
   const int64_t width = t.group_channels();
+  // Adds term(c) summed over the tile's channels of each group, all tiles one after the other.
+  const auto add_tiles = [&](std::vector<double>& totals, const auto& term_of) {
+    std::fill(totals.begin(), totals.end(), 0.0);
+    for (int64_t tile = 0; tile < t.tiles; ++tile) {
+      const float* sums = partials + tile * TileSums::kArrays * t.padded;
+      const double rows = t.rows_of(tile);
+      for (int64_t g = 0; g < t.groups; ++g) {
+        const auto term = term_of(g, rows, sums, sums + t.padded, sums + 2 * t.padded);
+        totals[g] += sum_over(g * width, (g + 1) * width, term);
+      }
+    }
+  };
+  add_tiles(scratch.means,
+            [](int64_t, double rows, const float* sums, const float*, const float* center) {
+              return [=](int64_t c) { return rows * center[c] + sums[c]; };
+            });
+  for (double& total : scratch.means) total /= t.group_size();
+  add_tiles(scratch.squares, [&](int64_t g, double rows, const float* sums, const float* products,
+                                 const float* center) {
+    // Squares about the mean, which is `shift` from the center.
+    return [=, mean = scratch.means[g]](int64_t c) {
+      const double shift = mean - center[c];
+      return products[c] + shift * (rows * shift - 2.0 * sums[c]);
+    };
+  });
   for (int64_t g = 0; g < t.groups; ++g) {
-    const int64_t begin = g * width, end = begin + width;
-    const double group_mean = sum_over(begin, end, [&](int64_t c) { return means[c]; }) / width;
-    const double group_squares = sum_over(begin, end, [&](int64_t c) {
-      const double distance = means[c] - group_mean;
-      return squares[c] + t.pixels * distance * distance;
-    });
     // Rounding may leave a constant group just below zero; a NaN is kept.
-    const double variance = group_squares < 0 ? 0.0 : group_squares / t.group_size();
-    const double group_rstd = 1.0 / std::sqrt(variance + eps);
-    mean[g] = static_cast<float>(group_mean);
-    rstd[g] = static_cast<float>(group_rstd);
-    rest[g] = {static_cast<float>(group_mean - mean[g]), static_cast<float>(group_rstd - rstd[g])};
+    const double squares = scratch.squares[g];
+    const double variance = squares < 0 ? 0.0 : squares / t.group_size();
+    mean[g] = static_cast<float>(scratch.means[g]);
+    scratch.rest[g] = static_cast<float>(scratch.means[g] - mean[g]);
+    rstd[g] = static_cast<float>(1.0 / std::sqrt(variance + eps));
   }
-  normalizing_coefficients(t, image, affine, mean, rstd, rest, k);
+  normalizing_coefficients(t, image, affine, mean, rstd, scratch.rest.data(), k);
 }
 
 // How many channels of one image to take through all steps at once, so that x is read from L1 or L2
