@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -56,11 +57,19 @@ inline std::vector<int64_t> dense_strides(IntHeaderOnlyArrayRef sizes, Layout la
 }
 
 inline bool has_layout(const Tensor& t, Layout layout) {
-  const std::vector<int64_t> expected = dense_strides(t.sizes(), layout);
-  for (int64_t axis = 0; axis < t.dim(); ++axis) {
-    if (t.size(axis) > 1 && t.stride(axis) != expected[axis]) return false;
+  const IntHeaderOnlyArrayRef sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  const auto fits = [&](int64_t axis) {
+    const bool right = sizes[axis] <= 1 || strides[axis] == expected;
+    expected *= std::max<int64_t>(sizes[axis], 1);
+    return right;
+  };
+  if (layout == Layout::kChannelsLast && !fits(1)) return false;
+  for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 2; --axis) {
+    if (!fits(axis)) return false;
   }
-  return true;
+  if (layout == Layout::kChannelsFirst && !fits(1)) return false;
+  return fits(0);
 }
 
 // A new tensor like t, of this shape and dtype, in this layout. Allocated through the dispatcher,
@@ -110,10 +119,10 @@ inline void advise_huge_pages(const Tensor& t) {
 
 // A new tensor with the strides of t where t has the layout, also on axes of size 1; else dense.
 inline Tensor empty_in_layout(const Tensor& t, Layout layout) {
-  const std::vector<int64_t> dense = dense_strides(t.sizes(), layout);
-  const IntHeaderOnlyArrayRef strides =
-      has_layout(t, layout) ? t.strides() : IntHeaderOnlyArrayRef(dense);
-  Tensor result = new_empty_strided(t, t.sizes(), strides, t.scalar_type());
+  Tensor result =
+      has_layout(t, layout)
+          ? new_empty_strided(t, t.sizes(), t.strides(), t.scalar_type())
+          : new_empty_strided(t, t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
   advise_huge_pages(result);
   return result;
 }

@@ -14,6 +14,7 @@ The CPU kernels are csrc/group_norm_cpu.h. Statistics and arithmetic are fp32; f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -128,7 +129,8 @@ _library.define_native(
 )
 
 
-_group_norm_op = torch.ops.sdfast.group_norm.default  # looked up once: the lookup costs as much as a check
+# Looked up once: at 8x8 the lookup costs as much as a check.
+_group_norm_op: Callable[..., Tensor] = torch.ops.sdfast.group_norm.default
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -188,10 +190,13 @@ def group_norm_cpu(
         t is not None and t.requires_grad for t in (x, weight, bias, scale, shift)
     ):
         return cast(Tensor, _GroupNorm.apply(x, num_groups, weight, bias, eps, silu, scale, shift))
-    return cast(Tensor, _group_norm_op(x, num_groups, weight, bias, eps, silu, scale, shift))
+    return _group_norm_op(x, num_groups, weight, bias, eps, silu, scale, shift)
 
 
-_BACKENDS = {"cpu": group_norm_cpu, "reference": group_norm_reference}
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": group_norm_cpu,
+    "reference": cast(Callable[..., Tensor], group_norm_reference),
+}
 _NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
@@ -286,5 +291,4 @@ def group_norm(
     unavailable = _unavailable(device_type, dtype)
     serve = dispatch.choose("group_norm", device_type, unavailable, backend, order=order)
     run = _BACKENDS.get(serve, group_norm_torch)
-    result = run(x, num_groups, weight, bias, eps, silu=activation == "silu", scale=scale, shift=shift)
-    return cast(Tensor, result)
+    return run(x, num_groups, weight, bias, eps, silu=activation == "silu", scale=scale, shift=shift)
