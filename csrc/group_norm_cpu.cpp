@@ -72,9 +72,8 @@ class Values {
 template <typename Value>
 Tensor parameter_gradient(const Tensor& x, const std::optional<Tensor>& parameter,
                           const Value& value) {
-  if (!parameter) return new_empty(x, {0}, x.scalar_type());
-  Tensor gradient =
-      torch::stable::new_empty(*parameter, parameter->sizes(), parameter->scalar_type());
+  if (!parameter) return empty({0}, x.scalar_type());
+  Tensor gradient = empty(parameter->sizes(), parameter->scalar_type());
   dispatch(gradient.scalar_type(), [&](auto element) {
     auto* to = static_cast<decltype(element)*>(gradient.mutable_data_ptr());
     for (int64_t i = 0; i < gradient.numel(); ++i) {
@@ -152,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_grou
                                                       bool silu, std::optional<Tensor> scale,
                                                       std::optional<Tensor> shift) {
   check_input(x, num_groups);
-  Tensor mean = new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
-  Tensor rstd = new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
+  Tensor mean = empty({x.size(0), num_groups}, ScalarType::Float);
+  Tensor rstd = empty({x.size(0), num_groups}, ScalarType::Float);
   Tensor y = normalize(x, num_groups, weight, bias, eps, silu, scale, shift,
                        mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>());
   return {y, mean, rstd};

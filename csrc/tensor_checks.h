@@ -72,31 +72,27 @@ inline bool has_layout(const Tensor& t, Layout layout) {
   return fits(0);
 }
 
-// A new tensor like t, of this shape and dtype, in this layout. Allocated through the dispatcher,
-// so that torch.utils.deterministic fills it.
-inline Tensor new_empty_strided(const Tensor& t, IntHeaderOnlyArrayRef sizes,
-                                IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+// A new CPU tensor. Through the C shim: finding the operation by its name, as the dispatcher would,
+// takes longer than the allocation.
+inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
+                            ScalarType dtype) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{from(t),
-                                    from(sizes),
-                                    from(strides),
-                                    from(std::optional<ScalarType>(dtype)),
-                                    from(std::nullopt),
-                                    from(std::nullopt),
-                                    from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  using torch::stable::detail::to;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), to<int32_t>(from(dtype)),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-inline Tensor new_empty(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(t, IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return empty_strided(sizes, dense_strides(sizes, Layout::kChannelsFirst), dtype);
 }
 
 // t itself where it has the layout already, else a copy of it that has.
 inline Tensor in_layout(const Tensor& t, Layout layout) {
   if (has_layout(t, layout)) return t;
-  Tensor copy = new_empty_strided(t, t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
+  Tensor copy = empty_strided(t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -119,10 +115,9 @@ inline void advise_huge_pages(const Tensor& t) {
 
 // A new tensor with the strides of t where t has the layout, also on axes of size 1; else dense.
 inline Tensor empty_in_layout(const Tensor& t, Layout layout) {
-  Tensor result =
-      has_layout(t, layout)
-          ? new_empty_strided(t, t.sizes(), t.strides(), t.scalar_type())
-          : new_empty_strided(t, t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
+  Tensor result = has_layout(t, layout)
+                      ? empty_strided(t.sizes(), t.strides(), t.scalar_type())
+                      : empty_strided(t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
   advise_huge_pages(result);
   return result;
 }
