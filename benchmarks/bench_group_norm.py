@@ -152,7 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, default=results_path("group_norm"))
     parser.add_argument(
-        "--rounds", type=int, default=10, help="of a setting of 64 MiB; smaller ones take more"
+        "--rounds", type=int, default=30, help="of a setting of 64 MiB; smaller ones take more"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
