@@ -20,11 +20,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_transformed, widened
 
 
 def group_norm_torch(
@@ -200,20 +199,13 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 _NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD looks on, which would not see through our kernel."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _unavailable(device_type: str, dtype: torch.dtype) -> dict[str, str]:
     """Why each backend that cannot take x cannot."""
     if device_type != "cpu":
         reason = f"x is on {device_type}, the kernel runs on cpu"
     elif dtype is torch.float64:
         reason = "x is float64; use torch or reference"
-    elif _is_transformed():
+    elif is_transformed():
         reason = "torch.func transforms and forward-mode AD need torch or reference"
     elif not _library.has_kernel("group_norm_forward", "cpu"):
         reason = _library.load_cpu_library().detail
