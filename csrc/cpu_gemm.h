@@ -33,7 +33,7 @@ constexpr int kRows = 4;
 #endif
 constexpr int64_t kBlockBytes = 768 << 10;  // of a
 constexpr int64_t kChain = 512;             // steps: a longer chain of additions rounds too much
-constexpr int64_t kPanelBytes = 160 << 10;  // of a panel of b
+constexpr int64_t kPartSteps = 1280;        // a panel of b beside them
 
 // What one step multiplies: an fp32, or two bf16 that lie side by side along K.
 struct Float32 {
@@ -58,6 +58,28 @@ SDFAST_INLINE Vec broadcast(const BFloat16Pair& a) {
   return reinterpret_cast<Vec>(_mm512_set1_epi32(static_cast<int>(a.bits)));
 }
 #endif
+
+// The operand a storage type is multiplied as.
+template <typename T>
+struct OperandOf {
+  using Type = Float32;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<simd::BFloat16> {
+  using Type = BFloat16Pair;
+};
+#endif
+
+// The operand of one step of a row of k values.
+template <typename T>
+inline void set_operand(Float32& operand, const T* row, int64_t step, int64_t) {
+  operand.value = simd::load(row + step, 1)[0];
+}
+inline void set_operand(BFloat16Pair& operand, const simd::BFloat16* row, int64_t step, int64_t k) {
+  const uint32_t low = row[2 * step].bits, high = 2 * step + 1 < k ? row[2 * step + 1].bits : 0;
+  operand.bits = low | high << 16;
+}
 
 constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / depth; }
 
@@ -114,6 +136,7 @@ struct Rows {
 // Rows and columns of c, and K in steps.
 struct Shape {
   int64_t rows, columns, steps;
+  int64_t part = 0;  // steps that `rows_of` gives at a time, where not any number will do
   int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
 };
 
@@ -151,10 +174,9 @@ struct Blocking {
 
   template <typename Operand>
   static Blocking of(const Shape& shape, int64_t threads) {
-    const int64_t most_steps = kPanelBytes / (kColumns * sizeof(Operand));
-    const int64_t parts = (shape.steps + most_steps - 1) / most_steps;
+    const int64_t parts = std::max<int64_t>(1, (shape.steps + kPartSteps - 1) / kPartSteps);
     const int64_t steps =
-        std::max<int64_t>(1, (shape.steps + parts - 1) / std::max<int64_t>(parts, 1));
+        shape.part ? shape.part : std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
     const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
     const int64_t most_rows = std::clamp<int64_t>(fit / kRows, 1, 64) * kRows;
     int64_t blocks = (shape.rows + most_rows - 1) / most_rows;

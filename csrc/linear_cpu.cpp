@@ -18,18 +18,6 @@ using simd::Vec;
 
 enum class Activation : int64_t { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
 
-// The operand a storage type is multiplied as.
-template <typename T>
-struct OperandOf {
-  using Type = gemm::Float32;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct OperandOf<simd::BFloat16> {
-  using Type = gemm::BFloat16Pair;
-};
-#endif
-
 template <typename F>
 void dispatch(ScalarType dtype, const F& f) {
   if (dtype == ScalarType::Float) return f(float());
@@ -58,26 +46,9 @@ int64_t product_columns(int64_t rows, bool geglu) {
 
 template <typename T>
 gemm::Shape shape_of(int64_t tokens, int64_t rows, int64_t k, bool geglu) {
-  return {tokens, product_columns(rows, geglu), gemm::steps_of(OperandOf<T>::Type::kDepth, k)};
+  return {tokens, product_columns(rows, geglu),
+          gemm::steps_of(gemm::OperandOf<T>::Type::kDepth, k)};
 }
-
-float to_float(float value) { return value; }
-template <typename T>
-float to_float(T value) {
-  return simd::load(&value, 1)[0];
-}
-
-// Element k of a packed operand, from the weight's own type.
-template <typename T>
-void set_operand(gemm::Float32& operand, const T* row, int64_t step, int64_t) {
-  operand.value = to_float(row[step]);
-}
-#if defined(__AVX512BF16__)
-void set_operand(gemm::BFloat16Pair& operand, const simd::BFloat16* row, int64_t step, int64_t k) {
-  const uint32_t low = row[2 * step].bits, high = 2 * step + 1 < k ? row[2 * step + 1].bits : 0;
-  operand.bits = low | high << 16;
-}
-#endif
 
 // weight: (rows, K), its rows contiguous. Returns (panels * steps * kColumns) operands, in a tensor
 // of the operand's dtype.
@@ -89,7 +60,7 @@ Tensor linear_pack(Tensor weight, bool geglu) {
   std::optional<Tensor> result;
   dispatch(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using Operand = typename OperandOf<T>::Type;
+    using Operand = typename gemm::OperandOf<T>::Type;
     const gemm::Shape shape = shape_of<T>(0, rows, k, geglu);
     constexpr bool kPairs = std::is_same_v<Operand, gemm::BFloat16Pair>;
     result = empty({gemm::packed_size<Operand>(shape) * Operand::kDepth},
@@ -107,7 +78,7 @@ Tensor linear_pack(Tensor weight, bool geglu) {
             for (int64_t step = first; step < last; ++step) {
               Operand& operand = out[step * kColumns + j];
               operand = Operand();
-              if (row >= 0) set_operand(operand, from + row * k, step, k);
+              if (row >= 0) gemm::set_operand(operand, from + row * k, step, k);
             }
           }
         }
@@ -189,11 +160,11 @@ struct Epilogue {
 // Rows [begin, begin + count) of x: (tokens, k), `stride` apart, from one step on: where they lie,
 // or widened, or with a pair completed, in scratch.
 template <typename T>
-gemm::Rows<typename OperandOf<T>::Type> rows_of(const T* x, int64_t stride, int64_t k,
-                                                int64_t begin, int64_t count, int64_t step,
-                                                int64_t steps,
-                                                typename OperandOf<T>::Type* scratch) {
-  using Operand = typename OperandOf<T>::Type;
+gemm::Rows<typename gemm::OperandOf<T>::Type> rows_of(const T* x, int64_t stride, int64_t k,
+                                                      int64_t begin, int64_t count, int64_t step,
+                                                      int64_t steps,
+                                                      typename gemm::OperandOf<T>::Type* scratch) {
+  using Operand = typename gemm::OperandOf<T>::Type;
   constexpr int kDepth = Operand::kDepth;
   const T* from = x + begin * stride + step * kDepth;
   if constexpr (sizeof(T) * kDepth == sizeof(Operand)) {
@@ -242,7 +213,7 @@ Tensor linear_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
   advise_huge_pages(y);
   dispatch(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using Operand = typename OperandOf<T>::Type;
+    using Operand = typename gemm::OperandOf<T>::Type;
     const gemm::Shape shape = shape_of<T>(tokens, weight_rows, k, geglu);
     constexpr bool kPairs = std::is_same_v<Operand, gemm::BFloat16Pair>;
     STD_TORCH_CHECK(packed.scalar_type() == (kPairs ? ScalarType::BFloat16 : ScalarType::Float) &&
