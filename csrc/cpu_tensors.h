@@ -137,9 +137,12 @@ struct SampleLayout {
   }
 };
 
-// An input of an elementwise operation, copied where its samples lie otherwise.
+// An input of an elementwise operation, copied where its samples lie otherwise, or where they are
+// so short that taking each by itself costs more.
 class Samples {
  public:
+  static constexpr int64_t kShortSample = 64;
+
   // `groups`: how many tensors of the layout's shape it holds, one after another along the batch.
   Samples(const Tensor& t, const char* name, const SampleLayout& layout, ScalarType dtype,
           int64_t groups = 1)
@@ -149,7 +152,8 @@ class Samples {
     if (groups > 1) shape[0] *= groups;
     check_shape(t, name, shape);
     STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected the dtype of the others");
-    if (!layout.fits(t)) {
+    const bool short_samples = layout.size < kShortSample && layout.samples > 1;
+    if (!layout.fits(t) || (short_samples && t.stride(0) != layout.size)) {
       tensor_ = empty_strided(shape, layout.strides, dtype);
       torch::stable::copy_(tensor_, t);
     }

@@ -24,14 +24,17 @@ def requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def unavailable(op_name: str, first: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
+def unavailable(
+    op_name: str, first: str, device_type: str, dtype: torch.dtype, *, needs_gradient: bool = False
+) -> dict[str, str]:
     """Why each backend that cannot serve a call cannot.
 
     Args:
         op_name: a registered operation whose kernel the call needs.
         first: what the caller calls the argument of this device and dtype.
         device_type: "cpu", "cuda", ...
-        dtype: of the arithmetic's input.
+        dtype: its dtype.
+        needs_gradient: whether autograd asks for a gradient that the kernel does not give.
     """
     if device_type != "cpu":
         reason = f"{first} is on {device_type}, the kernel runs on cpu"
@@ -39,6 +42,8 @@ def unavailable(op_name: str, first: str, device_type: str, dtype: torch.dtype) 
         reason = f"{first} is float64; use torch or reference"
     elif is_transformed():
         reason = "torch.func transforms and forward-mode AD need torch or reference"
+    elif needs_gradient:
+        reason = "this gradient needs torch or reference"
     elif not _library.has_kernel(op_name, "cpu"):
         reason = _library.load_cpu_library().detail
     else:
