@@ -2,6 +2,7 @@
 //
 // Algorithm. One pass: per vector alpha x0 + sigma noise, and alpha noise - sigma x0 where it is
 // asked for, in fp32; each result is rounded once. alpha and sigma differ from sample to sample.
+// Compiled without contraction to FMA: bit for bit what torch gives.
 // Bytes: every input and result once. Limit: memory bandwidth.
 #include <torch/csrc/stable/ops.h>
 

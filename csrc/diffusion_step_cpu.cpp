@@ -2,6 +2,7 @@
 //
 // Algorithm. One pass: per vector of the sample the guided model output, the clipped x0 and the
 // linear combination of all, in fp32; each result is rounded once.
+// Compiled without contraction to FMA: bit for bit what torch gives.
 // Bytes: every input and both results once.
 // Limit: memory bandwidth; latents are small, so mostly the call itself.
 #include <torch/csrc/stable/ops.h>

@@ -138,6 +138,15 @@ def test_lower_instruction_sets(isa):
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_gives_the_bits_of_torch(dtype):
+    for call, make in native_calls():
+        tensors = make((2, 4, 9, 7), dtype)
+        for a, b in zip(call(tensors, "cpu"), call(tensors, "torch"), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_kernel
 def test_opcheck():
     image = randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     for x0 in (randn(2, 3, 4), image, randn(2, 8, 3, 4)[:, :4], randn(2, 3, 8)[..., ::2]):
