@@ -291,7 +291,7 @@ def test_gradcheck_in_fp64(backend: str | None) -> None:
 
 @needs_kernel
 def test_compiles_to_one_graph() -> None:
-    case = make_case((600, 256), torch.float32)  # large enough for the kernel to serve its training
+    case = make_case((1100, 256), torch.float32)  # large enough for the kernel to serve its training
     torch._dynamo.reset()
 
     def call(x: Tensor, weight: Tensor) -> Tensor:

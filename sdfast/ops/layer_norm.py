@@ -118,7 +118,7 @@ def _is_faster_in_torch(
     width = math.prod(shape)
     if width < 64 or (width % 16 != 0 and width < 1024):
         return True
-    few = 2**17 if x.dtype is torch.float32 else 2**15
+    few = 2**18 if x.dtype is torch.float32 else 2**15
     return x.numel() < few and _native.requires_grad(x, weight, bias)
 
 
