@@ -60,6 +60,8 @@ SDFAST_INLINE Bits as_bits(Vec v) { return reinterpret_cast<Bits>(v); }
 SDFAST_INLINE Vec as_floats(Bits v) { return reinterpret_cast<Vec>(v); }
 SDFAST_INLINE Vec select(Mask mask, Vec yes, Vec no) { return mask ? yes : no; }
 
+SDFAST_INLINE Vec absolute(Vec v) { return as_floats(as_bits(v) & 0x7fffffffu); }
+
 SDFAST_INLINE float sum(Vec v) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);

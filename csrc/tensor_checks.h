@@ -86,7 +86,13 @@ inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
 }
 
 inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return empty_strided(sizes, dense_strides(sizes, Layout::kChannelsFirst), dtype);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes[axis], 1);
+  }
+  return empty_strided(sizes, strides, dtype);
 }
 
 // t itself where it has the layout already, else a copy of it that has.

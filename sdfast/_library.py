@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
@@ -44,13 +45,23 @@ def define(schema: str, composite: Callable[..., object]) -> None:
     LIBRARY.impl(schema.split("(", 1)[0], composite, "CompositeImplicitAutograd")
 
 
-def define_native(schema: str, fake: Callable[..., object]) -> None:
-    """Define `sdfast::<schema>`, whose kernels are compiled; `fake` gives shapes, dtypes and strides."""
+def define_native(
+    schema: str, fake: Callable[..., object], python_kernel: Callable[..., object] | None = None
+) -> Callable[..., Any]:
+    """Define `sdfast::<schema>`, whose kernels are compiled, and return the operation.
+
+    Args:
+        fake: gives shapes, dtypes and strides.
+        python_kernel: what serves it on CPU where compiled kernels need Python around them.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     torch.library.register_fake(f"sdfast::{name}", fake, lib=LIBRARY)
+    if python_kernel is not None:
+        LIBRARY.impl(name, python_kernel, "CPU")
     _native_ops.append(name)
     _note_kernels()
+    return cast(Callable[..., Any], getattr(torch.ops.sdfast, name).default)
 
 
 def cpu_isa() -> str:

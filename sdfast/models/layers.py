@@ -91,7 +91,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(N, L, C_in) -> (N, L, C_out)."""
-        return ops.linear(x, self.weight.flatten(1), self.bias, residual=residual)
+        return ops.linear(x, self.weight, self.bias, residual=residual)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -7,9 +7,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_KERNEL_YET = dict.fromkeys(("cpu", "triton", "cuda"), "no such kernel for this operation")
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD looks on, which would not see through a compiled kernel."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_tensor(

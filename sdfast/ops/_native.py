@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sdfast import _library
-from sdfast.ops._checks import NO_KERNEL_YET
+from sdfast.ops._checks import NO_KERNEL_YET, is_transformed
 
 _NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD looks on, which would not see through our kernel."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:

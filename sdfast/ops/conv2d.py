@@ -10,14 +10,16 @@ the mean and rstd of y per group, which the next GroupNorm would otherwise read 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast import _library, dispatch, packing
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_transformed, widened
+from sdfast.ops.group_norm import group_norm
 
 
 class NormPrologue(NamedTuple):
@@ -77,6 +79,169 @@ _library.define(
     " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-5, bool norm_silu=False) -> Tensor",
     conv2d_torch,
 )
+
+
+ALGORITHMS = ("direct", "winograd")
+
+
+def _pack_fake(weight: Tensor, algorithm: int, upsample: bool) -> Tensor:
+    raise NotImplementedError("the size of a packed weight depends on the CPU; call sdfast::conv2d_forward")
+
+
+def _output_size(
+    x: Tensor, weight_size: tuple[int, int], stride: int, padding: Sequence[int], upsample: bool
+) -> tuple[int, int]:
+    scale = 2 if upsample else 1
+    left, right, top, bottom = padding
+    return (
+        (x.shape[2] * scale + top + bottom - weight_size[0]) // stride + 1,
+        (x.shape[3] * scale + left + right - weight_size[1]) // stride + 1,
+    )
+
+
+def _packed_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    algorithm: int,
+    out_channels: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+) -> Tensor:
+    size = _output_size(x, (kernel_height, kernel_width), stride, padding, upsample)
+    y = x.new_empty((x.shape[0], out_channels, *size))
+    return y.to(memory_format=torch.channels_last)
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    algorithm: int,
+) -> Tensor:
+    size = _output_size(x, (weight.shape[2], weight.shape[3]), stride, padding, upsample)
+    y = x.new_empty((x.shape[0], weight.shape[0], *size))
+    return y.to(memory_format=torch.channels_last)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    algorithm: int,
+) -> Tensor:
+    """The compiled kernel, on a packed copy of the weight."""
+    kind = f"conv2d_{ALGORITHMS[algorithm]}" + ("_upsample" if upsample and algorithm == 0 else "")
+    copy = packing.packed(weight, kind, lambda values: _pack_op(values, algorithm, upsample))
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    if time_embedding is not None:
+        time_embedding = time_embedding.contiguous()
+    return cast(
+        Tensor,
+        _packed_op(
+            x, copy, bias, time_embedding, residual, algorithm,
+            weight.shape[0], weight.shape[2], weight.shape[3], stride, padding, upsample,
+        ),
+    )  # fmt: skip
+
+
+_pack_op = _library.define_native(
+    "conv2d_pack(Tensor weight, int algorithm, bool upsample) -> Tensor", _pack_fake
+)
+_packed_op = _library.define_native(
+    "conv2d_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? time_embedding, Tensor? residual,"
+    " int algorithm, int out_channels, int kernel_height, int kernel_width, int stride, int[] padding,"
+    " bool upsample) -> Tensor",
+    _packed_fake,
+)
+# What torch.compile sees: the packed copy is looked up when it runs.
+_forward_op = _library.define_native(
+    "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int stride, int[] padding, bool upsample,"
+    " Tensor? time_embedding, Tensor? residual, int algorithm) -> Tensor",
+    _forward_fake,
+    _forward,
+)
+
+
+def _algorithm(x: Tensor, weight: Tensor, stride: int) -> str:
+    """Winograd where it was measured faster and its error is allowed."""
+    channels_out, channels_in, *kernel = weight.shape
+    suits = kernel == [3, 3] and stride == 1 and min(channels_in, channels_out) >= 32
+    return "winograd" if suits and dispatch.numerics() == "fast" else "direct"
+
+
+def conv2d_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    upsample: bool = False,
+    time_embedding: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_silu: bool = False,
+) -> Tensor:
+    """The compiled CPU kernels, for inference."""
+    if norm_groups:
+        activation = "silu" if norm_silu else None
+        normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
+        x = cast(Tensor, normed)
+    algorithm = ALGORITHMS.index(_algorithm(x, weight, stride))
+    if algorithm == 0 and upsample and (weight.shape[2:] != (3, 3) or stride != 1 or padding != (1, 1, 1, 1)):
+        x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
+    run = _forward_op if torch.compiler.is_compiling() else _forward
+    return cast(
+        Tensor,
+        run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, algorithm),
+    )
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": conv2d_cpu,
+    "reference": cast(Callable[..., Tensor], conv2d_reference),
+}
+_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
+
+
+def _unavailable(x: Tensor, *others: Tensor | None) -> dict[str, str]:
+    """Why each backend that cannot take this call cannot."""
+    tensors = (x, *(t for t in others if t is not None))
+    if x.device.type != "cpu":
+        reason = f"x is on {x.device}, the kernel runs on cpu"
+    elif any(t.dtype != x.dtype or t.dtype is torch.float64 for t in tensors):
+        reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
+    elif x.numel() == 0:
+        reason = "x is empty"
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reason = "it has no backward; use torch or reference, or torch.no_grad()"
+    elif is_transformed():
+        reason = "torch.func transforms and forward-mode AD need torch or reference"
+    elif not _library.has_kernel("conv2d_packed", "cpu"):
+        reason = _library.load_cpu_library().detail
+    else:
+        return _NO_KERNEL_BUT_CPU
+    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
 
 
 def conv2d(
@@ -144,8 +309,10 @@ def conv2d(
     if stats_groups is not None:
         _check_groups("stats_groups", stats_groups, channels_out)
 
-    serve = dispatch.choose("conv2d", x.device.type, NO_KERNEL_YET, backend)
-    run = conv2d_reference if serve == "reference" else conv2d_torch
+    parameters = (norm.weight, norm.bias) if norm else ()
+    unavailable = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
+    serve = dispatch.choose("conv2d", x.device.type, unavailable, backend)
+    run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(
         Tensor,
         run(

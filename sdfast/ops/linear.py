@@ -8,14 +8,15 @@ GELU is the exact one, through erf: checkpoints were trained with it and the tan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast import _library, dispatch, packing
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_transformed, widened
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
 
@@ -29,7 +30,7 @@ def linear_torch(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The formula, in the dtype of its arguments."""
-    h = F.linear(x, weight, bias)
+    h = F.linear(x, weight.flatten(1), bias)
     h = h if residual is None else h + residual
     if activation == "silu":
         return F.silu(h)
@@ -52,6 +53,114 @@ _library.define(
 )
 
 
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    width = weight.shape[0] // 2 if activation == "geglu" else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def _pack_fake(weight: Tensor, geglu: bool) -> Tensor:
+    raise NotImplementedError("the size of a packed weight depends on the CPU; call sdfast::linear_forward")
+
+
+def _packed_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight_rows: int,
+    activation: int,
+) -> Tensor:
+    width = weight_rows // 2 if ACTIVATIONS[activation] == "geglu" else weight_rows
+    return x.new_empty((x.shape[0], width))
+
+
+def _linear_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The compiled kernel, on a packed copy of the weight."""
+    geglu = activation == "geglu"
+    rows = weight.shape[0]
+    kind = "linear_geglu" if geglu else "linear"
+    copy = packing.packed(weight, kind, lambda values: _pack_op(values.flatten(1), geglu))
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    if residual is not None:
+        residual = residual.reshape(-1, rows).contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    y = _packed_op(tokens, copy, bias, residual, rows, ACTIVATIONS.index(activation))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+_pack_op = _library.define_native("linear_pack(Tensor weight, bool geglu) -> Tensor", _pack_fake)
+_packed_op = _library.define_native(
+    "linear_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int weight_rows, int activation)"
+    " -> Tensor",
+    _packed_fake,
+)
+# What torch.compile sees: the packed copy is looked up when it runs.
+_forward_op = _library.define_native(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None,"
+    " Tensor? residual=None) -> Tensor",
+    _linear_fake,
+    _linear_kernel,
+)
+
+
+def linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The compiled CPU kernel, for inference."""
+    run = _forward_op if torch.compiler.is_compiling() else _linear_kernel
+    return cast(Tensor, run(x, weight, bias, activation=activation, residual=residual))
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": linear_cpu,
+    "reference": cast(Callable[..., Tensor], linear_reference),
+}
+_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
+
+
+def _unavailable(*tensors: Tensor | None) -> dict[str, str]:
+    """Why each backend that cannot take this call cannot."""
+    x = tensors[0]
+    assert x is not None
+    if x.device.type != "cpu":
+        reason = f"x is on {x.device}, the kernel runs on cpu"
+    elif any(t is not None and (t.dtype != x.dtype or t.dtype is torch.float64) for t in tensors):
+        reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
+    elif x.numel() == 0:
+        reason = "x is empty"
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        reason = "it has no backward; use torch or reference, or torch.no_grad()"
+    elif is_transformed():
+        reason = "torch.func transforms and forward-mode AD need torch or reference"
+    elif not _library.has_kernel("linear_packed", "cpu"):
+        reason = _library.load_cpu_library().detail
+    else:
+        return _NO_KERNEL_BUT_CPU
+    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -65,7 +174,8 @@ def linear(
 
     Args:
         x: (..., K), fp32, bf16, fp16 or fp64, any strides.
-        weight: (M, K), same dtype. With "geglu" its first M/2 rows give the value, the others the gate.
+        weight: (M, K), same dtype, or (M, K, 1, 1) as a 1x1 convolution keeps it. With "geglu" its
+            first M/2 rows give the value, the others the gate.
         bias: (M,) or None.
         activation: one of `ACTIVATIONS`.
         residual: (..., M), added before the activation.
@@ -78,7 +188,10 @@ def linear(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
     check_tensor("x", x)
-    check_tensor("weight", weight, rank=2, like=x)
+    if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1):
+        check_tensor("weight", weight, like=x)
+    else:
+        check_tensor("weight", weight, rank=2, like=x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight")
     width = weight.shape[0]
@@ -88,6 +201,7 @@ def linear(
         raise ValueError(f"activation: got {activation!r}, expected one of {ACTIVATIONS}")
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
-    serve = dispatch.choose("linear", x.device.type, NO_KERNEL_YET, backend)
-    run = linear_reference if serve == "reference" else linear_torch
-    return cast(Tensor, run(x, weight, bias, activation=activation, residual=residual))
+    unavailable = _unavailable(x, weight, bias, residual)
+    serve = dispatch.choose("linear", x.device.type, unavailable, backend)
+    run = _BACKENDS.get(serve, linear_torch)
+    return run(x, weight, bias, activation=activation, residual=residual)

@@ -1,0 +1,210 @@
+// conv2d on CPU: packing, checks, launch and registration. The algorithms are in
+// conv2d_direct_cpu.h and conv2d_winograd_cpu.h.
+#include "conv2d_cpu.h"
+
+#include "conv2d_direct_cpu.h"
+#include "conv2d_winograd_cpu.h"
+#include "tensor_checks.h"
+
+namespace sdfast {
+namespace {
+
+using conv2d::Added;
+using conv2d::Shape;
+
+enum class Algorithm : int64_t { kDirect, kWinograd };
+
+template <typename F>
+void dispatch(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Float) return f(float());
+  if (dtype == ScalarType::BFloat16) return f(simd::BFloat16());
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "x: expected float32, bfloat16 or float16");
+  f(simd::Half());
+}
+
+// A weight (out_channels, channels, kernel_height, kernel_width) of any strides, read one by one.
+template <typename T>
+struct Kernels {
+  const T* data;
+  IntHeaderOnlyArrayRef strides;
+  float operator()(int64_t o, int64_t c, int64_t a, int64_t b) const {
+    return simd::load(data + o * strides[0] + c * strides[1] + a * strides[2] + b * strides[3],
+                      1)[0];
+  }
+};
+
+// The rows (or columns) a of a 3x3 kernel that meet the same pixel under tap `tap` of a parity:
+// nearest-2x repeats each pixel, so kernel rows -1, 0, 1 meet pixels -1, 0, 0 at even outputs, 0,
+// 0, 1 at odd ones.
+std::pair<int64_t, int64_t> folded(int64_t parity, int64_t tap) {
+  if (parity == 0) return tap == 0 ? std::pair(0, 1) : std::pair(1, 3);
+  return tap == 0 ? std::pair(0, 2) : std::pair(2, 3);
+}
+
+template <typename T>
+Tensor pack_direct(const Tensor& weight, const Kernels<T>& kernels, bool upsample) {
+  using Operand = typename gemm::OperandOf<T>::Type;
+  const int64_t out_channels = weight.size(0), channels = weight.size(1);
+  const int64_t height = weight.size(2), width = weight.size(3);
+  const int64_t taps = upsample ? 4 : height * width, phases = upsample ? 4 : 1;
+  const int64_t size = conv2d::direct::packed_size<Operand>(out_channels, channels, taps);
+  constexpr bool kPairs = std::is_same_v<Operand, gemm::BFloat16Pair>;
+  Tensor packed =
+      empty({phases * size * Operand::kDepth}, kPairs ? ScalarType::BFloat16 : ScalarType::Float);
+  auto* to = static_cast<Operand*>(packed.mutable_data_ptr());
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    const auto value = [&](int64_t o, int64_t c, int64_t t) {
+      float sum = 0;
+      if (upsample) {
+        const auto [top, bottom] = folded(phase / 2, t / 2);
+        const auto [left, right] = folded(phase % 2, t % 2);
+        for (int64_t a = top; a < bottom; ++a) {
+          for (int64_t b = left; b < right; ++b) sum += kernels(o, c, a, b);
+        }
+      } else {
+        sum = kernels(o, c, t / width, t % width);
+      }
+      T rounded;
+      simd::store(&rounded, simd::broadcast(sum), 1);
+      return rounded;
+    };
+    conv2d::direct::pack<Operand, T>(out_channels, channels, taps, value, to + phase * size);
+  }
+  return packed;
+}
+
+template <typename T>
+Tensor pack_winograd(const Tensor& weight, const Kernels<T>& kernels) {
+  using conv2d::winograd::kPoints;
+  const int64_t out_channels = weight.size(0), channels = weight.size(1);
+  Tensor packed = empty({conv2d::winograd::packed_size(out_channels, channels)}, ScalarType::Float);
+  float* to = packed.mutable_data_ptr<float>();
+  const int64_t panels = (out_channels + gemm::kColumns - 1) / gemm::kColumns;
+  torch::stable::parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / channels, c = i % channels;
+      for (int64_t j = 0; j < gemm::kColumns; ++j) {
+        const int64_t o = panel * gemm::kColumns + j;
+        double points[kPoints] = {};
+        if (o < out_channels) {
+          conv2d::winograd::transform_kernel(
+              [&](int a, int b) { return static_cast<double>(kernels(o, c, a, b)); }, points);
+        }
+        for (int64_t p = 0; p < kPoints; ++p) {
+          to[((panel * kPoints + p) * channels + c) * gemm::kColumns + j] =
+              static_cast<float>(points[p]);
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+// weight: (out_channels, channels, kernel_height, kernel_width). Returns what conv2d_packed of the
+// same algorithm takes.
+Tensor conv2d_pack(Tensor weight, int64_t algorithm, bool upsample) {
+  check_cpu(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected (out_channels, channels, height, width)");
+  const bool is_3x3 = weight.size(2) == 3 && weight.size(3) == 3;
+  const bool winograd = algorithm == static_cast<int64_t>(Algorithm::kWinograd);
+  STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "weight: expected a 3x3 kernel");
+  std::optional<Tensor> packed;
+  dispatch(weight.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const Kernels<T> kernels{static_cast<const T*>(weight.const_data_ptr()), weight.strides()};
+    packed = winograd ? pack_winograd(weight, kernels) : pack_direct(weight, kernels, upsample);
+  });
+  return *packed;
+}
+
+// x: (N, channels, H, W), channels last. bias: (out_channels). time_embedding: (N, out_channels).
+// residual: as y, channels last. padding: left, right, top, bottom. Returns y: (N, out_channels,
+// H', W'), channels last.
+Tensor conv2d_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
+                     std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
+                     int64_t algorithm, int64_t out_channels, int64_t kernel_height,
+                     int64_t kernel_width, int64_t stride, std::vector<int64_t> padding,
+                     bool upsample) {
+  check_cpu(x, "x");
+  check_cpu(packed, "packed");
+  STD_TORCH_CHECK(x.dim() == 4 && padding.size() == 4, "x: expected 4 dimensions, padding 4 sides");
+  const bool winograd = algorithm == static_cast<int64_t>(Algorithm::kWinograd);
+  Shape s;
+  s.images = x.size(0);
+  s.channels = x.size(1);
+  s.upsample = upsample ? 1 : 0;
+  s.height = x.size(2) << s.upsample;
+  s.width = x.size(3) << s.upsample;
+  s.out_channels = out_channels;
+  s.kernel_height = kernel_height;
+  s.kernel_width = kernel_width;
+  s.stride = stride;
+  s.left = padding[0];
+  s.top = padding[2];
+  STD_TORCH_CHECK(stride >= 1 && std::min(s.left, s.top) >= 0 && out_channels > 0,
+                  "stride, padding, out_channels: out of range");
+  s.out_height = (s.height + padding[2] + padding[3] - kernel_height) / stride + 1;
+  s.out_width = (s.width + padding[0] + padding[1] - kernel_width) / stride + 1;
+  const bool is_3x3 = kernel_height == 3 && kernel_width == 3 && stride == 1;
+  STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "kernel: expected 3x3, stride 1");
+  STD_TORCH_CHECK(
+      !upsample || winograd || (s.left == 1 && s.top == 1 && padding[1] == 1 && padding[3] == 1),
+      "padding: expected 1 after an upsample");
+  STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0, "x: smaller than the kernel");
+  const auto check_like = [&](const std::optional<Tensor>& t, const char* name) {
+    if (!t) return;
+    check_cpu(*t, name);
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+  };
+  check_like(bias, "bias");
+  check_like(time_embedding, "time_embedding");
+  check_like(residual, "residual");
+  if (bias) check_shape(*bias, "bias", {out_channels});
+  if (time_embedding) check_shape(*time_embedding, "time_embedding", {s.images, out_channels});
+  const std::vector<int64_t> sizes{s.images, out_channels, s.out_height, s.out_width};
+  if (residual) {
+    check_shape(*residual, "residual", {s.images, out_channels, s.out_height, s.out_width});
+    STD_TORCH_CHECK(has_layout(*residual, Layout::kChannelsLast),
+                    "residual: expected channels last");
+  }
+  STD_TORCH_CHECK(
+      (!bias || bias->is_contiguous()) && (!time_embedding || time_embedding->is_contiguous()),
+      "bias, time_embedding: expected contiguous");
+  const Tensor input = in_layout(x, Layout::kChannelsLast);
+  Tensor y = empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), x.scalar_type());
+  advise_huge_pages(y);
+  if (y.numel() == 0) return y;
+  dispatch(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Operand = typename gemm::OperandOf<T>::Type;
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+    };
+    const Added<T> added{data(bias), data(time_embedding), data(residual)};
+    const T* from = static_cast<const T*>(input.const_data_ptr());
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    if (winograd) {
+      STD_TORCH_CHECK(packed.numel() == conv2d::winograd::packed_size(out_channels, s.channels) &&
+                          packed.scalar_type() == ScalarType::Float,
+                      "packed: expected conv2d_pack of a weight that fits x");
+      return conv2d::winograd::run(s, from, packed.const_data_ptr<float>(), added, to);
+    }
+    const int64_t taps = upsample ? 4 : kernel_height * kernel_width;
+    const int64_t size = (upsample ? 4 : 1) * Operand::kDepth *
+                         conv2d::direct::packed_size<Operand>(out_channels, s.channels, taps);
+    constexpr bool kPairs = std::is_same_v<Operand, gemm::BFloat16Pair>;
+    STD_TORCH_CHECK(packed.numel() == size &&
+                        packed.scalar_type() == (kPairs ? ScalarType::BFloat16 : ScalarType::Float),
+                    "packed: expected conv2d_pack of a weight that fits x");
+    conv2d::direct::run(s, from, static_cast<const Operand*>(packed.const_data_ptr()), added, to);
+  });
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("conv2d_pack", TORCH_BOX(&conv2d_pack));
+  m.impl("conv2d_packed", TORCH_BOX(&conv2d_packed));
+}
+
+}  // namespace
+}  // namespace sdfast
