@@ -11,7 +11,6 @@ writes to memory it has; eager and sdfast allocate their result, as in a model.
 from __future__ import annotations
 
 import argparse
-import gc
 import pathlib
 import sys
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from torch import Tensor
 
 import sdfast.ops as ops
 from sdfast.ops.group_norm import group_norm_torch
-from sdfast.testing import assert_within_budget, copy_gb_per_s, spread, time_alternating
+from sdfast.testing import assert_within_budget, copy_gb_per_s
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from _beside_eager import measure_beside_eager  # noqa: E402
 from _record import results_path, table, write_json  # noqa: E402
 
 # (N, C, H, W), eps and whether SiLU follows: the calls of diffusers' UNet2DConditionModel in its SD 1.5
@@ -96,47 +96,22 @@ def measure(setting: Setting, dtype: torch.dtype, rounds: int, training: bool = 
     """Check and time one setting. Bytes: forward x and y once; training, forward and then x, dy and dx."""
     call = Call(setting, dtype)
     call.check()
-    target = torch.empty_like(call.x)
-    functions = {"eager": call.eager, "sdfast": call.sdfast}
-    passes = 2
+    eager: Callable[[], object] = call.eager
+    fast: Callable[[], object] = call.sdfast
     if training:
-        dy, passes = torch.randn_like(call.x), 5
+        dy = torch.randn_like(call.x)
         call.require_gradients()
-        functions = {
-            "eager": lambda: call.gradients(call.eager, dy),
-            "sdfast": lambda: call.gradients(call.sdfast, dy),
-        }
-    size = call.x.numel() * call.x.element_size()
-    functions["copy"] = lambda: target.copy_(call.x.detach())
-    # Small settings take microseconds: more rounds cost nothing and a median of few says little.
-    rounds = max(5, min(20 * rounds, rounds * 2**26 // size))
-    gc.collect()
-    gc.disable()
-    with torch.set_grad_enabled(training):
-        samples = time_alternating(functions, rounds=rounds, limit_seconds=2)
-    gc.enable()
-    milliseconds = {name: [1e3 * s for s in spread(times)] for name, times in samples.items()}
-    eager, fast, copy = (milliseconds[name][1] for name in ("eager", "sdfast", "copy"))
-    gb_per_s = passes * size / fast / 1e6
-    ratios = [e / s for e, s in zip(samples["eager"], samples["sdfast"], strict=True)]
-    ratio_p20, ratio, ratio_p80 = spread(ratios)
+        eager = lambda: call.gradients(call.eager, dy)  # noqa: E731
+        fast = lambda: call.gradients(call.sdfast, dy)  # noqa: E731
+    times = measure_beside_eager(
+        eager, fast, like=call.x, passes=5 if training else 2, rounds=rounds, training=training
+    )
     return {
         "shape": "x".join(map(str, call.shape)),
         "dtype": str(dtype).removeprefix("torch."),
         "silu": call.silu,
         "training": training,
-        "rounds": len(samples["eager"]),
-        "eager_ms": eager,
-        "sdfast_ms": fast,
-        "sdfast_p20_ms": milliseconds["sdfast"][0],
-        "sdfast_p80_ms": milliseconds["sdfast"][2],
-        "eager_p20_ms": milliseconds["eager"][0],
-        "eager_p80_ms": milliseconds["eager"][2],
-        "ratio": ratio,  # the median of eager / sdfast of neighbours in time
-        "ratio_p20": ratio_p20,
-        "ratio_p80": ratio_p80,
-        "gb_per_s": gb_per_s,
-        "of_copy": gb_per_s / (2 * size / copy / 1e6),
+        **times,
     }
 
 

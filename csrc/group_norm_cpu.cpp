@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "cpu_tensors.h"
 #include "group_norm_backward_cpu.h"
 #include "group_norm_forward_cpu.h"
 #include "tensor_checks.h"
@@ -24,63 +25,7 @@ void dispatch(ScalarType dtype, bool channels_last, bool silu, const F& f) {
     if (silu) return f(element, std::false_type(), std::true_type());
     return f(element, std::false_type(), std::false_type());
   };
-  if (dtype == ScalarType::Float) return with_flags(float());
-  if (dtype == ScalarType::BFloat16) return with_flags(simd::BFloat16());
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "x: expected float32, bfloat16 or float16");
-  with_flags(simd::Half());
-}
-
-template <typename F>
-void dispatch(ScalarType dtype, const F& f) {
-  dispatch(dtype, false, false, [&](auto element, auto, auto) { f(element); });
-}
-
-// A parameter's values in fp32, null where it is absent: the tensor's own where they are so
-// already.
-class Values {
- public:
-  Values(const std::optional<Tensor>& tensor, const char* name,
-         std::initializer_list<int64_t> shape) {
-    if (!tensor) return;
-    check_cpu(*tensor, name);
-    check_shape(*tensor, name, shape);
-    dense_ = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
-    if (dense_->scalar_type() == ScalarType::Float) {
-      data_ = dense_->const_data_ptr<float>();
-      return;
-    }
-    converted_.resize(dense_->numel());
-    dispatch(dense_->scalar_type(), [&](auto element) {
-      const auto* from = static_cast<const decltype(element)*>(dense_->const_data_ptr());
-      simd::for_each_vector(0, dense_->numel(), [&](int64_t i, auto lanes) {
-        simd::store(converted_.data() + i, simd::load(from + i, lanes), lanes);
-      });
-    });
-    data_ = converted_.data();
-  }
-  Values(const Values&) = delete;
-  const float* data() const { return data_; }
-
- private:
-  std::optional<Tensor> dense_;
-  std::vector<float> converted_;
-  const float* data_ = nullptr;
-};
-
-// The gradient of a parameter, value(i) for each of its elements; of no elements where it is
-// absent.
-template <typename Value>
-Tensor parameter_gradient(const Tensor& x, const std::optional<Tensor>& parameter,
-                          const Value& value) {
-  if (!parameter) return empty({0}, x.scalar_type());
-  Tensor gradient = empty(parameter->sizes(), parameter->scalar_type());
-  dispatch(gradient.scalar_type(), [&](auto element) {
-    auto* to = static_cast<decltype(element)*>(gradient.mutable_data_ptr());
-    for (int64_t i = 0; i < gradient.numel(); ++i) {
-      simd::store(to + i, simd::broadcast(static_cast<float>(value(i))), 1);
-    }
-  });
-  return gradient;
+  with_element_type(dtype, with_flags);
 }
 
 // The layout a kernel reads x in. Where both fit (one pixel, one channel) rows of channels are

@@ -30,17 +30,16 @@ inline void check_cpu(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
 }
 
-inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t axis = 0;
-  for (const int64_t size : shape) same = same && t.size(axis++) == size;
+inline void check_shape(const Tensor& t, const char* name, IntHeaderOnlyArrayRef shape) {
+  const IntHeaderOnlyArrayRef sizes = t.sizes();
+  const bool same = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
   STD_TORCH_CHECK(same, name, ": the shape does not fit the input");
 }
 
 // How (N, C, *spatial) lies in memory when it is dense: which of C and the pixels varies fastest.
 enum class Layout { kChannelsFirst, kChannelsLast };
 
-// The strides of a dense tensor of these sizes in this layout.
+// The strides of a dense tensor of these sizes in this layout; of any rank.
 inline std::vector<int64_t> dense_strides(IntHeaderOnlyArrayRef sizes, Layout layout) {
   const int64_t dim = static_cast<int64_t>(sizes.size());
   std::vector<int64_t> strides(dim);
@@ -49,10 +48,10 @@ inline std::vector<int64_t> dense_strides(IntHeaderOnlyArrayRef sizes, Layout la
     strides[axis] = stride;
     stride *= sizes[axis] > 1 ? sizes[axis] : 1;
   };
-  if (layout == Layout::kChannelsLast) place(1);
-  for (int64_t axis = dim - 1; axis >= 2; --axis) place(axis);
-  if (layout == Layout::kChannelsFirst) place(1);
-  place(0);
+  const bool channels_last = layout == Layout::kChannelsLast && dim > 1;
+  if (channels_last) place(1);
+  for (int64_t axis = dim - 1; axis >= (channels_last ? 2 : 1); --axis) place(axis);
+  if (dim > 0) place(0);
   return strides;
 }
 
@@ -64,12 +63,13 @@ inline bool has_layout(const Tensor& t, Layout layout) {
     expected *= std::max<int64_t>(sizes[axis], 1);
     return right;
   };
-  if (layout == Layout::kChannelsLast && !fits(1)) return false;
-  for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 2; --axis) {
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  const bool channels_last = layout == Layout::kChannelsLast && dim > 1;
+  if (channels_last && !fits(1)) return false;
+  for (int64_t axis = dim - 1; axis >= (channels_last ? 2 : 1); --axis) {
     if (!fits(axis)) return false;
   }
-  if (layout == Layout::kChannelsFirst && !fits(1)) return false;
-  return fits(0);
+  return dim == 0 || fits(0);
 }
 
 // A new CPU tensor. Through the C shim: finding the operation by its name, as the dispatcher would,

@@ -3,11 +3,17 @@
 import hypothesis
 import pytest
 import torch
+from elementwise import check_layouts, check_non_finite, check_results, check_shapes, check_threads
 from hypothesis import strategies as st
+from processes import run_with_library
 
+from sdfast import _library
 from sdfast.dispatch import use_backend
 from sdfast.ops import add_noise
 
+needs_kernel = pytest.mark.skipif(
+    not _library.has_kernel("add_noise", "cpu"), reason=_library.load_cpu_library().detail
+)
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 
 
@@ -84,11 +90,93 @@ def test_targets_that_are_inputs_are_not_copied():
     assert add_noise(x0, noise, alpha, sigma, prediction="sample")[1] is x0
 
 
-@pytest.mark.parametrize("velocity", [False, True])
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(velocity, requires_grad):
-    x0, noise = (randn(2, 3, 4, seed=s).requires_grad_(requires_grad) for s in range(2))
-    torch.library.opcheck(torch.ops.sdfast.add_noise.default, (x0, noise, *levels(2)), {"velocity": velocity})
+def native_calls():
+    """Calls for `elementwise`, each with what makes their tensors, x0 and noise."""
+
+    def make(shape, dtype):
+        return [randn(*shape, seed=i, dtype=dtype) for i in range(2)]
+
+    def noised(tensors, backend):
+        return add_noise(*tensors, *levels(len(tensors[0])), backend=backend)[:1]
+
+    def with_velocity(tensors, backend):
+        some = levels(len(tensors[0]), torch.float64)
+        return add_noise(*tensors, *some, prediction="v_prediction", backend=backend)
+
+    return [(noised, make), (with_velocity, make)]
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "check", [check_shapes, check_layouts, check_non_finite, check_threads], ids=lambda check: check.__name__
+)
+def test_kernel(check):
+    for call, make in native_calls():
+        check(call, make)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("poisoned_memory")
+def test_everything_is_written():
+    for call, make in native_calls():
+        for shape in ((2, 4, 9, 7), (3, 4, 64, 64)):
+            check_results(call, make(shape, torch.float32))
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_lower_instruction_sets(isa):
+    run_with_library(
+        isa,
+        """
+        from elementwise import check_all
+        from test_add_noise import native_calls
+        for call, make in native_calls():
+            check_all(call, make)
+        """,
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_gives_the_bits_of_torch(dtype):
+    for call, make in native_calls():
+        tensors = make((2, 4, 9, 7), dtype)
+        for a, b in zip(call(tensors, "cpu"), call(tensors, "torch"), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_opcheck():
+    image = randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    for x0 in (randn(2, 3, 4), image, randn(2, 8, 3, 4)[:, :4], randn(2, 3, 8)[..., ::2]):
+        for op in (torch.ops.sdfast.add_noise, torch.ops.sdfast.add_noise_velocity):
+            torch.library.opcheck(op.default, (x0, x0, *levels(2)))
+
+
+@needs_kernel
+def test_what_is_unsafe_is_refused_by_the_operation_itself():
+    x, (alpha, sigma) = randn(2, 3), levels(2)
+    for op in (torch.ops.sdfast.add_noise, torch.ops.sdfast.add_noise_velocity):
+        for args in [
+            (x, x[:1], alpha, sigma),
+            (x, x, alpha[:1], sigma),
+            (x, x.half(), alpha, sigma),
+            (x.double(), x.double(), alpha, sigma),
+            (x[0, 0], x[0, 0], alpha, sigma),
+        ]:
+            with pytest.raises(RuntimeError):
+                op(*args)
+
+
+def test_gradients_are_those_of_torch():
+    """The kernel has none, so a call that needs them goes to torch, and a named kernel says so."""
+    x0, noise, (alpha, sigma) = randn(2, 80).requires_grad_(), randn(2, 80, seed=1), levels(2)
+    x_t, v = add_noise(x0, noise, alpha, sigma, prediction="v_prediction")
+    (gradient,) = torch.autograd.grad((x_t + v).sum(), x0)
+    torch.testing.assert_close(gradient, (alpha - sigma)[:, None].expand(2, 80))
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: "):
+        add_noise(x0, noise, alpha, sigma, backend="cpu")
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -3,13 +3,18 @@
 import hypothesis
 import pytest
 import torch
+from elementwise import check_layouts, check_non_finite, check_results, check_shapes, check_threads
 from hypothesis import strategies as st
+from processes import run_with_library
 
-import sdfast.ops  # noqa: F401, registers the operations
+from sdfast import _library
 from sdfast.dispatch import use_backend
 from sdfast.ops import diffusion_step
 
 TABLE = [1.3, -0.8, 0.6, 0.35, 0.2, -0.15, 0.5]
+needs_kernel = pytest.mark.skipif(
+    not _library.has_kernel("diffusion_step", "cpu"), reason=_library.load_cpu_library().detail
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -114,12 +119,117 @@ def arguments(dtype=torch.float32, requires_grad=False):
     return (x, m, coefficients()), {"guidance_scale": 2.0, "previous_x0": p, "noise": z, "clip": 1.5}
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad):
-    args, kwargs = arguments(requires_grad=requires_grad)
+def native_calls():
+    """Calls for `elementwise`, each with what makes their tensors: x, m and the optional ones."""
+    for guided in (False, True):
+        for names in ((), ("noise",), ("previous_x0",), ("previous_x0", "noise")):
+            for clip in (None, 1.5):
+
+                def call(tensors, backend, guided=guided, names=names, clip=clip):
+                    x, m, *rest = tensors
+                    options = {"guidance_scale": 7.5 if guided else None, "clip": clip}
+                    optional = dict(zip(names, rest, strict=True))
+                    return diffusion_step(x, m, coefficients(), **options, **optional, backend=backend)
+
+                def make(shape, dtype, guided=guided, names=names):
+                    leading = [shape[0], shape[0] * (1 + guided), *[shape[0]] * len(names)]
+                    return [randn(n, *shape[1:], seed=i, dtype=dtype) for i, n in enumerate(leading)]
+
+                yield call, make
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "check", [check_shapes, check_layouts, check_non_finite, check_threads], ids=lambda check: check.__name__
+)
+def test_kernel(check):
+    for call, make in native_calls():
+        check(call, make)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("poisoned_memory")
+def test_everything_is_written():
+    for call, make in native_calls():
+        for shape in ((2, 4, 9, 7), (3, 4, 64, 64)):
+            check_results(call, make(shape, torch.float32))
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_lower_instruction_sets(isa):
+    run_with_library(
+        isa,
+        """
+        from elementwise import check_all
+        from test_diffusion_step import native_calls
+        for call, make in native_calls():
+            check_all(call, make)
+        """,
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_kernel_gives_the_bits_of_torch(dtype):
+    for call, make in native_calls():
+        tensors = make((2, 4, 9, 7), dtype)
+        for a, b in zip(call(tensors, "cpu"), call(tensors, "torch"), strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_inputs_shared_by_all_samples():
+    """Expanded tensors are read with a stride of zero, and coefficients with any."""
+    x, z = randn(4, 3, 50), randn(1, 3, 50, seed=1)
+    k = torch.stack([coefficients(), coefficients()], 1)[:, 0]
+    for actual, expected in zip(
+        diffusion_step(x, x, k, noise=z.expand(4, 3, 50), backend="cpu"),
+        diffusion_step(x, x, coefficients(), noise=z.repeat(4, 1, 1), backend="cpu"),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+
+
+@needs_kernel
+def test_opcheck():
+    args, kwargs = arguments()
     torch.library.opcheck(torch.ops.sdfast.diffusion_step.default, args, kwargs)
-    plain = (args[0], args[1][:2].detach(), coefficients(torch.float32))
-    torch.library.opcheck(torch.ops.sdfast.diffusion_step.default, plain, {})
+    x, m, _ = args
+    torch.library.opcheck(
+        torch.ops.sdfast.diffusion_step.default, (x, m[:2], coefficients(torch.float32)), {}
+    )
+    image = randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    for x in (image, randn(2, 8, 3, 4)[:, :4], randn(2, 3, 8)[..., ::2]):
+        torch.library.opcheck(torch.ops.sdfast.diffusion_step.default, (x, x, coefficients()), {})
+
+
+@needs_kernel
+def test_what_is_unsafe_is_refused_by_the_operation_itself():
+    x, k, op = randn(2, 3), coefficients(), torch.ops.sdfast.diffusion_step
+    for args, options in [
+        ((x, x[:1], k), {}),
+        ((x, x, k[:6]), {}),
+        ((x, x, k), {"guidance_scale": 2.0}),
+        ((x, x.half(), k), {}),
+        ((x, x, k), {"noise": x[:, :2]}),
+        ((x.double(), x.double(), k), {}),
+    ]:
+        with pytest.raises(RuntimeError):
+            op(*args, **options)
+
+
+def test_gradients_are_those_of_torch():
+    """The kernel has none, so a call that needs them goes to torch, and a named kernel says so."""
+    (x, m, k), options = arguments(requires_grad=True)
+    result, _ = diffusion_step(x, m, k, **options)
+    expected, _ = diffusion_step(x, m, k, **options, backend="torch")
+    for a, b in zip(
+        *(torch.autograd.grad(r.square().sum(), (x, m)) for r in (result, expected)), strict=True
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run: "):
+        diffusion_step(x, m, k, **options, backend="cpu")
 
 
 def test_gradcheck():
@@ -147,10 +257,11 @@ def test_backends():
     args, options = arguments()
     expected = diffusion_step(*args, **options)
     for backend in ("reference", "torch"):
-        for a, b in zip(diffusion_step(*args, **options, backend=backend), expected, strict=True):
+        results = diffusion_step(*args, **options, backend=backend)
+        for a, b in zip(results, expected, strict=True):
             assert torch.equal(a, b)
         with use_backend(backend):
-            assert torch.equal(diffusion_step(*args, **options)[0], expected[0])
+            assert torch.equal(diffusion_step(*args, **options)[0], results[0])
     with pytest.raises(ValueError, match="diffusion_step: backend 'cuda' cannot run"):
         diffusion_step(*args, **options, backend="cuda")
     with pytest.raises(ValueError, match="backend: got 'fast'"):

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_python, run_with_library
 from torch import Tensor
 
 from sdfast import _library, dispatch
@@ -26,7 +23,6 @@ from sdfast.testing import assert_within_budget, relative_error
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES)
 NAMES = ("x", "weight", "bias", "scale", "shift")
-ROOT = pathlib.Path(__file__).parents[1]
 
 has_kernel = _library.has_kernel("group_norm_forward", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
@@ -380,29 +376,12 @@ def test_compiles_to_one_graph(compiler: str) -> None:
         torch.testing.assert_close(compiled(case.x, case.weight), results[0][0])
 
 
-def run_python(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @needs_kernel
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_lower_instruction_sets(isa: str) -> None:
     """The libraries of lesser CPUs, on this one."""
-    if isa not in _library._CPU_ISAS[_library._CPU_ISAS.index(_library.cpu_isa()) :]:
-        pytest.skip(f"this CPU has no {isa}")
-    code = f"""
-        import torch
-        torch.cpu._is_avx512_bf16_supported = lambda: False
+    code = """
         import test_group_norm as t
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        from sdfast import _library
-        assert _library.load_cpu_library().name == "_C_cpu_{isa}", _library.status()
         for dtype in t.DTYPES:
             t.test_odd_shapes(dtype)
             t.test_silu_far_from_zero(dtype)
@@ -411,7 +390,7 @@ def test_lower_instruction_sets(isa: str) -> None:
                 for value in (float("nan"), float("inf")):
                     t.test_non_finite_values_stay_in_their_group(value, dtype, layout)
     """
-    run_python(code, ATEN_CPU_CAPABILITY="default" if isa == "baseline" else isa)
+    run_with_library(isa, code)
 
 
 def test_without_the_compiled_library() -> None:

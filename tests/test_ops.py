@@ -1,4 +1,4 @@
-"""conv2d, linear, attention and layer_norm: backends against fp64, registration, gradients, argument errors."""
+"""conv2d, linear and attention: backends against fp64, registration, gradients, argument errors."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdfast import dispatch, ops
-from sdfast.testing import assert_within_budget, relative_error
+from sdfast.testing import assert_within_budget
 
 SAMPLE_ARGUMENTS = {
     "conv2d": (
@@ -15,7 +15,6 @@ SAMPLE_ARGUMENTS = {
     ),
     "linear": (lambda make: (make(2, 3, 8), make(6, 8), make(6)), {"activation": "geglu"}),
     "attention": (lambda make: (make(2, 3, 5, 8), make(2, 3, 7, 8), make(2, 3, 7, 8)), {}),
-    "layer_norm": (lambda make: (make(2, 5, 8), (8,), make(8), make(8)), {}),
 }
 BACKENDS = ("reference", "torch")
 
@@ -155,12 +154,6 @@ def test_linear_activations(activation):
     )
 
 
-def test_layer_norm_of_large_mean():
-    x = torch.randn(4, 64) + 1e4
-    exact = ops.layer_norm(x.double(), (64,), backend="reference")
-    assert relative_error(ops.layer_norm(x, (64,)), exact) < 1e-3
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -216,7 +209,6 @@ def test_layer_norm_of_large_mean():
             ValueError,
             r"k: got shape .*, expected \(1, 1, S, 4\)",
         ),
-        (lambda: ops.layer_norm(torch.ones(2, 3), (2,)), ValueError, "normalized_shape: got"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

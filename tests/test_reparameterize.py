@@ -5,10 +5,17 @@ import math
 import hypothesis
 import pytest
 import torch
+from elementwise import check_layouts, check_non_finite, check_results, check_shapes, check_threads
 from hypothesis import strategies as st
+from processes import run_with_library
 
+from sdfast import _library
 from sdfast.dispatch import use_backend
 from sdfast.ops import reparameterize
+
+needs_kernel = pytest.mark.skipif(
+    not _library.has_kernel("reparameterize", "cpu"), reason=_library.load_cpu_library().detail
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -73,10 +80,94 @@ def test_any_shape_and_stride(shape, step):
     torch.testing.assert_close(z, mean + (0.5 * logvar).exp() * noise, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad):
-    args = tuple(randn(2, 3, 4, seed=s).requires_grad_(requires_grad) for s in range(3))
-    torch.library.opcheck(torch.ops.sdfast.reparameterize.default, args)
+def native_calls():
+    """Calls for `elementwise`, each with what makes their tensors: mean, logvar, noise, and dz for the gradient."""
+
+    def make(shape, dtype, count=3):
+        return [randn(*shape, seed=i, dtype=dtype) * (1 if i != 1 else 3) for i in range(count)]
+
+    def forward(tensors, backend):
+        return [reparameterize(*tensors, backend=backend)]
+
+    def backward(tensors, backend):
+        mean, logvar, noise, dz = tensors
+        leaves = mean.detach().requires_grad_(), logvar.detach().requires_grad_()
+        dmean, dlogvar = torch.autograd.grad(reparameterize(*leaves, noise, backend=backend), leaves, dz)
+        assert torch.equal(dmean, dz) or dz.isnan().any()
+        return [dlogvar]
+
+    return [(forward, make), (backward, lambda shape, dtype: make(shape, dtype, 4))]
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "check", [check_shapes, check_layouts, check_non_finite, check_threads], ids=lambda check: check.__name__
+)
+def test_kernel(check):
+    for call, make in native_calls():
+        if check is check_layouts:  # results lie as the first tensor does, a gradient as its own input
+
+            def lying_as_logvar(tensors, backend, call=call):
+                order = (0, 1, 2) if len(tensors) == 3 else (1, 0, 2, 3)
+                return call([tensors[i] for i in order], backend)
+
+            check(lying_as_logvar, make)
+        else:
+            check(call, make)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("poisoned_memory")
+def test_everything_is_written():
+    for call, make in native_calls():
+        for shape in ((2, 4, 9, 7), (3, 4, 64, 64)):
+            check_results(call, make(shape, torch.float32))
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_lower_instruction_sets(isa):
+    run_with_library(
+        isa,
+        """
+        import test_reparameterize as t
+        for check in (t.check_shapes, t.check_layouts, t.check_non_finite, t.check_threads):
+            t.test_kernel(check)
+        t.test_kernel_clamps_as_torch_does()
+        """,
+    )
+
+
+@needs_kernel
+def test_kernel_clamps_as_torch_does():
+    """At the bounds the gradient passes, beyond them it is zero."""
+    values = [-1e4, -30.001, -30.0, -29.9, 0.0, 19.9, 20.0, 20.001, 1e4, float("inf"), -float("inf")]
+    for dtype in (torch.float32, torch.bfloat16):
+        logvar = torch.tensor(values, dtype=dtype).repeat(3).requires_grad_()
+        results = []
+        for backend in ("cpu", "torch"):
+            z = reparameterize(torch.zeros_like(logvar), logvar, torch.ones_like(logvar), backend=backend)
+            results.append((z, *torch.autograd.grad(z.sum(), logvar)))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+            assert torch.equal(actual == 0, expected == 0)
+
+
+@needs_kernel
+def test_opcheck():
+    image = randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    for x in (randn(2, 3, 4), image, randn(2, 8, 3, 4)[:, :4], randn(2, 3, 8)[..., ::2], randn()):
+        for op in (torch.ops.sdfast.reparameterize, torch.ops.sdfast.reparameterize_backward):
+            torch.library.opcheck(op.default, (x, x, x))
+
+
+@needs_kernel
+def test_what_is_unsafe_is_refused_by_the_operation_itself():
+    x = randn(2, 3)
+    for op in (torch.ops.sdfast.reparameterize, torch.ops.sdfast.reparameterize_backward):
+        for args in [(x, x[:1], x), (x, x, x[0]), (x, x.half(), x), (x.double(),) * 3]:
+            with pytest.raises(RuntimeError):
+                op(*args)
 
 
 def test_compiles_without_a_break():
@@ -88,7 +179,7 @@ def test_compiles_without_a_break():
 def test_backends():
     args = tuple(randn(2, 3, seed=s) for s in range(3))
     for backend in ("reference", "torch"):
-        assert torch.equal(reparameterize(*args, backend=backend), reparameterize(*args))
+        torch.testing.assert_close(reparameterize(*args, backend=backend), reparameterize(*args))
     with use_backend("reference"):
         reparameterize(*args)
     with pytest.raises(ValueError, match="reparameterize: backend 'cuda' cannot run"):

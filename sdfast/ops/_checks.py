@@ -27,6 +27,7 @@ def check_tensor(
     rank: int | None = None,
     shape: tuple[int, ...] | None = None,
     like: Tensor | None = None,
+    or_fp32: bool = False,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, unless it is the tensor asked for.
 
@@ -34,6 +35,7 @@ def check_tensor(
         rank: the number of dimensions it must have.
         shape: the exact shape it must have.
         like: a tensor whose device and dtype it must share; under autocast, which casts, only the device.
+        or_fp32: fp32 will also do where `like` is of half precision.
     """  # fmt: skip
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
@@ -46,7 +48,11 @@ def check_tensor(
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, expected {like.device} as the input")
     if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the input")
+        or_fp32 = or_fp32 and like.dtype in (torch.bfloat16, torch.float16)
+        if or_fp32 and value.dtype is torch.float32:
+            return
+        allowed = f"{like.dtype} or torch.float32" if or_fp32 else str(like.dtype)
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {allowed} as the input")
 
 
 def check_optional(name: str, value: object, **expected: object) -> None:

@@ -6,15 +6,22 @@
            = x₀         "sample"
 
 α and σ differ from sample to sample in training. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
+
+The CPU kernels, one pass over memory, are csrc/add_noise_cpu.cpp. They have no gradient: training noises
+latents that are data, and where a gradient is asked for, torch serves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor
+from sdfast.ops import _native
+from sdfast.ops._checks import check_tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -36,10 +43,32 @@ def add_noise_torch(
 # The composite widens by itself, so it is the reference as well.
 add_noise_reference = add_noise_torch
 
-_library.define(
-    "add_noise(Tensor x0, Tensor noise, Tensor alpha, Tensor sigma, *, bool velocity=False) -> Tensor[]",
-    add_noise_torch,
+
+def _fake(x0: Tensor, *_: object) -> Tensor:
+    return _native.empty_by_sample(x0)
+
+
+def _velocity_fake(x0: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _native.empty_by_sample(x0), _native.empty_by_sample(x0)
+
+
+_library.define_native("add_noise(Tensor x0, Tensor noise, Tensor alpha, Tensor sigma) -> Tensor", _fake)
+_library.define_native(
+    "add_noise_velocity(Tensor x0, Tensor noise, Tensor alpha, Tensor sigma) -> (Tensor, Tensor)",
+    _velocity_fake,
 )
+
+
+def add_noise_cpu(
+    x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, *, velocity: bool = False
+) -> list[Tensor]:
+    """The compiled CPU kernels."""
+    if velocity:
+        return list(torch.ops.sdfast.add_noise_velocity(x0, noise, alpha, sigma))
+    return [cast(Tensor, torch.ops.sdfast.add_noise(x0, noise, alpha, sigma))]
+
+
+_BACKENDS: dict[str, Callable[..., list[Tensor]]] = {"cpu": add_noise_cpu, "reference": add_noise_reference}
 
 
 def add_noise(
@@ -82,9 +111,16 @@ def add_noise(
     check_tensor("sigma", sigma, shape=(x0.shape[0],), like=alpha)
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction: got {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
-    # One implementation so far; the call still refuses a backend that cannot run.
-    dispatch.choose("add_noise", x0.device.type, NO_KERNEL_YET, backend)
-    results = add_noise_torch(x0, noise, alpha, sigma, velocity=prediction == "v_prediction")
+    device_type = x0.device.type
+    unavailable = _native.unavailable(
+        "add_noise", "x0", device_type, x0.dtype,
+        needs_gradient=_native.requires_grad(x0, noise, alpha, sigma),
+    )  # fmt: skip
+    # The kernel goes sample by sample; one of a few values is not worth a round.
+    order = ("torch",) if device_type == "cpu" and x0.numel() < 64 * len(x0) else None
+    serve = dispatch.choose("add_noise", device_type, unavailable, backend, order=order)
+    run = _BACKENDS.get(serve, add_noise_torch)
+    results = run(x0, noise, alpha, sigma, velocity=prediction == "v_prediction")
     if prediction == "v_prediction":
         return results[0], results[1]
     return results[0], noise if prediction == "epsilon" else x0

@@ -7,17 +7,22 @@
 x is the sample x_t, m the model's output, x̂₀ᵖ the x̂₀ of the step before, z the step's noise. A sampler is a
 table of the seven k, one row a step (`sdfast.diffusion.samplers`), so that one kernel serves them all.
 The arithmetic is fp32 whatever the dtype of the latents (fp64 for fp64); each result is rounded once.
+
+The CPU kernel, one pass over memory, is csrc/diffusion_step_cpu.cpp. It has no gradient: sampling takes none,
+and where one is asked for, torch serves.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor
+from sdfast.ops import _native
+from sdfast.ops._checks import check_optional, check_tensor
 
 
 def diffusion_step_torch(
@@ -45,11 +50,19 @@ def diffusion_step_torch(
 # The composite widens by itself, so it is the reference as well.
 diffusion_step_reference = diffusion_step_torch
 
-_library.define(
+
+def _fake(sample: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    return _native.empty_by_sample(sample), _native.empty_by_sample(sample)
+
+
+_library.define_native(
     "diffusion_step(Tensor sample, Tensor model_output, Tensor coefficients, *, float? guidance_scale=None, "
     "Tensor? previous_x0=None, Tensor? noise=None, float? clip=None) -> (Tensor, Tensor)",
-    diffusion_step_torch,
+    _fake,
 )
+
+# Looked up once: a step of small latents takes microseconds.
+_diffusion_step_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sdfast.diffusion_step.default
 
 
 def diffusion_step(
@@ -99,9 +112,14 @@ def diffusion_step(
     check_optional("noise", noise, shape=shape, like=sample)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a positive number or None")
-    # One implementation so far; the call still refuses a backend that cannot run.
-    dispatch.choose("diffusion_step", sample.device.type, NO_KERNEL_YET, backend)
-    return diffusion_step_torch(
+    device_type = sample.device.type
+    unavailable = _native.unavailable(
+        "diffusion_step", "sample", device_type, sample.dtype,
+        needs_gradient=_native.requires_grad(sample, model_output, coefficients, previous_x0, noise),
+    )  # fmt: skip
+    serve = dispatch.choose("diffusion_step", device_type, unavailable, backend)
+    run = _diffusion_step_op if serve == "cpu" else diffusion_step_torch
+    return run(
         sample, model_output, coefficients, guidance_scale=guidance_scale,
         previous_x0=previous_x0, noise=noise, clip=clip,
     )  # fmt: skip

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_transformed, widened
+from sdfast.ops import _native
+from sdfast.ops._checks import check_tensor, widened
 
 
 def group_norm_torch(
@@ -185,9 +186,7 @@ def group_norm_cpu(
     shift: Tensor | None = None,
 ) -> Tensor:
     """The compiled CPU kernels. Its gradient cannot be differentiated again; torch's can."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, scale, shift)
-    ):
+    if _native.requires_grad(x, weight, bias, scale, shift):
         return cast(Tensor, _GroupNorm.apply(x, num_groups, weight, bias, eps, silu, scale, shift))
     return _group_norm_op(x, num_groups, weight, bias, eps, silu, scale, shift)
 
@@ -196,22 +195,6 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": group_norm_cpu,
     "reference": cast(Callable[..., Tensor], group_norm_reference),
 }
-_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
-
-
-def _unavailable(device_type: str, dtype: torch.dtype) -> dict[str, str]:
-    """Why each backend that cannot take x cannot."""
-    if device_type != "cpu":
-        reason = f"x is on {device_type}, the kernel runs on cpu"
-    elif dtype is torch.float64:
-        reason = "x is float64; use torch or reference"
-    elif is_transformed():
-        reason = "torch.func transforms and forward-mode AD need torch or reference"
-    elif not _library.has_kernel("group_norm_forward", "cpu"):
-        reason = _library.load_cpu_library().detail
-    else:
-        return _NO_KERNEL_BUT_CPU
-    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
 
 
 def _check_parameter(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
@@ -280,7 +263,7 @@ def group_norm(
     plain = dtype is torch.float32 and activation is None and scale is None and shift is None
     device_type = device.type
     order = ("torch",) if plain and device_type == "cpu" else None
-    unavailable = _unavailable(device_type, dtype)
+    unavailable = _native.unavailable("group_norm_forward", "x", device_type, dtype)
     serve = dispatch.choose("group_norm", device_type, unavailable, backend, order=order)
     run = _BACKENDS.get(serve, group_norm_torch)
     return run(x, num_groups, weight, bias, eps, silu=activation == "silu", scale=scale, shift=shift)

@@ -1,18 +1,26 @@
 """layer_norm: y = (x - mean(x)) / sqrt(var(x) + eps) · weight + bias over the last dimensions.
 
 Ba et al. 2016, "Layer Normalization", eq. 3 and 4; the variance is the biased one.
+
+x, y: (..., *normalized_shape). weight, bias: normalized_shape. mean, rstd = 1/√(var + eps): (rows,), fp32, a
+row being what is normalised together. The CPU kernels are csrc/layer_norm_cpu.cpp: statistics and arithmetic
+are fp32, y and dx contiguous; fp64 goes through torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops import _native
+from sdfast.ops._checks import check_optional, check_tensor, widened
 
 
 def layer_norm_torch(
@@ -23,16 +31,101 @@ def layer_norm_torch(
     eps: float = 1e-5,
 ) -> Tensor:
     """The formula, through torch's kernel (fp32 statistics)."""
+    dtypes = {p.dtype for p in (weight, bias) if p is not None}
+    if x.device.type != "cpu" or len(dtypes) > 1:  # only there does torch take fp32 parameters, and only both
+        weight = None if weight is None else weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, list(normalized_shape), weight, bias, eps)
 
 
 layer_norm_reference = widened(layer_norm_torch)
 
-_library.define(
-    "layer_norm(Tensor x, int[] normalized_shape, Tensor? weight=None, Tensor? bias=None,"
-    " float eps=1e-5) -> Tensor",
-    layer_norm_torch,
+
+def _forward_fake(
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty((math.prod(x.shape[: x.dim() - axes]),), dtype=torch.float32)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+def _inference_fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    parameters = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias))
+    return x.new_empty(x.shape), *parameters
+
+
+_library.define_native(
+    "layer_norm(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps) -> Tensor", _inference_fake
 )
+_library.define_native(
+    "layer_norm_forward(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor mean, Tensor rstd)",
+    _forward_fake,
+)
+_library.define_native(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int axes, Tensor? weight, "
+    "Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+# Looked up once: for a small call the lookup costs as much as a check.
+_layer_norm_op: Callable[..., Tensor] = torch.ops.sdfast.layer_norm.default
+
+
+class _LayerNorm(torch.autograd.Function):
+    """The native forward with the native backward, which recomputes x̂ from x and the statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        y, mean, rstd = torch.ops.sdfast.layer_norm_forward(x, axes, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.axes = axes
+        return cast(Tensor, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.sdfast.layer_norm_backward(dy, x, mean, rstd, ctx.axes, weight, bias)
+        return dx, None, None if weight is None else dweight, None if bias is None else dbias, None
+
+
+def layer_norm_cpu(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The compiled CPU kernels. Its gradient cannot be differentiated again; torch's can."""
+    axes = len(normalized_shape)
+    if _native.requires_grad(x, weight, bias):
+        return cast(Tensor, _LayerNorm.apply(x, axes, weight, bias, eps))
+    return _layer_norm_op(x, axes, weight, bias, eps)
+
+
+def _is_faster_in_torch(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None
+) -> bool:
+    """As measured: rows of few or ragged vectors, and gradients of so little that Python decides."""
+    width = math.prod(shape)
+    if width < 64 or (width % 16 != 0 and width < 1024):
+        return True
+    few = 2**18 if x.dtype is torch.float32 else 2**15
+    return x.numel() < few and _native.requires_grad(x, weight, bias)
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": layer_norm_cpu,
+    "reference": cast(Callable[..., Tensor], layer_norm_reference),
+}
 
 
 def layer_norm(
@@ -49,12 +142,12 @@ def layer_norm(
     Args:
         x: (..., *normalized_shape), fp32, bf16, fp16 or fp64, any strides.
         normalized_shape: the trailing sizes that are normalised together.
-        weight, bias: normalized_shape, same dtype as `x`, or None.
+        weight, bias: normalized_shape, in the dtype of `x`, or fp32 where `x` is bf16 or fp16; or None.
         eps: added to the variance.
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        The shape and dtype of `x`.
+        The shape and dtype of `x`, contiguous.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -65,8 +158,10 @@ def layer_norm(
         raise ValueError(
             f"normalized_shape: got {shape}, expected the last sizes of x, which has shape {tuple(x.shape)}"
         )
-    check_optional("weight", weight, shape=shape, like=x)
-    check_optional("bias", bias, shape=shape, like=x)
-    serve = dispatch.choose("layer_norm", x.device.type, NO_KERNEL_YET, backend)
-    run = layer_norm_reference if serve == "reference" else layer_norm_torch
-    return cast(Tensor, run(x, shape, weight, bias, eps))
+    check_optional("weight", weight, shape=shape, like=x, or_fp32=True)
+    check_optional("bias", bias, shape=shape, like=x, or_fp32=True)
+    device_type = x.device.type
+    unavailable = _native.unavailable("layer_norm_forward", "x", device_type, x.dtype)
+    order = ("torch",) if device_type == "cpu" and _is_faster_in_torch(x, shape, weight, bias) else None
+    serve = dispatch.choose("layer_norm", device_type, unavailable, backend, order=order)
+    return _BACKENDS.get(serve, layer_norm_torch)(x, shape, weight, bias, eps)

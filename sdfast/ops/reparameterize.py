@@ -5,15 +5,23 @@
 logvar is clamped to [-30, 20], as in latent diffusion (Rombach et al. 2022): an untrained encoder's outlier
 neither overflows fp32 nor moves the weights. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
 The full covariance, z = μ + L ε, is `sdfast.diffusion.gaussian.sample_full`.
+
+The CPU kernels, one pass over memory each way, are csrc/reparameterize_cpu.cpp, for the gradients of mean
+and logvar; where that of the noise is asked for, torch serves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor
+from sdfast.ops import _native
+from sdfast.ops._checks import check_tensor
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -28,7 +36,50 @@ def reparameterize_torch(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 # The composite widens by itself, so it is the reference as well.
 reparameterize_reference = reparameterize_torch
 
-_library.define("reparameterize(Tensor mean, Tensor logvar, Tensor noise) -> Tensor", reparameterize_torch)
+
+def _fake(mean: Tensor, *_: object) -> Tensor:
+    return _native.empty_by_sample(mean)
+
+
+def _backward_fake(dz: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    return _native.empty_by_sample(logvar)
+
+
+_library.define_native("reparameterize(Tensor mean, Tensor logvar, Tensor noise) -> Tensor", _fake)
+_library.define_native(
+    "reparameterize_backward(Tensor dz, Tensor logvar, Tensor noise) -> Tensor", _backward_fake
+)
+
+
+class _Reparameterize(torch.autograd.Function):
+    """The native forward with the native backward: dmean is dz itself."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        ctx.save_for_backward(logvar, noise)
+        return cast(Tensor, torch.ops.sdfast.reparameterize(mean, logvar, noise))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        logvar, noise = ctx.saved_tensors
+        dlogvar = None
+        if ctx.needs_input_grad[1]:
+            dlogvar = torch.ops.sdfast.reparameterize_backward(dz, logvar, noise)
+        return dz, dlogvar, None
+
+
+def reparameterize_cpu(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
+    if _native.requires_grad(mean, logvar):
+        return cast(Tensor, _Reparameterize.apply(mean, logvar, noise))
+    return cast(Tensor, torch.ops.sdfast.reparameterize(mean, logvar, noise))
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": reparameterize_cpu,
+    "reference": reparameterize_reference,
+}
 
 
 def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor, *, backend: str | None = None) -> Tensor:
@@ -49,6 +100,9 @@ def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor, *, backend: str 
     check_tensor("mean", mean)
     check_tensor("logvar", logvar, shape=tuple(mean.shape), like=mean)
     check_tensor("noise", noise, shape=tuple(mean.shape), like=mean)
-    # One implementation so far; the call still refuses a backend that cannot run.
-    dispatch.choose("reparameterize", mean.device.type, NO_KERNEL_YET, backend)
-    return reparameterize_torch(mean, logvar, noise)
+    device_type = mean.device.type
+    unavailable = _native.unavailable(
+        "reparameterize", "mean", device_type, mean.dtype, needs_gradient=_native.requires_grad(noise)
+    )
+    serve = dispatch.choose("reparameterize", device_type, unavailable, backend)
+    return _BACKENDS.get(serve, reparameterize_torch)(mean, logvar, noise)

@@ -1,0 +1,59 @@
+"""What the operations with compiled kernels share: which calls these cannot take, and how results lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdfast import _library
+from sdfast.ops._checks import NO_KERNEL_YET, is_transformed
+
+_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
+
+
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these arguments."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def unavailable(
+    op_name: str, first: str, device_type: str, dtype: torch.dtype, *, needs_gradient: bool = False
+) -> dict[str, str]:
+    """Why each backend that cannot serve a call cannot.
+
+    Args:
+        op_name: a registered operation whose kernel the call needs.
+        first: what the caller calls the argument of this device and dtype.
+        device_type: "cpu", "cuda", ...
+        dtype: its dtype.
+        needs_gradient: whether autograd asks for a gradient that the kernel does not give.
+    """
+    if device_type != "cpu":
+        reason = f"{first} is on {device_type}, the kernel runs on cpu"
+    elif dtype is torch.float64:
+        reason = f"{first} is float64; use torch or reference"
+    elif is_transformed():
+        reason = "torch.func transforms and forward-mode AD need torch or reference"
+    elif needs_gradient:
+        reason = "this gradient needs torch or reference"
+    elif not _library.has_kernel(op_name, "cpu"):
+        reason = _library.load_cpu_library().detail
+    else:
+        return _NO_KERNEL_BUT_CPU
+    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+
+
+def empty_by_sample(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape as the elementwise kernels lay it out.
+
+    Sample (first axis) after sample, each of them as x's lie where these are dense, else contiguous.
+    """
+    expected = 1
+    inner = [axis for axis in range(x.dim() - 1, 0, -1) if x.shape[axis] > 1]
+    for axis in sorted(inner, key=x.stride):
+        if x.stride(axis) != expected:
+            return x.new_empty(x.shape)
+        expected *= x.shape[axis]
+    if x.dim() == 0 or x.shape[0] <= 1:
+        return x.new_empty_strided(x.shape, x.stride())
+    return x.new_empty_strided(x.shape, (expected, *x.stride()[1:]))
