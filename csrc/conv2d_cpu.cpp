@@ -4,7 +4,7 @@
 
 #include "conv2d_direct_cpu.h"
 #include "conv2d_winograd_cpu.h"
-#include "tensor_checks.h"
+#include "cpu_tensors.h"
 
 namespace sdfast {
 namespace {
@@ -13,14 +13,6 @@ using conv2d::Added;
 using conv2d::Shape;
 
 enum class Algorithm : int64_t { kDirect, kWinograd };
-
-template <typename F>
-void dispatch(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float());
-  if (dtype == ScalarType::BFloat16) return f(simd::BFloat16());
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "x: expected float32, bfloat16 or float16");
-  f(simd::Half());
-}
 
 // A weight (out_channels, channels, kernel_height, kernel_width) of any strides, read one by one.
 template <typename T>
@@ -109,7 +101,7 @@ Tensor conv2d_pack(Tensor weight, int64_t algorithm, bool upsample) {
   const bool winograd = algorithm == static_cast<int64_t>(Algorithm::kWinograd);
   STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "weight: expected a 3x3 kernel");
   std::optional<Tensor> packed;
-  dispatch(weight.scalar_type(), [&](auto element) {
+  with_element_type(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Kernels<T> kernels{static_cast<const T*>(weight.const_data_ptr()), weight.strides()};
     packed = winograd ? pack_winograd(weight, kernels) : pack_direct(weight, kernels, upsample);
@@ -174,7 +166,7 @@ Tensor conv2d_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
   Tensor y = empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), x.scalar_type());
   advise_huge_pages(y);
   if (y.numel() == 0) return y;
-  dispatch(x.scalar_type(), [&](auto element) {
+  with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Operand = typename gemm::OperandOf<T>::Type;
     const auto data = [](const std::optional<Tensor>& t) {

@@ -8,7 +8,7 @@
 // Bytes: x, W and the residual read, y written. Limit: fused multiply-adds.
 #include "cpu_gemm.h"
 #include "cpu_math.h"
-#include "tensor_checks.h"
+#include "cpu_tensors.h"
 
 namespace sdfast {
 namespace {
@@ -17,14 +17,6 @@ using gemm::kColumns;
 using simd::Vec;
 
 enum class Activation : int64_t { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
-
-template <typename F>
-void dispatch(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float());
-  if (dtype == ScalarType::BFloat16) return f(simd::BFloat16());
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "x: expected float32, bfloat16 or float16");
-  f(simd::Half());
-}
 
 // Which row of W stands in column j of a panel; -1 where none does. With GEGLU the first half of
 // each panel are values, the second their gates.
@@ -58,7 +50,7 @@ Tensor linear_pack(Tensor weight, bool geglu) {
   const Tensor dense = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
   const int64_t rows = weight.size(0), k = weight.size(1);
   std::optional<Tensor> result;
-  dispatch(weight.scalar_type(), [&](auto element) {
+  with_element_type(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Operand = typename gemm::OperandOf<T>::Type;
     const gemm::Shape shape = shape_of<T>(0, rows, k, geglu);
@@ -211,7 +203,7 @@ Tensor linear_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
   if (residual) check_shape(*residual, "residual", {tokens, weight_rows});
   Tensor y = empty({tokens, width}, x.scalar_type());
   advise_huge_pages(y);
-  dispatch(x.scalar_type(), [&](auto element) {
+  with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Operand = typename gemm::OperandOf<T>::Type;
     const gemm::Shape shape = shape_of<T>(tokens, weight_rows, k, geglu);

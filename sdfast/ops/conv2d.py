@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_transformed, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._native import requires_grad, unavailable
 from sdfast.ops.group_norm import group_norm
 
 
@@ -221,27 +222,13 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": conv2d_cpu,
     "reference": cast(Callable[..., Tensor], conv2d_reference),
 }
-_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
 def _unavailable(x: Tensor, *others: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
-    tensors = (x, *(t for t in others if t is not None))
-    if x.device.type != "cpu":
-        reason = f"x is on {x.device}, the kernel runs on cpu"
-    elif any(t.dtype != x.dtype or t.dtype is torch.float64 for t in tensors):
-        reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
-    elif x.numel() == 0:
-        reason = "x is empty"
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reason = "it has no backward; use torch or reference, or torch.no_grad()"
-    elif is_transformed():
-        reason = "torch.func transforms and forward-mode AD need torch or reference"
-    elif not _library.has_kernel("conv2d_packed", "cpu"):
-        reason = _library.load_cpu_library().detail
-    else:
-        return _NO_KERNEL_BUT_CPU
-    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+    if x.numel() == 0 or any(t is not None and t.dtype != x.dtype for t in others):
+        return {**NO_KERNEL_YET, "cpu": "it takes tensors of one dtype that are not empty"}
+    return unavailable("conv2d_packed", "x", x.device.type, x.dtype, needs_gradient=requires_grad(x, *others))
 
 
 def conv2d(
@@ -310,10 +297,10 @@ def conv2d(
         _check_groups("stats_groups", stats_groups, channels_out)
 
     parameters = (norm.weight, norm.bias) if norm else ()
-    unavailable = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
+    reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
     # A handful of channels fills no vector: torch was measured faster there.
     order = ("torch",) if x.device.type == "cpu" and min(channels_in, channels_out) < 16 else None
-    serve = dispatch.choose("conv2d", x.device.type, unavailable, backend, order=order)
+    serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(
         Tensor,

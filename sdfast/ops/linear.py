@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_transformed, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._native import requires_grad, unavailable
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
 
@@ -137,28 +138,13 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": linear_cpu,
     "reference": cast(Callable[..., Tensor], linear_reference),
 }
-_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
-def _unavailable(*tensors: Tensor | None) -> dict[str, str]:
+def _unavailable(x: Tensor, *others: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
-    x = tensors[0]
-    assert x is not None
-    if x.device.type != "cpu":
-        reason = f"x is on {x.device}, the kernel runs on cpu"
-    elif any(t is not None and (t.dtype != x.dtype or t.dtype is torch.float64) for t in tensors):
-        reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
-    elif x.numel() == 0:
-        reason = "x is empty"
-    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        reason = "it has no backward; use torch or reference, or torch.no_grad()"
-    elif is_transformed():
-        reason = "torch.func transforms and forward-mode AD need torch or reference"
-    elif not _library.has_kernel("linear_packed", "cpu"):
-        reason = _library.load_cpu_library().detail
-    else:
-        return _NO_KERNEL_BUT_CPU
-    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+    if x.numel() == 0 or any(t is not None and t.dtype != x.dtype for t in others):
+        return {**NO_KERNEL_YET, "cpu": "it takes tensors of one dtype that are not empty"}
+    return unavailable("linear_packed", "x", x.device.type, x.dtype, needs_gradient=requires_grad(x, *others))
 
 
 def linear(
@@ -201,7 +187,7 @@ def linear(
         raise ValueError(f"activation: got {activation!r}, expected one of {ACTIVATIONS}")
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
-    unavailable = _unavailable(x, weight, bias, residual)
-    serve = dispatch.choose("linear", x.device.type, unavailable, backend)
+    reasons = _unavailable(x, weight, bias, residual)
+    serve = dispatch.choose("linear", x.device.type, reasons, backend)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)
