@@ -32,7 +32,7 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 constexpr int64_t kBlockBytes = 768 << 10;  // of a
-constexpr int64_t kChain = 512;             // steps: a longer chain of additions rounds too much
+constexpr int64_t kChain = 128;             // steps: a longer chain of additions rounds too much
 constexpr int64_t kPartSteps = 1280;        // a panel of b beside them
 
 // What one step multiplies: an fp32, or two bf16 that lie side by side along K.

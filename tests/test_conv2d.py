@@ -1,0 +1,193 @@
+"""conv2d on CPU against fp64: kernels, strides, paddings, the upsample, both algorithms, instruction sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from processes import run_with_library
+from torch import Tensor
+
+from sdfast import _library, dispatch, ops
+from sdfast.ops.conv2d import NormPrologue, _sides, conv2d_torch
+from sdfast.testing import assert_within_budget, relative_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (N, C_in, H, W, C_out, kernel, stride, padding)
+CASES = (
+    (1, 3, 7, 9, 5, 3, 1, 1),
+    (2, 4, 1, 1, 40, 3, 1, 1),
+    (2, 33, 16, 15, 34, 3, 1, 1),
+    (1, 64, 8, 8, 64, 1, 1, 0),
+    (2, 17, 9, 8, 3, 3, 2, 1),
+    (1, 8, 8, 8, 16, 3, 2, (0, 1, 0, 1)),
+    (1, 1400, 4, 4, 33, 3, 1, 1),
+    (1, 5, 6, 6, 7, 5, 1, 2),
+    (3, 40, 5, 13, 48, 3, 1, 1),
+    (1, 32, 6, 6, 32, 3, 1, 0),
+)
+WINOGRAD_ERROR = 5e-5  # relative, a layer
+needs_kernel = pytest.mark.skipif(
+    not _library.has_kernel("conv2d_packed", "cpu"), reason=_library.load_cpu_library().detail
+)
+pytestmark = [needs_kernel, pytest.mark.usefixtures("one_thread")]
+
+
+def make(case: tuple, dtype: torch.dtype, upsample: bool = False) -> tuple[tuple, dict[str, object]]:
+    """Positional and keyword arguments of a call with everything fused."""
+    images, channels, height, width, out_channels, kernel, stride, padding = case
+    x = torch.randn(images, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(dtype)
+    args = (x, weight, torch.randn(out_channels).to(dtype), stride, _sides(padding))
+    keywords = {"upsample": upsample, "time_embedding": torch.randn(images, out_channels).to(dtype)}
+    keywords["residual"] = torch.randn_like(conv2d_torch(*args, **keywords))
+    return args, keywords
+
+
+def references(args: tuple, keywords: dict[str, object]) -> tuple[Tensor, Tensor]:
+    """Eager, and in fp64."""
+
+    def wide(value: object) -> object:
+        return value.double() if isinstance(value, Tensor) else value
+
+    exact = conv2d_torch(*map(wide, args), **{name: wide(value) for name, value in keywords.items()})
+    return conv2d_torch(*args, **keywords), exact
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_direct(dtype: torch.dtype, upsample: bool) -> None:
+    for case in CASES:
+        args, keywords = make(case, dtype, upsample)
+        eager, exact = references(args, keywords)
+        with dispatch.use_numerics("exact"):
+            actual = ops.conv2d(*args, **keywords, backend="cpu")
+            bare = ops.conv2d(*args[:2], None, *args[3:], upsample=upsample, backend="cpu")
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        assert_within_budget(actual, eager, exact, what=str(case))
+        plain = references((*args[:2], None, *args[3:]), {"upsample": upsample})
+        assert_within_budget(bare, *plain, what=f"{case} alone")
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_winograd(dtype: torch.dtype, upsample: bool) -> None:
+    tried = 0
+    for case in CASES:
+        if min(case[1], case[4]) < 32 or case[5:7] != (3, 1):
+            continue
+        args, keywords = make(case, dtype, upsample)
+        eager, exact = references(args, keywords)
+        actual = ops.conv2d(*args, **keywords, backend="cpu")
+        with dispatch.use_numerics("exact"):
+            direct = ops.conv2d(*args, **keywords, backend="cpu")
+        if dtype == torch.float32:
+            assert not torch.equal(actual, direct)  # it was another algorithm
+        allowed = WINOGRAD_ERROR if dtype == torch.float32 else 1.5 * relative_error(eager, exact)
+        assert relative_error(actual, exact) <= allowed, case
+        tried += 1
+    assert tried == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_layouts_and_strides(dtype: torch.dtype) -> None:
+    args, keywords = make((2, 33, 9, 8, 34, 3, 1, 1), dtype)
+    x, weight, bias, stride, padding = args
+    expected = ops.conv2d(*args, **keywords, backend="cpu")
+    wider = torch.full((2, 36, 11, 10), float("nan"), dtype=dtype)
+    view = wider[:, 2:35, 1:10, 1:9]
+    view.copy_(x)
+    for other in (x.contiguous(), view):
+        y = ops.conv2d(other, weight, bias, stride, padding, **keywords, backend="cpu")
+        assert torch.equal(y, expected)
+    for other in (weight.contiguous(memory_format=torch.channels_last), weight.flip(0).flip(0)):
+        y = ops.conv2d(x, other, bias, stride, padding, **keywords, backend="cpu")
+        assert torch.equal(y, expected)
+    strided = {
+        "residual": keywords["residual"].contiguous(),
+        "time_embedding": keywords["time_embedding"].t().contiguous().t(),
+    }
+    assert torch.equal(ops.conv2d(*args, **strided, backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_left_unwritten(dtype: torch.dtype, numerics: str, poisoned_memory: None) -> None:
+    for case in (CASES[0], CASES[2], CASES[4]):
+        for upsample in (False, True):
+            args, keywords = make(case, dtype, upsample)
+            with dispatch.use_numerics(numerics):
+                assert ops.conv2d(*args, **keywords, backend="cpu").isfinite().all()
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_bits_do_not_depend_on_threads(numerics: str) -> None:
+    for case in ((2, 40, 20, 21, 72, 3, 1, 1), (1, 64, 7, 7, 40, 3, 2, 1)):
+        args, keywords = make(case, torch.float32)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with dispatch.use_numerics(numerics):
+                results.append(ops.conv2d(*args, **keywords, backend="cpu"))
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_a_nan_reaches_only_its_neighbours(numerics: str) -> None:
+    args, _ = make((1, 32, 16, 16, 32, 3, 1, 1), torch.float32)
+    args[0][0, 5, 8, 9] = float("nan")
+    with dispatch.use_numerics(numerics):
+        y = ops.conv2d(*args, backend="cpu")
+    assert y[0, :, 7:10, 8:11].isnan().all()
+    reach = (slice(7, 10), slice(8, 11)) if numerics == "exact" else (slice(4, 12), slice(8, 12))
+    y[(0, slice(None), *reach)] = 0  # Winograd's tiles are four wide, and each sees a neighbour's edge
+    assert y.isfinite().all()
+
+
+def test_norm_prologue_and_statistics() -> None:
+    args, keywords = make((2, 32, 8, 8, 64, 3, 1, 1), torch.float32)
+    norm = NormPrologue(4, torch.randn(32), torch.randn(32))
+    y, mean, rstd = ops.conv2d(*args, **keywords, norm=norm, stats_groups=8, backend="cpu")
+    expected = ops.conv2d(*args, **keywords, norm=norm, stats_groups=8, backend="reference")
+    for actual, reference in zip((y, mean, rstd), expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_whole() -> None:
+    args, keywords = make((1, 32, 9, 8, 40, 3, 1, 1), torch.float32)
+
+    def run(x: Tensor) -> Tensor:
+        return ops.conv2d(x, *args[1:], **keywords) * 2
+
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(args[0]), run(args[0]))
+
+
+def test_opcheck() -> None:
+    (x, weight, bias, stride, padding), keywords = make((1, 32, 9, 8, 40, 3, 1, 1), torch.float32)
+    more = (keywords["time_embedding"], keywords["residual"])
+    for algorithm in (0, 1):
+        torch.library.opcheck(
+            torch.ops.sdfast.conv2d_forward,
+            (x, weight, bias, stride, list(padding), False, *more, algorithm),
+        )
+
+
+def test_numerics_names_what_is_allowed() -> None:
+    unknown = dispatch.use_numerics("quick")
+    with pytest.raises(ValueError, match="numerics: got 'quick', expected one of exact, fast"), unknown:
+        pass
+    with dispatch.use_numerics("exact"):
+        assert dispatch.numerics() == "exact"
+    assert dispatch.numerics() == "fast"
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_lower_instruction_sets(isa: str) -> None:
+    run_with_library(isa, """
+        import test_conv2d as t
+        for dtype in t.DTYPES:
+            for upsample in (False, True):
+                t.test_direct(dtype, upsample)
+                t.test_winograd(dtype, upsample)
+    """)  # fmt: skip
