@@ -1,13 +1,13 @@
-"""Timing of an operation beside eager torch, for the benchmarks of memory-bound operations."""
+"""Timing of an operation beside eager torch: of memory-bound ones with a copy, of products with the peak."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from sdfast.testing import spread, time_alternating
+from sdfast.testing import peak_gflop_per_s, spread, time_alternating
 
 
 def measure_beside_eager(
@@ -58,3 +58,48 @@ def measure_beside_eager(
         "gb_per_s": gb_per_s,
         "of_copy": gb_per_s / (2 * size / copy_ms[1] / 1e6),
     }
+
+
+def measure_products(
+    functions: Mapping[str, Callable[[], object]], *, flops: int, dtype: torch.dtype, rounds: int
+) -> dict[str, object]:
+    """ "eager", "sdfast" and whatever else in turns, beside what the multipliers reach in this moment.
+
+    Args:
+        functions: the ways, by name.
+        flops: of the direct algorithm, two a multiplication: a faster algorithm may exceed the peak.
+        dtype: whose peak counts.
+        rounds: of 8 GFLOP; smaller settings take more.
+
+    Returns:
+        Times in ms, the ratio eager / sdfast of neighbours in time, the rate, and its share of the peak.
+    """
+    peak = peak_gflop_per_s(dtype)
+    rounds = max(5, min(20 * rounds, rounds * 2**33 // flops))
+    gc.collect()
+    gc.disable()
+    with torch.no_grad():
+        samples = time_alternating(functions, rounds=rounds, limit_seconds=3)
+    gc.enable()
+    medians = {name: 1e3 * spread(times)[1] for name, times in samples.items()}
+    ratio = spread([e / s for e, s in zip(samples["eager"], samples["sdfast"], strict=True)])
+    gflop_per_s = flops / medians["sdfast"] / 1e6
+    return {
+        "rounds": len(samples["eager"]),
+        **{f"{name}_ms": median for name, median in medians.items()},
+        "sdfast_p20_ms": 1e3 * spread(samples["sdfast"])[0],
+        "sdfast_p80_ms": 1e3 * spread(samples["sdfast"])[2],
+        "ratio": ratio[1],
+        "ratio_p20": ratio[0],
+        "ratio_p80": ratio[2],
+        "eager_gflop_per_s": flops / medians["eager"] / 1e6,
+        "gflop_per_s": gflop_per_s,
+        "peak_gflop_per_s": peak,
+        "of_peak": gflop_per_s / peak,
+    }
+
+
+PRODUCT_COLUMNS = {
+    "dtype": "", "eager_ms": ".3f", "sdfast_ms": ".3f", "ratio": ".2f", "ratio_p20": ".2f",
+    "eager_gflop_per_s": ".0f", "gflop_per_s": ".0f", "of_peak": ".0%",
+}  # fmt: skip

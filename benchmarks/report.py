@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
-_ORDER = ("models", "group_norm", "digits_quality")
+_ORDER = (
+    "models", "conv2d", "linear", "attention", "group_norm", "layer_norm", "diffusion_step", "digits_quality",
+)  # fmt: skip
+
+_PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 
 Row = dict[str, Any]
 
@@ -58,6 +62,40 @@ def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
         )  # fmt: skip
 
 
+def product_rows(record: Row) -> Iterator[Sequence[object]]:
+    """conv2d, linear, attention: rates and shares of the peak."""
+    for row in record["rows"]:
+        details = [row[key] for key in ("kernel", "activation") if row.get(key)]
+        flags = [key for key in ("upsample", "residual", "is_causal") if row.get(key)]
+        yield (
+            row["shape"], ", ".join(map(str, details + flags)), row["dtype"],
+            f"{row['eager_ms']:.2f}", f"{row['sdfast_ms']:.2f}", f"{row['ratio']:.2f}x",
+            f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}", f"{row['eager_gflop_per_s']:.0f}",
+            f"{row['gflop_per_s']:.0f}", f"{row['of_peak']:.0%}",
+        )  # fmt: skip
+
+
+def bandwidth_rows(record: Row) -> Iterator[Sequence[object]]:
+    """layer_norm, diffusion_step: rates and shares of a copy's."""
+    for row in record["rows"]:
+        work = row.get("work") or ("forward and backward" if row.get("training") else "forward")
+        yield (
+            row["shape"], work, row["dtype"], f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}",
+            f"{row['ratio']:.2f}x", f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}",
+            f"{row['gb_per_s']:.1f}", f"{row['of_copy']:.0%}",
+        )  # fmt: skip
+
+
+def products_summary(kind: str, record: Row) -> Iterator[Sequence[object]]:
+    """For the README: the ratios of each dtype."""
+    for dtype in ("float32", "bfloat16"):
+        ratios = [row["ratio"] for row in record["rows"] if row["dtype"] == dtype]
+        yield (
+            kind, dtype, len(ratios), f"{min(ratios):.2f}x", f"**{statistics.median(ratios):.2f}x**",
+            f"{max(ratios):.2f}x",
+        )  # fmt: skip
+
+
 def group_norm_summary(record: Row) -> Iterator[Sequence[object]]:
     """For the README: the ratios of each model and dtype."""
     for model in ("U-Net", "VAE", "training"):
@@ -91,6 +129,23 @@ def results_md(records: dict[str, Row]) -> list[str]:
             head = ("work", "shape", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
             lines += [f"Copy bandwidth in the same run: {record['copy_gb_per_s']:.1f} GB/s (128 MiB).", ""]
             lines += markdown_table(head, group_norm_rows(record))
+        elif kind in _PRODUCTS:
+            head = (
+                "shape",
+                "",
+                "dtype",
+                "eager ms",
+                "sdfast ms",
+                "ratio",
+                "p20–p80",
+                "eager GFLOP/s",
+                "GFLOP/s",
+            )
+            lines += ["Rates count the direct algorithm's operations; Winograd does a quarter of them.", ""]
+            lines += markdown_table((*head, "of peak"), product_rows(record))
+        elif kind in ("layer_norm", "diffusion_step"):
+            head = ("shape", "work", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
+            lines += markdown_table(head, bandwidth_rows(record))
         elif kind == "digits_quality":
             lines += quality(record)
     return lines
@@ -118,11 +173,22 @@ def quality(record: Row) -> list[str]:
     return lines + markdown_table(("pictures", "count", "read as asked", "spread"), rows)
 
 
+def kernel_summaries(records: dict[str, Row], device: str) -> list[Sequence[object]]:
+    """The kernels recorded on a device, a line for each dtype."""
+    rows: list[Sequence[object]] = []
+    for kind, title in _PRODUCTS.items():
+        if record := records.get(f"{device}/{kind}.json"):
+            rows += products_summary(title, record)
+    if record := records.get(f"{device}/group_norm.json"):
+        rows += group_norm_summary(record)
+    return rows
+
+
 def readme_block(records: dict[str, Row]) -> list[str]:
     """The README's tables, device by device: whole models, the kernel, the shipped model."""
     lines: list[str] = []
     for name, record in records.items():
-        machine = record["environment"]
+        machine, device = record["environment"], name.split("/")[0]
         if name.endswith("/models.json"):
             lines += [
                 "",
@@ -131,9 +197,10 @@ def readme_block(records: dict[str, Row]) -> list[str]:
                 "",
                 *markdown_table(("work", "dtype", "eager", "sdfast", "speed"), models_rows(record)),
             ]
-        elif name.endswith("/group_norm.json"):
-            head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
-            lines += ["", *markdown_table(head, group_norm_summary(record))]
+            kernels = kernel_summaries(records, device)
+            if kernels:
+                head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
+                lines += ["", *markdown_table(head, kernels)]
         elif name.endswith("/digits_quality.json"):
             first = record["rows"][0]
             lines += [

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sdfast import _library
+
 
 def relative_error(actual: Tensor, expected: Tensor, *, magnitude: Tensor | None = None) -> float:
     """‖actual − expected‖ / ‖expected‖ in fp64; inf where one is finite and the other is not.
@@ -126,6 +128,31 @@ def copy_gb_per_s(size_bytes: int, *, rounds: int = 20) -> float:
     target = torch.empty_like(source)
     samples = time_alternating({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"]
     return 2 * source.numel() * 4 / spread(samples)[1] / 1e9
+
+
+def peak_gflop_per_s(dtype: torch.dtype = torch.float32, *, rounds: int = 20) -> float:
+    """What the CPU kernels' inner loop multiplies at most on all threads, 2 FLOP a product.
+
+    bf16 counts as its pair products where the CPU has them, else as fp32, which it is widened to.
+
+    Raises:
+        RuntimeError: no compiled library is loaded.
+    """
+    status = _library.load_cpu_library()
+    if not status.loaded:
+        raise RuntimeError(f"peak_gflop_per_s: {status.detail}")
+    pairs = dtype == torch.bfloat16
+    rates = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        flops = _multiply_in_cache(1000, pairs)
+        rates.append(flops / (time.perf_counter() - start) / 1e9)
+    return spread(rates)[1]
+
+
+_multiply_in_cache = _library.define_native(
+    "multiply_in_cache(int repetitions, bool pairs) -> int", lambda repetitions, pairs: 0
+)
 
 
 def environment() -> dict[str, object]:

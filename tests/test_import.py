@@ -89,7 +89,7 @@ ALLOWED = {
     "sdfast.__main__": ("sdfast.cli",),
     "sdfast._library": (),
     "sdfast.dispatch": ("sdfast._library",),
-    "sdfast.testing": (),
+    "sdfast.testing": ("sdfast._library",),
     "sdfast.request": (),
     "sdfast.memory": (),
     "sdfast.images": LEAVES,
