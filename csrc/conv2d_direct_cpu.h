@@ -137,8 +137,17 @@ void run(const Shape& s, const T* x, const Operand* packed, const Added<T>& adde
     const Depth depth = Depth::of<Operand>(s.channels, taps);
     const int64_t pixels = phase.rows * phase.columns;
     const gemm::Shape shape{s.images * pixels, s.out_channels, depth.steps(), depth.part()};
+    // A 1x1 convolution's rows lie in x as they are needed.
+    const bool in_place = taps == 1 && s.stride == 1 && s.left == 0 && s.top == 0 &&
+                          pixels == s.height * s.width && s.channels % Operand::kDepth == 0 &&
+                          sizeof(T) * Operand::kDepth == sizeof(Operand);
     const auto rows_of = [&](int64_t begin, int64_t count, int64_t step, int64_t steps,
                              Operand* scratch) {
+      if (in_place && step + steps <= s.channels / Operand::kDepth) {
+        const T* row = x + begin * s.channels + step * Operand::kDepth;
+        return gemm::Rows<Operand>{reinterpret_cast<const Operand*>(row),
+                                   s.channels / Operand::kDepth};
+      }
       for (int64_t r = 0; r < count; ++r) {
         const int64_t image = (begin + r) / pixels, pixel = (begin + r) % pixels;
         gather(s, phase, depth, x, image, pixel / phase.columns, pixel % phase.columns,

@@ -180,11 +180,21 @@ _forward_op = _library.define_native(
 )
 
 
-def _algorithm(x: Tensor, weight: Tensor, stride: int) -> str:
-    """Winograd where it was measured faster and its error is allowed."""
+# Winograd's copy of a weight is four times the weight (eight, of a bf16 one), and what it saves grows with the
+# pixels that share it: these many make it worth the memory.
+_WINOGRAD_PIXELS = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 2048}
+
+
+def _algorithm(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str:
+    """Winograd where it was measured faster, its error is allowed and its memory well spent."""
     channels_out, channels_in, *kernel = weight.shape
     suits = kernel == [3, 3] and stride == 1 and min(channels_in, channels_out) >= 32
-    return "winograd" if suits and dispatch.numerics() == "fast" else "direct"
+    if not suits or dispatch.numerics() != "fast":
+        return "direct"
+    if upsample and x.dtype == torch.bfloat16 and _library.cpu_isa() == "avx512_bf16":
+        return "direct"  # four 2x2 convolutions in pairs of bf16 were measured faster
+    pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
+    return "winograd" if pixels >= _WINOGRAD_PIXELS[x.dtype] else "direct"
 
 
 def conv2d_cpu(
@@ -208,7 +218,7 @@ def conv2d_cpu(
         activation = "silu" if norm_silu else None
         normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
         x = cast(Tensor, normed)
-    algorithm = ALGORITHMS.index(_algorithm(x, weight, stride))
+    algorithm = ALGORITHMS.index(_algorithm(x, weight, stride, upsample))
     if algorithm == 0 and upsample and (weight.shape[2:] != (3, 3) or stride != 1 or padding != (1, 1, 1, 1)):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     run = _forward_op if torch.compiler.is_compiling() else _forward
@@ -298,8 +308,10 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    # A handful of channels fills no vector: torch was measured faster there.
-    order = ("torch",) if x.device.type == "cpu" and min(channels_in, channels_out) < 16 else None
+    # A handful of channels fills no vector, and a stride of 2 gathers more than it multiplies: torch was
+    # measured faster there.
+    torch_first = x.device.type == "cpu" and (min(channels_in, channels_out) < 16 or stride > 1)
+    order = ("torch",) if torch_first else None
     serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(
