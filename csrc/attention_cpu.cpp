@@ -1,0 +1,461 @@
+// attention on CPU: o = softmax(scale q kᵀ) v per batch element and head, fp32, bf16 and fp16.
+//
+// Algorithm (Dao 2023, "FlashAttention-2", eq. 1-4 and algorithm 1, transposed). The lanes of the
+// vectors are queries: a tile of kColumns of them goes over all keys a block at a time, scores
+// (keys, kColumns) = k qᵀ, weights = exp(scores - running maximum), o (D, kColumns) += vᵀ weights.
+// So maximum and sum need no reduction across lanes, and neither keys nor D are padded. k and v of
+// a head are copied once into the micro-kernel's operands and shared by all its tiles.
+// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
+#include <array>
+#include <cmath>
+
+#include "cpu_gemm.h"
+#include "cpu_math.h"
+#include "tensor_checks.h"
+
+namespace sdfast {
+namespace {
+
+using gemm::kColumns;
+using simd::kLanes;
+using simd::Vec;
+using simd::Vecs;
+
+constexpr int64_t kKeys = 96;      // in a block; even
+constexpr int64_t kMostTiles = 4;  // of queries, that share a block of keys while it is in the cache
+constexpr int64_t kScratchBytes = 24 << 20;  // of copied keys and values at a time
+
+// The operand a storage type is multiplied as.
+template <typename T>
+struct OperandOf {
+  using Type = gemm::Float32;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<simd::BFloat16> {
+  using Type = gemm::BFloat16Pair;
+};
+#endif
+
+// (B, heads, rows, D), unit stride in D.
+template <typename T>
+struct View {
+  T* data;
+  int64_t batch_stride, head_stride, row_stride;
+  T* row(int64_t batch, int64_t head, int64_t index) const {
+    return data + batch * batch_stride + head * head_stride + index * row_stride;
+  }
+};
+
+struct Sizes {
+  int64_t batch, heads, queries, keys, dim;
+};
+
+// A new array whose beginning is aligned to a vector.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : lines_(new Line[(size * sizeof(T) + 63) / 64]) {}
+  T* get() { return reinterpret_cast<T*>(lines_.get()); }
+
+ private:
+  struct alignas(64) Line {
+    unsigned char bytes[64];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+
+SDFAST_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_max_ps(simd::kAllLanes, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return simd::select(a > b, a, b);
+#endif
+}
+
+// rows[i][j] to rows[j][i].
+SDFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
+  simd::Bits low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  // log2(kLanes) times row i is interleaved with row i + kLanes / 2.
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Operands [step, step + kLanes) of a row, of which `steps` exist, as the lanes of a vector.
+template <typename T>
+SDFAST_INLINE Vec load_operands(gemm::Float32, const T* row, int64_t step, int64_t dim) {
+  if (step + kLanes <= dim) return simd::load(row + step, simd::FullVector());
+  return simd::load(row + step, static_cast<int>(dim - step));
+}
+#if defined(__AVX512BF16__)
+SDFAST_INLINE Vec load_operands(gemm::BFloat16Pair, const simd::BFloat16* row, int64_t step,
+                                int64_t dim) {
+  Vec pairs{};
+  if (2 * (step + kLanes) <= dim) {
+    std::memcpy(&pairs, row + 2 * step, sizeof pairs);
+  } else {
+    std::memcpy(&pairs, row + 2 * step, 2 * (dim - 2 * step));
+  }
+  return pairs;
+}
+#endif
+
+// The first column of each group of kLanes out of `size`. The last group overlaps the one before
+// it where size is no multiple: the same values are written twice.
+template <typename F>
+SDFAST_INLINE void for_each_group(int64_t size, const F& f) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    f(size < kLanes ? 0 : std::min(i, size - kLanes));
+  }
+}
+
+// A tile of queries into (steps, kColumns) operands. Beyond `count` the last one is repeated.
+// With `negative`, -q.
+template <typename T, typename Operand>
+void pack_queries(const T* q, int64_t row_stride, int64_t count, int64_t dim, bool negative,
+                  Operand* to) {
+  const int64_t steps = gemm::steps_of(Operand::kDepth, dim);
+  const uint32_t flip = negative ? (Operand::kDepth == 2 ? 0x80008000u : 0x80000000u) : 0;
+  for (int64_t first = 0; first < kColumns; first += kLanes) {
+    for_each_group(steps, [&](int64_t step) {
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const T* row = q + std::min(first + i, count - 1) * row_stride;
+        rows[i] = simd::as_floats(
+            simd::as_bits(load_operands(Operand(), row, step, dim)) ^ flip);
+      }
+      transpose(rows);
+      const int64_t there = std::min<int64_t>(kLanes, steps - step);
+      for (int64_t i = 0; i < there; ++i) {
+        std::memcpy(static_cast<void*>(to + (step + i) * kColumns + first), &rows[i], sizeof(Vec));
+      }
+    });
+  }
+}
+
+// One row of keys: (steps) operands.
+template <typename T>
+void pack_key(const T* k, int64_t dim, gemm::Float32* to) {
+  simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
+    simd::store(&to[i].value, simd::load(k + i, lanes), lanes);
+  });
+}
+// The values of one step: (D) operands.
+template <typename T>
+void pack_value(const T* v, int64_t, int64_t, int64_t dim, gemm::Float32* to) {
+  pack_key(v, dim, to);
+}
+#if defined(__AVX512BF16__)
+void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* to) {
+  if (dim % 2) to[dim / 2].bits = 0;
+  std::memcpy(static_cast<void*>(to), k, dim * sizeof *k);
+}
+// Of two rows, or of one and zeros.
+void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows, int64_t dim,
+                gemm::BFloat16Pair* to) {
+  simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
+    const Vec first = simd::load(v + i, lanes);
+    const Vec second = rows > 1 ? simd::load(v + row_stride + i, lanes) : Vec{};
+    const Vec pairs = simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+    std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
+  });
+}
+#endif
+
+// c (rows, kColumns) (+)= a b, a as multiply_tile takes it: as few tiles as there can be, all of
+// nearly the same number of rows.
+template <typename Operand, bool kTransposed, int... kR>
+void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t steps, const Operand* a,
+                   int64_t lda, const Operand* b, float* c, bool accumulate) {
+  using Tile = void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool);
+  static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed>...};
+  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
+    const int64_t count = rows / tiles;
+    kTiles[count - 1](steps, a, lda, b, c, accumulate);
+    a += count * (kTransposed ? 1 : lda);
+    c += count * kColumns;
+    rows -= count;
+  }
+}
+template <typename Operand, bool kTransposed>
+void multiply_rows(int64_t rows, int64_t steps, const Operand* a, int64_t lda, const Operand* b,
+                   float* c, bool accumulate) {
+  multiply_rows<Operand, kTransposed>(std::make_integer_sequence<int, gemm::kRows>(), rows, steps,
+                                      a, lda, b, c, accumulate);
+}
+
+// The weights of two keys, where their scores were: (2, kColumns) fp32, or (1, kColumns) pairs.
+SDFAST_INLINE void store_weights(gemm::Float32* to, const Vecs<4>& weights) {
+  simd::for_each_of(weights, [&](int i, Vec v) { simd::store(&to[i * kLanes].value, v); });
+}
+#if defined(__AVX512BF16__)
+SDFAST_INLINE void store_weights(gemm::BFloat16Pair* to, const Vecs<4>& weights) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const simd::Bits low = simd::widen_bits(simd::narrow_bfloat16(weights.v[i]));
+    const simd::Bits high = simd::widen_bits(simd::narrow_bfloat16(weights.v[i + 2])) << 16;
+    const simd::Bits pairs = low | high;
+    std::memcpy(static_cast<void*>(to + i * kLanes), &pairs, sizeof pairs);
+  }
+}
+#endif
+
+// One tile of queries on its way over the keys.
+template <typename Operand>
+struct Tile {
+  Operand* q;    // (steps, kColumns)
+  float* o;      // (D, kColumns)
+  float* stats;  // (2, kColumns): running maximum of the scaled scores, sum of the weights
+  int64_t first, count;  // queries
+};
+
+// Scores to weights in place, and the tile's statistics brought up to date; o is rescaled where the
+// maximum has grown. scores: (keys rounded up to even, kColumns).
+template <typename Operand>
+void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bool first,
+           float* scores) {
+  const auto row_pair = [&](int64_t key) {
+    return simd::make_vecs<4>([&](int i) { return simd::load(scores + key * kColumns + i * kLanes); });
+  };
+  const Vec lowest = simd::broadcast(-std::numeric_limits<float>::infinity());
+  if (keys % 2) {
+    for (int i = 0; i < 2; ++i) simd::store(scores + keys * kColumns + i * kLanes, lowest);
+  }
+  Vecs<4> most = row_pair(0);
+  for (int64_t key = 2; key < keys; key += 2) {
+    most = simd::each([](Vec a, Vec b) { return larger(a, b); }, most, row_pair(key));
+  }
+  float *maximum = tile.stats, *sum = tile.stats + kColumns;
+  const Vecs<2> before =
+      simd::make_vecs<2>([&](int i) { return first ? lowest : simd::load(maximum + i * kLanes); });
+  const Vecs<2> now = simd::make_vecs<2>([&](int i) {
+    return larger(before.v[i], larger(most.v[i], most.v[i + 2]) * scale);
+  });
+  const Vecs<4> subtracted{{now.v[0], now.v[1], now.v[0], now.v[1]}};
+  Vecs<4> total{};
+  Operand* weights = reinterpret_cast<Operand*>(scores);
+  for (int64_t key = 0; key < keys; key += 2) {
+    const Vecs<4> exponent = row_pair(key) * scale - subtracted;
+    const Vecs<4> weight = simd::exp_in_range(simd::at_least(exponent, simd::kExpLow));
+    total = total + weight;
+    store_weights(weights + key / Operand::kDepth * kColumns, weight);
+  }
+  Vecs<2> sums{{total.v[0] + total.v[2], total.v[1] + total.v[3]}};
+  if (!first) {
+    const Vecs<2> factor = simd::exp_in_range(simd::at_least(before - now, simd::kExpLow));
+    sums = sums + factor * Vecs<2>{{simd::load(sum), simd::load(sum + kLanes)}};
+    bool grown = false;
+    for (int i = 0; i < kColumns; ++i) grown |= !(factor.v[i / kLanes][i % kLanes] == 1.0f);
+    for (int64_t d = 0; grown && d < dim; ++d) {
+      for (int i = 0; i < 2; ++i) {
+        float* o = tile.o + d * kColumns + i * kLanes;
+        simd::store(o, simd::load(o) * factor.v[i]);
+      }
+    }
+  }
+  simd::for_each_of(now, [&](int i, Vec v) { simd::store(maximum + i * kLanes, v); });
+  simd::for_each_of(sums, [&](int i, Vec v) { simd::store(sum + i * kLanes, v); });
+}
+
+// Hides the keys after each query's own position. scores: keys from `key` on.
+void hide_later_keys(int64_t query, int64_t key, int64_t keys, float* scores) {
+  for (int64_t i = std::max<int64_t>(0, query + 1 - key); i < keys; ++i) {
+    const int64_t hidden = std::min<int64_t>(key + i - query, kColumns);
+    std::fill_n(scores + i * kColumns, hidden, -std::numeric_limits<float>::infinity());
+  }
+}
+
+// o (D, kColumns) divided by the sums into rows of the result.
+template <typename Operand, typename T>
+void finish(const Tile<Operand>& tile, int64_t dim, T* to, int64_t row_stride) {
+  for (int64_t first = 0; first < tile.count; first += kLanes) {
+    const Vec factor = 1.0f / simd::load(tile.stats + kColumns + first);
+    const int64_t count = std::min<int64_t>(kLanes, tile.count - first);
+    for_each_group(dim, [&](int64_t d) {
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        rows[i] = simd::load(tile.o + std::min(d + i, dim - 1) * kColumns + first) * factor;
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < count; ++i) {
+        T* row = to + (first + i) * row_stride + d;
+        if (dim < kLanes) {
+          simd::store(row, rows[i], static_cast<int>(dim));
+        } else {
+          simd::store(row, rows[i], simd::FullVector());
+        }
+      }
+    });
+  }
+}
+
+template <typename T>
+struct Attention {
+  using Operand = typename OperandOf<T>::Type;
+  Sizes sizes;
+  View<const T> q, k, v;
+  View<T> o;
+  bool is_causal;
+  float scale;
+
+  int64_t depth_steps() const { return gemm::steps_of(Operand::kDepth, sizes.dim); }
+  int64_t key_steps() const { return gemm::steps_of(Operand::kDepth, sizes.keys); }
+
+  // Keys and values of one head: (keys, steps of D) and (steps of keys, D).
+  int64_t packed_keys() const { return sizes.keys * depth_steps(); }
+  int64_t packed_head() const { return packed_keys() + key_steps() * sizes.dim; }
+
+  void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads;
+    for (int64_t key = first; key < last; ++key) {
+      pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
+    }
+    Operand* values = to + packed_keys();
+    for (int64_t key = first; key < last; key += Operand::kDepth) {
+      pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
+                 values + key / Operand::kDepth * sizes.dim);
+    }
+  }
+
+  // `tiles` tiles of queries of one head over all its keys.
+  void attend(int64_t head, Tile<Operand>* tiles, int64_t count, const Operand* packed,
+              float* scores) const {
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads, steps = depth_steps();
+    for (int64_t t = 0; t < count; ++t) {
+      pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count, sizes.dim,
+                   scale < 0, tiles[t].q);
+    }
+    for (int64_t key = 0; key < sizes.keys; key += kKeys) {
+      for (int64_t t = 0; t < count; ++t) {
+        const Tile<Operand>& tile = tiles[t];
+        int64_t keys = std::min(kKeys, sizes.keys - key);
+        if (is_causal) keys = std::min(keys, tile.first + tile.count - key);
+        if (keys <= 0) continue;
+        multiply_rows<Operand, false>(keys, steps, packed + key * steps, steps, tile.q, scores,
+                                      false);
+        if (is_causal) hide_later_keys(tile.first, key, keys, scores);
+        weigh(tile, keys, sizes.dim, std::fabs(scale), key == 0, scores);
+        multiply_rows<Operand, true>(
+            sizes.dim, gemm::steps_of(Operand::kDepth, keys),
+            packed + packed_keys() + key / Operand::kDepth * sizes.dim, sizes.dim,
+            reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      finish(tiles[t], sizes.dim, o.row(batch, h, tiles[t].first), o.row_stride);
+    }
+  }
+
+  void run() const {
+    const int64_t all = sizes.batch * sizes.heads, threads = torch::stable::get_num_threads();
+    const int64_t head_bytes = packed_head() * static_cast<int64_t>(sizeof(Operand));
+    const int64_t group = std::clamp<int64_t>(kScratchBytes / head_bytes, 1, all);
+    Scratch<Operand> packed(group * packed_head());
+    const int64_t tiles = (sizes.queries + kColumns - 1) / kColumns;
+    // A tile's result does not depend on those beside it.
+    const int64_t most =
+        std::clamp<int64_t>(tiles * std::min(group, all) / (4 * threads), 1, kMostTiles);
+    const int64_t blocks = (tiles + most - 1) / most;
+    constexpr int64_t kPart = 4 * kKeys;  // of the keys, copied by one thread
+    const int64_t parts = (sizes.keys + kPart - 1) / kPart;
+    for (int64_t base = 0; base < all; base += group) {
+      const int64_t heads = std::min(group, all - base);
+      torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t head = item / parts, first = item % parts * kPart;
+          pack(base + head, first, std::min(first + kPart, sizes.keys),
+               packed.get() + head * packed_head());
+        }
+      });
+      torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+        const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
+        Scratch<Operand> queries(most * q_size);
+        Scratch<float> floats(most * (o_size + 2 * kColumns) + kKeys * kColumns);
+        Tile<Operand> tile[kMostTiles];
+        for (int64_t t = 0; t < most; ++t) {
+          float* at = floats.get() + t * (o_size + 2 * kColumns);
+          tile[t] = {queries.get() + t * q_size, at, at + o_size, 0, 0};
+        }
+        float* scores = floats.get() + most * (o_size + 2 * kColumns);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t head = item / blocks, block = item % blocks;
+          int64_t count = 0;
+          for (int64_t t = block * most; t < std::min((block + 1) * most, tiles); ++t, ++count) {
+            tile[count].first = t * kColumns;
+            tile[count].count = std::min<int64_t>(kColumns, sizes.queries - t * kColumns);
+          }
+          attend(base + head, tile, count, packed.get() + head * packed_head(), scores);
+        }
+      });
+    }
+  }
+};
+
+// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns (B, heads, L, D), a view of (B, L, heads, D).
+Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q, k: expected 4 dimensions");
+  const Sizes sizes{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3)};
+  const ScalarType dtype = q.scalar_type();
+  const auto checked = [&](const Tensor& t, const char* name, int64_t rows) {
+    check_cpu(t, name);
+    check_shape(t, name, {sizes.batch, sizes.heads, rows, sizes.dim});
+    STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected the dtype of q");
+    return sizes.dim > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
+  };
+  const Tensor queries = checked(q, "q", sizes.queries), keys = checked(k, "k", sizes.keys),
+               values = checked(v, "v", sizes.keys);
+  const int64_t row = sizes.heads * sizes.dim;
+  Tensor o = empty_strided(q.sizes(), {{sizes.queries * row, sizes.dim, row, 1}}, dtype);
+  advise_huge_pages(o);
+  if (o.numel() == 0) return o;
+  STD_TORCH_CHECK(sizes.keys > 0, "k: expected at least one key");
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    const auto view = [](const Tensor& t) {
+      return View<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1),
+                           t.stride(2)};
+    };
+    Attention<T>{sizes,
+                 view(queries),
+                 view(keys),
+                 view(values),
+                 {static_cast<T*>(o.mutable_data_ptr()), sizes.queries * row, sizes.dim, row},
+                 is_causal,
+                 static_cast<float>(scale)}
+        .run();
+  };
+  if (dtype == ScalarType::Float) {
+    run(float());
+  } else if (dtype == ScalarType::BFloat16) {
+    run(simd::BFloat16());
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::Half, "q: expected float32, bfloat16 or float16");
+    run(simd::Half());
+  }
+  return o;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+}
+
+}  // namespace
+}  // namespace sdfast
