@@ -22,8 +22,9 @@ using simd::kLanes;
 using simd::Vec;
 using simd::Vecs;
 
-constexpr int64_t kKeys = 96;      // in a block; even
-constexpr int64_t kMostTiles = 4;  // of queries, that share a block of keys while it is in the cache
+constexpr int64_t kMostKeys = 192;  // in a block
+constexpr int64_t kMostTiles = 4;   // of queries, that share a block of keys while it is in L2
+constexpr int64_t kChain = 64;      // steps: a longer chain of additions rounds too much
 constexpr int64_t kScratchBytes = 24 << 20;  // of copied keys and values at a time
 
 // The operand a storage type is multiplied as.
@@ -50,6 +51,9 @@ struct View {
 
 struct Sizes {
   int64_t batch, heads, queries, keys, dim;
+
+  // Keys in a block, even: their operands and the tiles' share L2.
+  int64_t block_keys() const { return std::clamp<int64_t>(32768 / dim, 32, kMostKeys) / 2 * 2; }
 };
 
 // A new array whose beginning is aligned to a vector.
@@ -68,8 +72,8 @@ class Scratch {
 
 SDFAST_INLINE Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(
-      _mm512_maskz_max_ps(simd::kAllLanes, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  return reinterpret_cast<Vec>(_mm512_maskz_max_ps(simd::kAllLanes, reinterpret_cast<__m512>(a),
+                                                   reinterpret_cast<__m512>(b)));
 #else
   return simd::select(a > b, a, b);
 #endif
@@ -138,8 +142,7 @@ void pack_queries(const T* q, int64_t row_stride, int64_t count, int64_t dim, bo
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const T* row = q + std::min(first + i, count - 1) * row_stride;
-        rows[i] = simd::as_floats(
-            simd::as_bits(load_operands(Operand(), row, step, dim)) ^ flip);
+        rows[i] = simd::as_floats(simd::as_bits(load_operands(Operand(), row, step, dim)) ^ flip);
       }
       transpose(rows);
       const int64_t there = std::min<int64_t>(kLanes, steps - step);
@@ -188,7 +191,12 @@ void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t step
   static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed>...};
   for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
     const int64_t count = rows / tiles;
-    kTiles[count - 1](steps, a, lda, b, c, accumulate);
+    int64_t step = 0;
+    do {
+      kTiles[count - 1](std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
+                        b + step * kColumns, c, accumulate || step > 0);
+      step += kChain;
+    } while (step < steps);
     a += count * (kTransposed ? 1 : lda);
     c += count * kColumns;
     rows -= count;
@@ -207,32 +215,74 @@ SDFAST_INLINE void store_weights(gemm::Float32* to, const Vecs<4>& weights) {
 }
 #if defined(__AVX512BF16__)
 SDFAST_INLINE void store_weights(gemm::BFloat16Pair* to, const Vecs<4>& weights) {
+  // Rounds half up, on integers: a tie is too rare to matter.
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    const simd::Bits low = simd::widen_bits(simd::narrow_bfloat16(weights.v[i]));
-    const simd::Bits high = simd::widen_bits(simd::narrow_bfloat16(weights.v[i + 2])) << 16;
+    const simd::Bits low = (simd::as_bits(weights.v[i]) + 0x8000u) >> 16;
+    const simd::Bits high = (simd::as_bits(weights.v[i + 2]) + 0x8000u) & 0xffff0000u;
     const simd::Bits pairs = low | high;
     std::memcpy(static_cast<void*>(to + i * kLanes), &pairs, sizeof pairs);
   }
 }
 #endif
 
+// 2^v for v <= 0 or little above, and never less than 2^kLowest, which is nothing beside the
+// largest weight, 1. Relative error 5e-8; with kCoarse, for weights rounded to bf16, 6e-5.
+constexpr float kLowest = -125.0f;
+template <bool kCoarse, typename V>
+SDFAST_INLINE V power_of_two(const V& exponent) {
+  const V v = simd::at_least(exponent, kLowest);
+#if defined(__AVX512F__)
+  // As simd::exp_in_range, but n's integer part is added to the exponent of the table's entry as an
+  // integer: half of the work then goes past the multipliers. Entry i is 2^(i / 32) less i << 18,
+  // because n << 18 puts the fraction there.
+  static constexpr std::array<uint32_t, 32> kTable = {
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
+      0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
+      0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
+      0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  simd::Bits low, high;
+  std::memcpy(&low, kTable.data(), sizeof low);
+  std::memcpy(&high, kTable.data() + kLanes, sizeof high);
+  constexpr float kToMultiple = 0x1.8p18f;  // adding it leaves 32 n in the low bits
+  const V shifted = v + kToMultiple;
+  const V r = v - (shifted - kToMultiple);
+  const V power = simd::each(
+      [&](Vec n) {
+        const Vec entry =
+            simd::lookup(simd::as_floats(low), simd::as_floats(high), simd::as_bits(n));
+        return simd::as_floats(simd::as_bits(entry) + (simd::as_bits(n) << 18));
+      },
+      shifted);
+  if constexpr (kCoarse) return power + power * (r * 0.693147181f);
+  return power + power * (r * (r * 0.240226507f + 0.693147182f));
+#else
+  return simd::exp_in_range(v * 0.693147181f);
+#endif
+}
+
 // One tile of queries on its way over the keys.
 template <typename Operand>
 struct Tile {
-  Operand* q;    // (steps, kColumns)
-  float* o;      // (D, kColumns)
-  float* stats;  // (2, kColumns): running maximum of the scaled scores, sum of the weights
+  Operand* q;            // (steps, kColumns)
+  float* o;              // (D, kColumns)
+  float* stats;          // (2, kColumns): what is subtracted from the scores, sum of the weights
   int64_t first, count;  // queries
 };
 
-// Scores to weights in place, and the tile's statistics brought up to date; o is rescaled where the
-// maximum has grown. scores: (keys rounded up to even, kColumns).
+// Scores to weights 2^(scale score - reference), in place, and the tile's statistics brought up to
+// date. The reference is a maximum, of some block: it follows the running maximum, and o and the
+// sum are rescaled, only where that is more than kSlack beyond; almost never after the first block.
+// scores: (keys rounded up to even, kColumns).
+constexpr float kSlack = 8.0f;
 template <typename Operand>
 void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bool first,
            float* scores) {
+  constexpr bool kCoarse = Operand::kDepth == 2;
   const auto row_pair = [&](int64_t key) {
-    return simd::make_vecs<4>([&](int i) { return simd::load(scores + key * kColumns + i * kLanes); });
+    return simd::make_vecs<4>(
+        [&](int i) { return simd::load(scores + key * kColumns + i * kLanes); });
   };
   const Vec lowest = simd::broadcast(-std::numeric_limits<float>::infinity());
   if (keys % 2) {
@@ -242,36 +292,38 @@ void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bo
   for (int64_t key = 2; key < keys; key += 2) {
     most = simd::each([](Vec a, Vec b) { return larger(a, b); }, most, row_pair(key));
   }
-  float *maximum = tile.stats, *sum = tile.stats + kColumns;
-  const Vecs<2> before =
-      simd::make_vecs<2>([&](int i) { return first ? lowest : simd::load(maximum + i * kLanes); });
-  const Vecs<2> now = simd::make_vecs<2>([&](int i) {
-    return larger(before.v[i], larger(most.v[i], most.v[i + 2]) * scale);
-  });
-  const Vecs<4> subtracted{{now.v[0], now.v[1], now.v[0], now.v[1]}};
-  Vecs<4> total{};
-  Operand* weights = reinterpret_cast<Operand*>(scores);
-  for (int64_t key = 0; key < keys; key += 2) {
-    const Vecs<4> exponent = row_pair(key) * scale - subtracted;
-    const Vecs<4> weight = simd::exp_in_range(simd::at_least(exponent, simd::kExpLow));
-    total = total + weight;
-    store_weights(weights + key / Operand::kDepth * kColumns, weight);
-  }
-  Vecs<2> sums{{total.v[0] + total.v[2], total.v[1] + total.v[3]}};
+  most = most * scale;
+  float *reference = tile.stats, *sum = tile.stats + kColumns;
+  Vecs<2> shift = simd::make_vecs<2>([&](int i) { return larger(most.v[i], most.v[i + 2]); });
+  Vecs<2> sums{};
   if (!first) {
-    const Vecs<2> factor = simd::exp_in_range(simd::at_least(before - now, simd::kExpLow));
-    sums = sums + factor * Vecs<2>{{simd::load(sum), simd::load(sum + kLanes)}};
-    bool grown = false;
-    for (int i = 0; i < kColumns; ++i) grown |= !(factor.v[i / kLanes][i % kLanes] == 1.0f);
-    for (int64_t d = 0; grown && d < dim; ++d) {
-      for (int i = 0; i < 2; ++i) {
-        float* o = tile.o + d * kColumns + i * kLanes;
-        simd::store(o, simd::load(o) * factor.v[i]);
+    const Vecs<2> before =
+        simd::make_vecs<2>([&](int i) { return simd::load(reference + i * kLanes); });
+    shift =
+        simd::each([](Vec a, Vec b) { return simd::select(a > b + kSlack, a, b); }, shift, before);
+    sums = simd::make_vecs<2>([&](int i) { return simd::load(sum + i * kLanes); });
+    if (std::memcmp(&shift, reference, sizeof shift) != 0) {
+      const Vecs<2> factor = power_of_two<false>(before - shift);
+      sums = sums * factor;
+      for (int64_t d = 0; d < dim; ++d) {
+        for (int i = 0; i < 2; ++i) {
+          float* o = tile.o + d * kColumns + i * kLanes;
+          simd::store(o, simd::load(o) * factor.v[i]);
+        }
       }
     }
   }
-  simd::for_each_of(now, [&](int i, Vec v) { simd::store(maximum + i * kLanes, v); });
-  simd::for_each_of(sums, [&](int i, Vec v) { simd::store(sum + i * kLanes, v); });
+  const Vecs<4> shifts{{shift.v[0], shift.v[1], shift.v[0], shift.v[1]}};
+  Vecs<4> total{{sums.v[0], sums.v[1], Vec{}, Vec{}}};
+  Operand* weights = reinterpret_cast<Operand*>(scores);
+  for (int64_t key = 0; key < keys; key += 2) {
+    const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
+    total = total + weight;
+    store_weights(weights + key / Operand::kDepth * kColumns, weight);
+  }
+  simd::for_each_of(shift, [&](int i, Vec v) { simd::store(reference + i * kLanes, v); });
+  simd::store(sum, total.v[0] + total.v[2]);
+  simd::store(sum + kLanes, total.v[1] + total.v[3]);
 }
 
 // Hides the keys after each query's own position. scores: keys from `key` on.
@@ -314,7 +366,7 @@ struct Attention {
   View<const T> q, k, v;
   View<T> o;
   bool is_causal;
-  float scale;
+  double scale;
 
   int64_t depth_steps() const { return gemm::steps_of(Operand::kDepth, sizes.dim); }
   int64_t key_steps() const { return gemm::steps_of(Operand::kDepth, sizes.keys); }
@@ -343,20 +395,22 @@ struct Attention {
       pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count, sizes.dim,
                    scale < 0, tiles[t].q);
     }
-    for (int64_t key = 0; key < sizes.keys; key += kKeys) {
+    const int64_t most = sizes.block_keys();
+    const float to_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
+    for (int64_t key = 0; key < sizes.keys; key += most) {
       for (int64_t t = 0; t < count; ++t) {
         const Tile<Operand>& tile = tiles[t];
-        int64_t keys = std::min(kKeys, sizes.keys - key);
+        int64_t keys = std::min(most, sizes.keys - key);
         if (is_causal) keys = std::min(keys, tile.first + tile.count - key);
         if (keys <= 0) continue;
         multiply_rows<Operand, false>(keys, steps, packed + key * steps, steps, tile.q, scores,
                                       false);
         if (is_causal) hide_later_keys(tile.first, key, keys, scores);
-        weigh(tile, keys, sizes.dim, std::fabs(scale), key == 0, scores);
-        multiply_rows<Operand, true>(
-            sizes.dim, gemm::steps_of(Operand::kDepth, keys),
-            packed + packed_keys() + key / Operand::kDepth * sizes.dim, sizes.dim,
-            reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
+        weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
+        multiply_rows<Operand, true>(sizes.dim, gemm::steps_of(Operand::kDepth, keys),
+                                     packed + packed_keys() + key / Operand::kDepth * sizes.dim,
+                                     sizes.dim, reinterpret_cast<const Operand*>(scores), tile.o,
+                                     key > 0);
       }
     }
     for (int64_t t = 0; t < count; ++t) {
@@ -374,7 +428,7 @@ struct Attention {
     const int64_t most =
         std::clamp<int64_t>(tiles * std::min(group, all) / (4 * threads), 1, kMostTiles);
     const int64_t blocks = (tiles + most - 1) / most;
-    constexpr int64_t kPart = 4 * kKeys;  // of the keys, copied by one thread
+    constexpr int64_t kPart = 512;  // of the keys, copied by one thread
     const int64_t parts = (sizes.keys + kPart - 1) / kPart;
     for (int64_t base = 0; base < all; base += group) {
       const int64_t heads = std::min(group, all - base);
@@ -388,7 +442,7 @@ struct Attention {
       torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
         const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
         Scratch<Operand> queries(most * q_size);
-        Scratch<float> floats(most * (o_size + 2 * kColumns) + kKeys * kColumns);
+        Scratch<float> floats(most * (o_size + 2 * kColumns) + sizes.block_keys() * kColumns);
         Tile<Operand> tile[kMostTiles];
         for (int64_t t = 0; t < most; ++t) {
           float* at = floats.get() + t * (o_size + 2 * kColumns);
@@ -409,7 +463,8 @@ struct Attention {
   }
 };
 
-// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns (B, heads, L, D), a view of (B, L, heads, D).
+// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns (B, heads, L, D), a view of (B, L, heads,
+// D).
 Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q, k: expected 4 dimensions");
   const Sizes sizes{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3)};
@@ -439,7 +494,7 @@ Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double sc
                  view(values),
                  {static_cast<T*>(o.mutable_data_ptr()), sizes.queries * row, sizes.dim, row},
                  is_causal,
-                 static_cast<float>(scale)}
+                 scale}
         .run();
   };
   if (dtype == ScalarType::Float) {
