@@ -65,7 +65,9 @@ def attention_cpu(
 ) -> Tensor:
     """The compiled CPU kernel, for inference and without a mask."""
     assert mask is None
-    return cast(Tensor, _forward_op(q, k, v, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale))
+    return cast(
+        Tensor, _forward_op(q, k, v, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    )
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
