@@ -23,6 +23,7 @@ using gemm::kColumns;
 
 constexpr int64_t kMostKeys = 192;  // in a block
 constexpr int64_t kMostTiles = 4;   // of queries, that share a block of keys while it is in L2
+constexpr int64_t kFewQueries = 256;
 constexpr int64_t kScratchBytes = 24 << 20;  // of copied keys and values at a time
 
 // (B, heads, rows, D), unit stride in D.
@@ -72,6 +73,23 @@ struct Attention {
   int64_t packed_keys() const { return sizes.keys * depth_steps(); }
   int64_t packed_head() const { return packed_keys() + key_steps() * sizes.dim; }
 
+  // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
+  bool in_place() const { return std::is_same_v<T, float> && sizes.queries <= kFewQueries; }
+
+  // The operands of one head; strides from one step to the next.
+  struct Head {
+    const Operand *keys, *values;
+    int64_t key_stride, value_stride;
+  };
+  Head head_of(int64_t head, const Operand* packed) const {
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads;
+    if (in_place()) {
+      return {reinterpret_cast<const Operand*>(k.row(batch, h, 0)),
+              reinterpret_cast<const Operand*>(v.row(batch, h, 0)), k.row_stride, v.row_stride};
+    }
+    return {packed, packed + packed_keys(), depth_steps(), sizes.dim};
+  }
+
   void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     for (int64_t key = first; key < last; ++key) {
@@ -84,8 +102,8 @@ struct Attention {
     }
   }
 
-  // `tiles` tiles of queries of one head over all its keys.
-  void attend(int64_t head, Tile<Operand>* tiles, int64_t count, const Operand* packed,
+  // `count` tiles of queries of one head over all its keys.
+  void attend(int64_t head, Tile<Operand>* tiles, int64_t count, const Head& operands,
               float* scores) const {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads, steps = depth_steps();
     for (int64_t t = 0; t < count; ++t) {
@@ -100,13 +118,14 @@ struct Attention {
         int64_t keys = std::min(most, sizes.keys - key);
         if (is_causal) keys = std::min(keys, tile.first + tile.count - key);
         if (keys <= 0) continue;
-        attention::multiply_rows<Operand, false>(keys, steps, packed + key * steps, steps, tile.q,
-                                                 scores, false);
+        attention::multiply_rows<Operand, false>(keys, steps,
+                                                 operands.keys + key * operands.key_stride,
+                                                 operands.key_stride, tile.q, scores, false);
         if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
         attention::weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
         attention::multiply_rows<Operand, true>(
             sizes.dim, gemm::steps_of(Operand::kDepth, keys),
-            packed + packed_keys() + key / Operand::kDepth * sizes.dim, sizes.dim,
+            operands.values + key / Operand::kDepth * operands.value_stride, operands.value_stride,
             reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
       }
     }
@@ -118,24 +137,26 @@ struct Attention {
   void run() const {
     const int64_t all = sizes.batch * sizes.heads, threads = torch::stable::get_num_threads();
     const int64_t head_bytes = packed_head() * static_cast<int64_t>(sizeof(Operand));
-    const int64_t group = std::clamp<int64_t>(kScratchBytes / head_bytes, 1, all);
-    Scratch<Operand> packed(group * packed_head());
+    const int64_t group =
+        in_place() ? all : std::clamp<int64_t>(kScratchBytes / head_bytes, 1, all);
+    Scratch<Operand> packed(in_place() ? 0 : group * packed_head());
     const int64_t tiles = (sizes.queries + kColumns - 1) / kColumns;
     // A tile's result does not depend on those beside it.
-    const int64_t most =
-        std::clamp<int64_t>(tiles * std::min(group, all) / (4 * threads), 1, kMostTiles);
+    const int64_t most = std::clamp<int64_t>(tiles * group / (4 * threads), 1, kMostTiles);
     const int64_t blocks = (tiles + most - 1) / most;
     constexpr int64_t kPart = 512;  // of the keys, copied by one thread
-    const int64_t parts = (sizes.keys + kPart - 1) / kPart;
+    const int64_t parts = in_place() ? 0 : (sizes.keys + kPart - 1) / kPart;
     for (int64_t base = 0; base < all; base += group) {
       const int64_t heads = std::min(group, all - base);
-      torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t head = item / parts, first = item % parts * kPart;
-          pack(base + head, first, std::min(first + kPart, sizes.keys),
-               packed.get() + head * packed_head());
-        }
-      });
+      if (parts > 0) {
+        torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t head = item / parts, first = item % parts * kPart;
+            pack(base + head, first, std::min(first + kPart, sizes.keys),
+                 packed.get() + head * packed_head());
+          }
+        });
+      }
       torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
         const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
         Scratch<Operand> queries(most * q_size);
@@ -153,15 +174,15 @@ struct Attention {
             tile[count].first = t * kColumns;
             tile[count].count = std::min<int64_t>(kColumns, sizes.queries - t * kColumns);
           }
-          attend(base + head, tile, count, packed.get() + head * packed_head(), scores);
+          attend(base + head, tile, count,
+                 head_of(base + head, packed.get() + head * packed_head()), scores);
         }
       });
     }
   }
 };
 
-// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns (B, heads, L, D), a view of (B, L, heads,
-// D).
+// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns a (B, heads, L, D) view of (B, L, heads, D).
 Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q, k: expected 4 dimensions");
   const Sizes sizes{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3)};

@@ -228,6 +228,7 @@ def test_opcheck(layout: str) -> None:
 
 
 @needs_kernel
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, under vmap
 def test_what_the_kernel_leaves_to_torch() -> None:
     case = make_case(4, 4, 8, torch.float32)
     mask = torch.ones(4, 4, dtype=torch.bool)
