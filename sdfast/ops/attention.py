@@ -2,11 +2,16 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; scale defaults to 1/sqrt(D).
 The (L, S) scores are never held in fp32 for the whole batch: torch's SDPA streams over the keys
-wherever it can, and so does every kernel that takes its place.
+wherever it can, and so does the CPU kernel, csrc/attention_cpu.cpp. A mask is torch's to serve.
+
+q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from the kernel a transposed view of
+(B, L, heads, D), so that the heads of a token are side by side for what follows.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_transformed, widened
 
 
 def attention_torch(
@@ -39,6 +44,60 @@ _library.define(
 )
 
 
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    batch, heads, queries, head_dim = q.shape
+    return q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+
+
+_forward_op = _library.define_native(
+    "attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> Tensor", _forward_fake
+)
+
+
+def attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The compiled CPU kernel, for inference and without a mask."""
+    assert mask is None
+    return cast(
+        Tensor, _forward_op(q, k, v, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    )
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "cpu": attention_cpu,
+    "reference": cast(Callable[..., Tensor], attention_reference),
+}
+_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
+
+
+def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, str]:
+    """Why each backend that cannot take this call cannot."""
+    if q.device.type != "cpu":
+        reason = f"q is on {q.device}, the kernel runs on cpu"
+    elif q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
+        reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
+    elif mask is not None:
+        reason = "it takes no mask; use torch or reference"
+    elif q.numel() == 0 or k.numel() == 0:
+        reason = "q or k is empty"
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        reason = "it has no backward; use torch or reference, or torch.no_grad()"
+    elif is_transformed():
+        reason = "torch.func transforms and forward-mode AD need torch or reference"
+    elif not _library.has_kernel("attention_forward", "cpu"):
+        reason = _library.load_cpu_library().detail
+    else:
+        return _NO_KERNEL_BUT_CPU
+    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -61,7 +120,7 @@ def attention(
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        (B, heads, L, D) in the dtype of `q`.
+        (B, heads, L, D) in the dtype of `q`; from the CPU kernel a transposed view of (B, L, heads, D).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -84,9 +143,9 @@ def attention(
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
-    serve = dispatch.choose("attention", q.device.type, NO_KERNEL_YET, backend)
-    run = attention_reference if serve == "reference" else attention_torch
-    return cast(Tensor, run(q, k, v, mask=mask, is_causal=is_causal, scale=scale))
+    serve = dispatch.choose("attention", q.device.type, _unavailable(q, k, v, mask), backend)
+    run = _BACKENDS.get(serve, attention_torch)
+    return run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
 
 
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:

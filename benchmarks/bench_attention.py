@@ -1,0 +1,168 @@
+"""attention against torch at every shape of Stable Diffusion 1.5, fp32 and bf16.
+
+    python benchmarks/bench_attention.py [--output FILE] [--rounds N] [--threads N]
+    pytest benchmarks/bench_attention.py
+
+Every result is checked against fp64 before it is timed. Eager and sdfast take turns in one process, and with
+them a matrix product through `ops.linear`, large enough to run at this machine's rate: `of_product` is what
+attention's 4 L S D flops reach of it in this moment. q, k, v are transposed views, as in a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import pathlib
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sdfast.ops as ops
+from sdfast.testing import assert_within_budget, spread, time_alternating
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from _record import results_path, table, write_json  # noqa: E402
+
+# (B, heads, L, S, D) and whether it is causal: the U-Net at 512x512 with a guided batch of 2 ...
+UNET = tuple(
+    (2, 8, length, keys, head_dim)
+    for length, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160))
+    for keys in (length, 77)
+)
+VAE = ((1, 1, 4096, 4096, 512),)
+TEXT = ((1, 12, 77, 77, 64),)  # causal
+
+Setting = tuple[int, int, int, int, int]
+
+
+class Call:
+    """The arguments of one setting, and the two ways to compute it."""
+
+    def __init__(self, setting: Setting, dtype: torch.dtype, is_causal: bool = False) -> None:
+        torch.manual_seed(0)
+        batch, heads, length, keys, head_dim = setting
+        self.setting, self.is_causal = setting, is_causal
+        self.q, self.k, self.v = (
+            torch.randn(batch, rows, heads, head_dim).to(dtype).transpose(1, 2)
+            for rows in (length, keys, keys)
+        )
+
+    @property
+    def flops(self) -> int:
+        """Causal counts whole, too: half of it is skipped."""
+        batch, heads, length, keys, head_dim = self.setting
+        return 4 * batch * heads * length * keys * head_dim
+
+    def eager(self) -> Tensor:
+        return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.is_causal)
+
+    def sdfast(self) -> Tensor:
+        return ops.attention(self.q, self.k, self.v, is_causal=self.is_causal)
+
+    def check(self) -> None:
+        """One head, and as many of its queries as fp64 can take in a moment, decide for all."""
+        part = Call.__new__(Call)
+        queries = self.q[:1, -1:, : max(1, 2**22 // (self.k.shape[2] * self.k.shape[3]))]
+        part.__dict__ = {**self.__dict__, "q": queries, "k": self.k[:1, -1:], "v": self.v[:1, -1:]}
+        q, k, v = part.q.double(), part.k.double(), part.v.double()
+
+        def exact(values: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, values, is_causal=self.is_causal)
+
+        assert_within_budget(part.sdfast(), part.eager(), exact(v), magnitude=exact(v.abs()))
+
+
+def measure(setting: Setting, dtype: torch.dtype, rounds: int, is_causal: bool = False) -> dict[str, object]:
+    """Check and time one setting."""
+    call = Call(setting, dtype, is_causal)
+    call.check()
+    tokens, weight = torch.randn(1536, 768).to(dtype), torch.randn(1536, 768).to(dtype)
+    functions = {
+        "eager": call.eager,
+        "sdfast": call.sdfast,
+        "product": lambda: ops.linear(tokens, weight),
+    }
+    # Small settings take microseconds: more rounds cost nothing and a median of few says little.
+    rounds = max(5, min(20 * rounds, rounds * 2**33 // call.flops))
+    gc.collect()
+    gc.disable()
+    samples = time_alternating(functions, rounds=rounds, limit_seconds=3)
+    gc.enable()
+    milliseconds = {name: [1e3 * s for s in spread(times)] for name, times in samples.items()}
+    eager, fast, product = (milliseconds[name][1] for name in ("eager", "sdfast", "product"))
+    product_gflops = 2 * tokens.shape[0] * weight.numel() / product / 1e6
+    ratio_p20, ratio, ratio_p80 = spread(
+        [e / s for e, s in zip(samples["eager"], samples["sdfast"], strict=True)]
+    )
+    return {
+        "shape": "x".join(map(str, setting)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "is_causal": is_causal,
+        "rounds": len(samples["eager"]),
+        "eager_ms": eager,
+        "sdfast_ms": fast,
+        "sdfast_p20_ms": milliseconds["sdfast"][0],
+        "sdfast_p80_ms": milliseconds["sdfast"][2],
+        "eager_p20_ms": milliseconds["eager"][0],
+        "eager_p80_ms": milliseconds["eager"][2],
+        "ratio": ratio,  # the median of eager / sdfast of neighbours in time
+        "ratio_p20": ratio_p20,
+        "ratio_p80": ratio_p80,
+        "gflop_per_s": call.flops / fast / 1e6,
+        "eager_gflop_per_s": call.flops / eager / 1e6,
+        "product_gflop_per_s": product_gflops,
+        "of_product": call.flops / fast / 1e6 / product_gflops,
+    }
+
+
+COLUMNS = {
+    "shape": "", "dtype": "", "eager_ms": ".3f", "sdfast_ms": ".3f", "sdfast_p20_ms": ".3f",
+    "sdfast_p80_ms": ".3f", "ratio": ".2f", "ratio_p20": ".2f", "gflop_per_s": ".0f", "of_product": ".0%",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=pathlib.Path, default=results_path("attention"))
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="of a setting of 8 GFLOP; smaller ones take more"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, object]] = []
+    for title, settings, is_causal in (
+        ("U-Net", UNET, False),
+        ("VAE", VAE, False),
+        ("text encoder", TEXT, True),
+    ):
+        with torch.no_grad():
+            part = [
+                measure(setting, dtype, options.rounds, is_causal)
+                for dtype in (torch.float32, torch.bfloat16)
+                for setting in settings
+            ]
+        print(f"\n{title}, {options.threads} threads\n{table(part, COLUMNS)}", flush=True)
+        rows += [{"model": title, **row} for row in part]
+    write_json(options.output, rows)
+    print(f"\nwritten to {options.output}")
+
+
+@pytest.mark.parametrize("way", ["eager", "sdfast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("setting", [UNET[2], UNET[3], UNET[7]], ids=str)
+def test_attention(benchmark: Callable[..., object], setting: Setting, dtype: torch.dtype, way: str) -> None:
+    call = Call(setting, dtype)
+    call.check()
+    with torch.no_grad():
+        benchmark(getattr(call, way))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+// attention on CPU: o = softmax(scale q kᵀ) v per batch element and head, fp32, bf16 and fp16.
+//
+// Algorithm (Dao 2023, "FlashAttention-2", eq. 1-4 and algorithm 1, transposed). The lanes of the
+// vectors are queries: a tile of kColumns of them goes over all keys a block at a time, scores
+// (keys, kColumns) = k qᵀ, weights = exp(scores - a maximum), o (D, kColumns) += vᵀ weights.
+// So maximum and sum need no reduction across lanes, and neither keys nor D are padded. k and v of
+// a head are copied once into the micro-kernel's operands and shared by all its tiles.
+// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
+// The steps are in attention_cpu.h.
+#include "attention_cpu.h"
+
+#include <cmath>
+
+#include "tensor_checks.h"
+
+namespace sdfast {
+namespace {
+
+using attention::OperandOf;
+using attention::Tile;
+using gemm::kColumns;
+
+constexpr int64_t kMostKeys = 192;  // in a block
+constexpr int64_t kMostTiles = 4;   // of queries, that share a block of keys while it is in L2
+constexpr int64_t kFewQueries = 256;
+constexpr int64_t kScratchBytes = 24 << 20;  // of copied keys and values at a time
+
+// (B, heads, rows, D), unit stride in D.
+template <typename T>
+struct View {
+  T* data;
+  int64_t batch_stride, head_stride, row_stride;
+  T* row(int64_t batch, int64_t head, int64_t index) const {
+    return data + batch * batch_stride + head * head_stride + index * row_stride;
+  }
+};
+
+struct Sizes {
+  int64_t batch, heads, queries, keys, dim;
+
+  // Keys in a block, even: their operands and the tiles' share L2.
+  int64_t block_keys() const { return std::clamp<int64_t>(32768 / dim, 32, kMostKeys) / 2 * 2; }
+};
+
+// A new array whose beginning is aligned to a vector.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : lines_(new Line[(size * sizeof(T) + 63) / 64]) {}
+  T* get() { return reinterpret_cast<T*>(lines_.get()); }
+
+ private:
+  struct alignas(64) Line {
+    unsigned char bytes[64];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+
+template <typename T>
+struct Attention {
+  using Operand = typename OperandOf<T>::Type;
+  Sizes sizes;
+  View<const T> q, k, v;
+  View<T> o;
+  bool is_causal;
+  double scale;
+
+  int64_t depth_steps() const { return gemm::steps_of(Operand::kDepth, sizes.dim); }
+  int64_t key_steps() const { return gemm::steps_of(Operand::kDepth, sizes.keys); }
+
+  // Keys and values of one head: (keys, steps of D) and (steps of keys, D).
+  int64_t packed_keys() const { return sizes.keys * depth_steps(); }
+  int64_t packed_head() const { return packed_keys() + key_steps() * sizes.dim; }
+
+  // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
+  bool in_place() const { return std::is_same_v<T, float> && sizes.queries <= kFewQueries; }
+
+  // The operands of one head; strides from one step to the next.
+  struct Head {
+    const Operand *keys, *values;
+    int64_t key_stride, value_stride;
+  };
+  Head head_of(int64_t head, const Operand* packed) const {
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads;
+    if (in_place()) {
+      return {reinterpret_cast<const Operand*>(k.row(batch, h, 0)),
+              reinterpret_cast<const Operand*>(v.row(batch, h, 0)), k.row_stride, v.row_stride};
+    }
+    return {packed, packed + packed_keys(), depth_steps(), sizes.dim};
+  }
+
+  void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads;
+    for (int64_t key = first; key < last; ++key) {
+      attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
+    }
+    Operand* values = to + packed_keys();
+    for (int64_t key = first; key < last; key += Operand::kDepth) {
+      attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
+                            values + key / Operand::kDepth * sizes.dim);
+    }
+  }
+
+  // `count` tiles of queries of one head over all its keys.
+  void attend(int64_t head, Tile<Operand>* tiles, int64_t count, const Head& operands,
+              float* scores) const {
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads, steps = depth_steps();
+    for (int64_t t = 0; t < count; ++t) {
+      attention::pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count,
+                              sizes.dim, scale < 0, tiles[t].q);
+    }
+    const int64_t most = sizes.block_keys();
+    const float to_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
+    for (int64_t key = 0; key < sizes.keys; key += most) {
+      for (int64_t t = 0; t < count; ++t) {
+        const Tile<Operand>& tile = tiles[t];
+        int64_t keys = std::min(most, sizes.keys - key);
+        if (is_causal) keys = std::min(keys, tile.first + tile.count - key);
+        if (keys <= 0) continue;
+        attention::multiply_rows<Operand, false>(keys, steps,
+                                                 operands.keys + key * operands.key_stride,
+                                                 operands.key_stride, tile.q, scores, false);
+        if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
+        attention::weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
+        attention::multiply_rows<Operand, true>(
+            sizes.dim, gemm::steps_of(Operand::kDepth, keys),
+            operands.values + key / Operand::kDepth * operands.value_stride, operands.value_stride,
+            reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      attention::finish(tiles[t], sizes.dim, o.row(batch, h, tiles[t].first), o.row_stride);
+    }
+  }
+
+  void run() const {
+    const int64_t all = sizes.batch * sizes.heads, threads = torch::stable::get_num_threads();
+    const int64_t head_bytes = packed_head() * static_cast<int64_t>(sizeof(Operand));
+    const int64_t group =
+        in_place() ? all : std::clamp<int64_t>(kScratchBytes / head_bytes, 1, all);
+    Scratch<Operand> packed(in_place() ? 0 : group * packed_head());
+    const int64_t tiles = (sizes.queries + kColumns - 1) / kColumns;
+    // A tile's result does not depend on those beside it.
+    const int64_t most = std::clamp<int64_t>(tiles * group / (4 * threads), 1, kMostTiles);
+    const int64_t blocks = (tiles + most - 1) / most;
+    constexpr int64_t kPart = 512;  // of the keys, copied by one thread
+    const int64_t parts = in_place() ? 0 : (sizes.keys + kPart - 1) / kPart;
+    for (int64_t base = 0; base < all; base += group) {
+      const int64_t heads = std::min(group, all - base);
+      if (parts > 0) {
+        torch::stable::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t head = item / parts, first = item % parts * kPart;
+            pack(base + head, first, std::min(first + kPart, sizes.keys),
+                 packed.get() + head * packed_head());
+          }
+        });
+      }
+      torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+        const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
+        Scratch<Operand> queries(most * q_size);
+        Scratch<float> floats(most * (o_size + 2 * kColumns) + sizes.block_keys() * kColumns);
+        Tile<Operand> tile[kMostTiles];
+        for (int64_t t = 0; t < most; ++t) {
+          float* at = floats.get() + t * (o_size + 2 * kColumns);
+          tile[t] = {queries.get() + t * q_size, at, at + o_size, 0, 0};
+        }
+        float* scores = floats.get() + most * (o_size + 2 * kColumns);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t head = item / blocks, block = item % blocks;
+          int64_t count = 0;
+          for (int64_t t = block * most; t < std::min((block + 1) * most, tiles); ++t, ++count) {
+            tile[count].first = t * kColumns;
+            tile[count].count = std::min<int64_t>(kColumns, sizes.queries - t * kColumns);
+          }
+          attend(base + head, tile, count,
+                 head_of(base + head, packed.get() + head * packed_head()), scores);
+        }
+      });
+    }
+  }
+};
+
+// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns a (B, heads, L, D) view of (B, L, heads, D).
+Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q, k: expected 4 dimensions");
+  const Sizes sizes{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3)};
+  const ScalarType dtype = q.scalar_type();
+  const auto checked = [&](const Tensor& t, const char* name, int64_t rows) {
+    check_cpu(t, name);
+    check_shape(t, name, {sizes.batch, sizes.heads, rows, sizes.dim});
+    STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected the dtype of q");
+    return sizes.dim > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
+  };
+  const Tensor queries = checked(q, "q", sizes.queries), keys = checked(k, "k", sizes.keys),
+               values = checked(v, "v", sizes.keys);
+  const int64_t row = sizes.heads * sizes.dim;
+  Tensor o = empty_strided(q.sizes(), {{sizes.queries * row, sizes.dim, row, 1}}, dtype);
+  advise_huge_pages(o);
+  if (o.numel() == 0) return o;
+  STD_TORCH_CHECK(sizes.keys > 0, "k: expected at least one key");
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    const auto view = [](const Tensor& t) {
+      return View<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1),
+                           t.stride(2)};
+    };
+    Attention<T>{sizes,
+                 view(queries),
+                 view(keys),
+                 view(values),
+                 {static_cast<T*>(o.mutable_data_ptr()), sizes.queries * row, sizes.dim, row},
+                 is_causal,
+                 scale}
+        .run();
+  };
+  if (dtype == ScalarType::Float) {
+    run(float());
+  } else if (dtype == ScalarType::BFloat16) {
+    run(simd::BFloat16());
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::Half, "q: expected float32, bfloat16 or float16");
+    run(simd::Half());
+  }
+  return o;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+}
+
+}  // namespace
+}  // namespace sdfast

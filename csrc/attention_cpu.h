@@ -1,0 +1,325 @@
+// One tile of queries against one block of keys: the steps of attention_cpu.cpp on raw pointers.
+//
+// Queries are packed (steps of D, kColumns), so that each lane belongs to one of them. Scores and
+// weights are (keys, kColumns) and o is (D, kColumns): each is at once what one product gives and
+// what the next one takes. All of a tile but the keys stays in L1 at D = 40 and in L2 at D = 512.
+#pragma once
+
+#include <array>
+#include <limits>
+
+#include "cpu_gemm.h"
+#include "cpu_math.h"
+
+namespace sdfast::attention {
+
+using gemm::kColumns;
+using simd::kLanes;
+using simd::Vec;
+using simd::Vecs;
+
+constexpr int64_t kChain = 64;  // steps: a longer chain of additions rounds too much
+
+// The operand a storage type is multiplied as.
+template <typename T>
+struct OperandOf {
+  using Type = gemm::Float32;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<simd::BFloat16> {
+  using Type = gemm::BFloat16Pair;
+};
+#endif
+
+// b where either is NaN.
+SDFAST_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_max_ps(simd::kAllLanes, reinterpret_cast<__m512>(a),
+                                                   reinterpret_cast<__m512>(b)));
+#else
+  return simd::select(a > b, a, b);
+#endif
+}
+
+// rows[i][j] to rows[j][i].
+SDFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
+  simd::Bits low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  // log2(kLanes) times row i is interleaved with row i + kLanes / 2.
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Operands [step, step + kLanes) of a row, of which `steps` exist, as the lanes of a vector.
+template <typename T>
+SDFAST_INLINE Vec load_operands(gemm::Float32, const T* row, int64_t step, int64_t dim) {
+  if (step + kLanes <= dim) return simd::load(row + step, simd::FullVector());
+  return simd::load(row + step, static_cast<int>(dim - step));
+}
+#if defined(__AVX512BF16__)
+SDFAST_INLINE Vec load_operands(gemm::BFloat16Pair, const simd::BFloat16* row, int64_t step,
+                                int64_t dim) {
+  Vec pairs{};
+  if (2 * (step + kLanes) <= dim) {
+    std::memcpy(&pairs, row + 2 * step, sizeof pairs);
+  } else {
+    std::memcpy(&pairs, row + 2 * step, 2 * (dim - 2 * step));
+  }
+  return pairs;
+}
+#endif
+
+// The first column of each group of kLanes out of `size`. The last group overlaps the one before
+// it where size is no multiple: the same values are written twice.
+template <typename F>
+SDFAST_INLINE void for_each_group(int64_t size, const F& f) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    f(size < kLanes ? 0 : std::min(i, size - kLanes));
+  }
+}
+
+// A tile of queries into (steps, kColumns) operands. Beyond `count` the last one is repeated.
+// With `negative`, -q.
+template <typename T, typename Operand>
+void pack_queries(const T* q, int64_t row_stride, int64_t count, int64_t dim, bool negative,
+                  Operand* to) {
+  const int64_t steps = gemm::steps_of(Operand::kDepth, dim);
+  const uint32_t flip = negative ? (Operand::kDepth == 2 ? 0x80008000u : 0x80000000u) : 0;
+  for (int64_t first = 0; first < kColumns; first += kLanes) {
+    for_each_group(steps, [&](int64_t step) {
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const T* row = q + std::min(first + i, count - 1) * row_stride;
+        rows[i] = simd::as_floats(simd::as_bits(load_operands(Operand(), row, step, dim)) ^ flip);
+      }
+      transpose(rows);
+      const int64_t there = std::min<int64_t>(kLanes, steps - step);
+      for (int64_t i = 0; i < there; ++i) {
+        std::memcpy(static_cast<void*>(to + (step + i) * kColumns + first), &rows[i], sizeof(Vec));
+      }
+    });
+  }
+}
+
+// One row of keys: (steps) operands.
+template <typename T>
+void pack_key(const T* k, int64_t dim, gemm::Float32* to) {
+  simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
+    simd::store(&to[i].value, simd::load(k + i, lanes), lanes);
+  });
+}
+// The values of one step: (D) operands.
+template <typename T>
+void pack_value(const T* v, int64_t, int64_t, int64_t dim, gemm::Float32* to) {
+  pack_key(v, dim, to);
+}
+#if defined(__AVX512BF16__)
+inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* to) {
+  if (dim % 2) to[dim / 2].bits = 0;
+  std::memcpy(static_cast<void*>(to), k, dim * sizeof *k);
+}
+// Of two rows, or of one and zeros.
+inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows, int64_t dim,
+                       gemm::BFloat16Pair* to) {
+  simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
+    const Vec first = simd::load(v + i, lanes);
+    const Vec second = rows > 1 ? simd::load(v + row_stride + i, lanes) : Vec{};
+    const Vec pairs = simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+    std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
+  });
+}
+#endif
+
+// c (rows, kColumns) (+)= a b, a as multiply_tile takes it: as few tiles as there can be, all of
+// nearly the same number of rows.
+template <typename Operand, bool kTransposed, int... kR>
+void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t steps, const Operand* a,
+                   int64_t lda, const Operand* b, float* c, bool accumulate) {
+  using Tile = void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool);
+  static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed>...};
+  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
+    const int64_t count = rows / tiles;
+    int64_t step = 0;
+    do {
+      kTiles[count - 1](std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
+                        b + step * kColumns, c, accumulate || step > 0);
+      step += kChain;
+    } while (step < steps);
+    a += count * (kTransposed ? 1 : lda);
+    c += count * kColumns;
+    rows -= count;
+  }
+}
+template <typename Operand, bool kTransposed>
+void multiply_rows(int64_t rows, int64_t steps, const Operand* a, int64_t lda, const Operand* b,
+                   float* c, bool accumulate) {
+  multiply_rows<Operand, kTransposed>(std::make_integer_sequence<int, gemm::kRows>(), rows, steps,
+                                      a, lda, b, c, accumulate);
+}
+
+// The weights of two keys, where their scores were: (2, kColumns) fp32, or (1, kColumns) pairs.
+SDFAST_INLINE void store_weights(gemm::Float32* to, const Vecs<4>& weights) {
+  simd::for_each_of(weights, [&](int i, Vec v) { simd::store(&to[i * kLanes].value, v); });
+}
+#if defined(__AVX512BF16__)
+SDFAST_INLINE void store_weights(gemm::BFloat16Pair* to, const Vecs<4>& weights) {
+  // Rounds half up, on integers: a tie is too rare to matter.
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const simd::Bits low = (simd::as_bits(weights.v[i]) + 0x8000u) >> 16;
+    const simd::Bits high = (simd::as_bits(weights.v[i + 2]) + 0x8000u) & 0xffff0000u;
+    const simd::Bits pairs = low | high;
+    std::memcpy(static_cast<void*>(to + i * kLanes), &pairs, sizeof pairs);
+  }
+}
+#endif
+
+// 2^v for v <= 0 or little above, and never less than 2^kLowest, which is nothing beside the
+// largest weight, 1. Relative error 5e-8; with kCoarse, for weights rounded to bf16, 6e-5.
+constexpr float kLowest = -125.0f;
+template <bool kCoarse, typename V>
+SDFAST_INLINE V power_of_two(const V& exponent) {
+  const V v = simd::at_least(exponent, kLowest);
+#if defined(__AVX512F__)
+  // As simd::exp_in_range, but n's integer part is added to the exponent of the table's entry as an
+  // integer: half of the work then goes past the multipliers. Entry i is 2^(i / 32) less i << 18,
+  // because n << 18 puts the fraction there.
+  static constexpr std::array<uint32_t, 32> kTable = {
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3,
+      0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b,
+      0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a,
+      0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907,
+      0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  simd::Bits low, high;
+  std::memcpy(&low, kTable.data(), sizeof low);
+  std::memcpy(&high, kTable.data() + kLanes, sizeof high);
+  constexpr float kToMultiple = 0x1.8p18f;  // adding it leaves 32 n in the low bits
+  const V shifted = v + kToMultiple;
+  const V r = v - (shifted - kToMultiple);
+  const V power = simd::each(
+      [&](Vec n) {
+        const Vec entry =
+            simd::lookup(simd::as_floats(low), simd::as_floats(high), simd::as_bits(n));
+        return simd::as_floats(simd::as_bits(entry) + (simd::as_bits(n) << 18));
+      },
+      shifted);
+  if constexpr (kCoarse) return power + power * (r * 0.693147181f);
+  return power + power * (r * (r * 0.240226507f + 0.693147182f));
+#else
+  return simd::exp_in_range(v * 0.693147181f);
+#endif
+}
+
+// One tile of queries on its way over the keys.
+template <typename Operand>
+struct Tile {
+  Operand* q;            // (steps, kColumns)
+  float* o;              // (D, kColumns)
+  float* stats;          // (2, kColumns): what is subtracted from the scores, sum of the weights
+  int64_t first, count;  // queries
+};
+
+constexpr float kSlack = 8.0f;
+// Scores to weights 2^(scale score - reference), in place, and the tile's statistics brought up to
+// date. The reference is a maximum, of some block: it follows the running maximum, and o and the
+// sum are rescaled, only where that is more than kSlack beyond; almost never after the first block.
+// scores: (keys rounded up to even, kColumns).
+template <typename Operand>
+void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bool first,
+           float* scores) {
+  constexpr bool kCoarse = Operand::kDepth == 2;
+  const auto row_pair = [&](int64_t key) {
+    return simd::make_vecs<4>(
+        [&](int i) { return simd::load(scores + key * kColumns + i * kLanes); });
+  };
+  const Vec lowest = simd::broadcast(-std::numeric_limits<float>::infinity());
+  if (keys % 2) {
+    for (int i = 0; i < 2; ++i) simd::store(scores + keys * kColumns + i * kLanes, lowest);
+  }
+  Vecs<4> most = row_pair(0);
+  for (int64_t key = 2; key < keys; key += 2) {
+    most = simd::each([](Vec a, Vec b) { return larger(a, b); }, most, row_pair(key));
+  }
+  most = most * scale;
+  float *reference = tile.stats, *sum = tile.stats + kColumns;
+  Vecs<2> shift = simd::make_vecs<2>([&](int i) { return larger(most.v[i], most.v[i + 2]); });
+  Vecs<2> sums{};
+  if (!first) {
+    const Vecs<2> before =
+        simd::make_vecs<2>([&](int i) { return simd::load(reference + i * kLanes); });
+    shift =
+        simd::each([](Vec a, Vec b) { return simd::select(a > b + kSlack, a, b); }, shift, before);
+    sums = simd::make_vecs<2>([&](int i) { return simd::load(sum + i * kLanes); });
+    if (std::memcmp(&shift, reference, sizeof shift) != 0) {
+      const Vecs<2> factor = power_of_two<false>(before - shift);
+      sums = sums * factor;
+      for (int64_t d = 0; d < dim; ++d) {
+        for (int i = 0; i < 2; ++i) {
+          float* o = tile.o + d * kColumns + i * kLanes;
+          simd::store(o, simd::load(o) * factor.v[i]);
+        }
+      }
+    }
+  }
+  const Vecs<4> shifts{{shift.v[0], shift.v[1], shift.v[0], shift.v[1]}};
+  Vecs<4> total{{sums.v[0], sums.v[1], Vec{}, Vec{}}};
+  Operand* weights = reinterpret_cast<Operand*>(scores);
+  for (int64_t key = 0; key < keys; key += 2) {
+    const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
+    total = total + weight;
+    store_weights(weights + key / Operand::kDepth * kColumns, weight);
+  }
+  simd::for_each_of(shift, [&](int i, Vec v) { simd::store(reference + i * kLanes, v); });
+  simd::store(sum, total.v[0] + total.v[2]);
+  simd::store(sum + kLanes, total.v[1] + total.v[3]);
+}
+
+// Hides the keys after each query's own position. scores: keys from `key` on.
+inline void hide_later_keys(int64_t query, int64_t key, int64_t keys, float* scores) {
+  for (int64_t i = std::max<int64_t>(0, query + 1 - key); i < keys; ++i) {
+    const int64_t hidden = std::min<int64_t>(key + i - query, kColumns);
+    std::fill_n(scores + i * kColumns, hidden, -std::numeric_limits<float>::infinity());
+  }
+}
+
+// o (D, kColumns) divided by the sums into rows of the result.
+template <typename Operand, typename T>
+void finish(const Tile<Operand>& tile, int64_t dim, T* to, int64_t row_stride) {
+  for (int64_t first = 0; first < tile.count; first += kLanes) {
+    const Vec factor = 1.0f / simd::load(tile.stats + kColumns + first);
+    const int64_t count = std::min<int64_t>(kLanes, tile.count - first);
+    for_each_group(dim, [&](int64_t d) {
+      Vec rows[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        rows[i] = simd::load(tile.o + std::min(d + i, dim - 1) * kColumns + first) * factor;
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < count; ++i) {
+        T* row = to + (first + i) * row_stride + d;
+        if (dim < kLanes) {
+          simd::store(row, rows[i], static_cast<int>(dim));
+        } else {
+          simd::store(row, rows[i], simd::FullVector());
+        }
+      }
+    });
+  }
+}
+
+}  // namespace sdfast::attention
