@@ -180,8 +180,8 @@ _forward_op = _library.define_native(
 )
 
 
-# Winograd's copy of a weight is four times the weight (eight, of a bf16 one), and what it saves grows with the
-# pixels that share it: these many make it worth the memory.
+# Winograd's copy of a weight is four times the weight (eight, of a bf16 one), and what it saves grows with
+# the pixels that share it: these many make it worth the memory.
 _WINOGRAD_PIXELS = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 2048}
 
 
