@@ -1,4 +1,4 @@
-"""conv2d against eager torch at the convolutions of Stable Diffusion 1.5, U-Net and VAE decoder, fp32 and bf16.
+"""conv2d against eager torch at the convolutions of Stable Diffusion 1.5 (U-Net, VAE decoder), fp32 and bf16.
 
     python benchmarks/bench_conv2d.py [--output FILE] [--rounds N] [--threads N]
     pytest benchmarks/bench_conv2d.py

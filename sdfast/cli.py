@@ -173,8 +173,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
     from sdfast.dispatch import use_backend
+    from sdfast.memory import keep_freed_memory
     from sdfast.pipelines import StableDiffusion
 
+    keep_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = _device(arguments.device)
