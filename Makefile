@@ -18,7 +18,12 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_models.py
+	$(RUN) benchmarks/bench_conv2d.py
+	$(RUN) benchmarks/bench_linear.py
+	$(RUN) benchmarks/bench_attention.py
 	$(RUN) benchmarks/bench_group_norm.py
+	$(RUN) benchmarks/bench_layer_norm.py
+	$(RUN) benchmarks/bench_diffusion_step.py
 	$(RUN) benchmarks/bench_digits_quality.py
 	$(RUN) benchmarks/report.py
 

@@ -3,15 +3,13 @@
     python benchmarks/bench_attention.py [--output FILE] [--rounds N] [--threads N]
     pytest benchmarks/bench_attention.py
 
-Every result is checked against fp64 before it is timed. Eager and sdfast take turns in one process, and with
-them a matrix product through `ops.linear`, large enough to run at this machine's rate: `of_product` is what
-attention's 4 L S D flops reach of it in this moment. q, k, v are transposed views, as in a model.
+Every result is checked against fp64 before it is timed; the two take turns in one process. Rates count
+4 L S D operations. q, k, v are transposed views, as in a model.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import pathlib
 import sys
 from collections.abc import Callable
@@ -22,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.testing import assert_within_budget, spread, time_alternating
+from sdfast.testing import assert_within_budget
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from _beside_eager import PRODUCT_COLUMNS, measure_products  # noqa: E402
 from _record import results_path, table, write_json  # noqa: E402
 
 # (B, heads, L, S, D) and whether it is causal: the U-Net at 512x512 with a guided batch of 2 ...
@@ -80,49 +79,14 @@ def measure(setting: Setting, dtype: torch.dtype, rounds: int, is_causal: bool =
     """Check and time one setting."""
     call = Call(setting, dtype, is_causal)
     call.check()
-    tokens, weight = torch.randn(1536, 768).to(dtype), torch.randn(1536, 768).to(dtype)
-    functions = {
-        "eager": call.eager,
-        "sdfast": call.sdfast,
-        "product": lambda: ops.linear(tokens, weight),
-    }
-    # Small settings take microseconds: more rounds cost nothing and a median of few says little.
-    rounds = max(5, min(20 * rounds, rounds * 2**33 // call.flops))
-    gc.collect()
-    gc.disable()
-    samples = time_alternating(functions, rounds=rounds, limit_seconds=3)
-    gc.enable()
-    milliseconds = {name: [1e3 * s for s in spread(times)] for name, times in samples.items()}
-    eager, fast, product = (milliseconds[name][1] for name in ("eager", "sdfast", "product"))
-    product_gflops = 2 * tokens.shape[0] * weight.numel() / product / 1e6
-    ratio_p20, ratio, ratio_p80 = spread(
-        [e / s for e, s in zip(samples["eager"], samples["sdfast"], strict=True)]
-    )
+    ways = {"eager": call.eager, "sdfast": call.sdfast}
+    times = measure_products(ways, flops=call.flops, dtype=dtype, rounds=rounds)
     return {
         "shape": "x".join(map(str, setting)),
         "dtype": str(dtype).removeprefix("torch."),
         "is_causal": is_causal,
-        "rounds": len(samples["eager"]),
-        "eager_ms": eager,
-        "sdfast_ms": fast,
-        "sdfast_p20_ms": milliseconds["sdfast"][0],
-        "sdfast_p80_ms": milliseconds["sdfast"][2],
-        "eager_p20_ms": milliseconds["eager"][0],
-        "eager_p80_ms": milliseconds["eager"][2],
-        "ratio": ratio,  # the median of eager / sdfast of neighbours in time
-        "ratio_p20": ratio_p20,
-        "ratio_p80": ratio_p80,
-        "gflop_per_s": call.flops / fast / 1e6,
-        "eager_gflop_per_s": call.flops / eager / 1e6,
-        "product_gflop_per_s": product_gflops,
-        "of_product": call.flops / fast / 1e6 / product_gflops,
+        **times,
     }
-
-
-COLUMNS = {
-    "shape": "", "dtype": "", "eager_ms": ".3f", "sdfast_ms": ".3f", "sdfast_p20_ms": ".3f",
-    "sdfast_p80_ms": ".3f", "ratio": ".2f", "ratio_p20": ".2f", "gflop_per_s": ".0f", "of_product": ".0%",
-}  # fmt: skip
 
 
 def main() -> None:
@@ -148,7 +112,8 @@ def main() -> None:
                 for dtype in (torch.float32, torch.bfloat16)
                 for setting in settings
             ]
-        print(f"\n{title}, {options.threads} threads\n{table(part, COLUMNS)}", flush=True)
+        columns = {"shape": "", **PRODUCT_COLUMNS}
+        print(f"\n{title}, {options.threads} threads\n{table(part, columns)}", flush=True)
         rows += [{"model": title, **row} for row in part]
     write_json(options.output, rows)
     print(f"\nwritten to {options.output}")

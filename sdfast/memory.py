@@ -21,8 +21,8 @@ def total_memory_bytes(device: torch.device) -> int | None:
 def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, for a process that runs models and little else; False where it cannot.
 
-    By default every tensor above 32 MB is mapped anew and its pages are zeroed by the kernel at first touch: a
-    VAE decoding 512x512 spends a quarter of its time so. The process then never shrinks below its peak.
+    By default every tensor above 32 MB is mapped anew, and the kernel zeroes its pages at first touch, which
+    takes a VAE longer than its normalisations. The process then never shrinks below its peak.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
