@@ -141,8 +141,12 @@ def results_md(records: dict[str, Row]) -> list[str]:
                 "eager GFLOP/s",
                 "GFLOP/s",
             )
-            lines += ["Rates count the direct algorithm's operations; Winograd does a quarter of them.", ""]
-            lines += markdown_table((*head, "GFLOP/s", "of peak"), product_rows(record))
+            if kind == "conv2d":
+                lines += [
+                    "Rates count the direct algorithm's operations; Winograd does a quarter of them.",
+                    "",
+                ]
+            lines += markdown_table((*head, "of peak"), product_rows(record))
         elif kind in ("layer_norm", "diffusion_step"):
             head = ("shape", "work", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
             lines += markdown_table(head, bandwidth_rows(record))

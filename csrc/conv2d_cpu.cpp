@@ -97,6 +97,7 @@ Tensor pack_winograd(const Tensor& weight, const Kernels<T>& kernels) {
 Tensor conv2d_pack(Tensor weight, int64_t algorithm, bool upsample) {
   check_cpu(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 4, "weight: expected (out_channels, channels, height, width)");
+  STD_TORCH_CHECK(weight.numel() > 0, "weight: expected at least one element");
   const bool is_3x3 = weight.size(2) == 3 && weight.size(3) == 3;
   const bool winograd = algorithm == static_cast<int64_t>(Algorithm::kWinograd);
   STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "weight: expected a 3x3 kernel");
@@ -133,8 +134,9 @@ Tensor conv2d_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
   s.stride = stride;
   s.left = padding[0];
   s.top = padding[2];
-  STD_TORCH_CHECK(stride >= 1 && std::min(s.left, s.top) >= 0 && out_channels > 0,
-                  "stride, padding, out_channels: out of range");
+  STD_TORCH_CHECK(stride >= 1 && std::min(s.left, s.top) >= 0 && s.channels >= 1 &&
+                      std::min({out_channels, kernel_height, kernel_width}) >= 1,
+                  "stride, padding, kernel, channels: out of range");
   s.out_height = (s.height + padding[2] + padding[3] - kernel_height) / stride + 1;
   s.out_width = (s.width + padding[0] + padding[1] - kernel_width) / stride + 1;
   const bool is_3x3 = kernel_height == 3 && kernel_width == 3 && stride == 1;

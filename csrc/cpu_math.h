@@ -1,4 +1,4 @@
-// exp, sigmoid and silu of fp32 vectors, for one vector or for several side by side.
+// exp, sigmoid, silu and gelu of fp32 vectors, for one vector or for several side by side.
 //
 // Such a chain of operations waits for itself: its latency is ten times its throughput, and a core
 // looks ahead no further than about five chains. `Vecs<N>` takes N of them through each operation

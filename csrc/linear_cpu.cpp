@@ -239,12 +239,20 @@ int64_t fingerprint(Tensor weight) {
   const int64_t size = weight.element_size(), count = weight.numel();
   const auto* bytes = static_cast<const uint8_t*>(weight.const_data_ptr());
   uint64_t hash = 1469598103934665603u;
-  const int64_t places =
-      weight.is_contiguous() ? std::min(count, kPlaces) : std::min<int64_t>(count, 1);
+  // Element i of the tensor, whatever its strides.
+  const auto offset = [&](int64_t i) {
+    int64_t at = 0;
+    for (int64_t axis = weight.dim(); axis-- > 0;) {
+      at += i % weight.size(axis) * weight.stride(axis);
+      i /= weight.size(axis);
+    }
+    return at * size;
+  };
+  const int64_t places = std::min(count, kPlaces);
   for (int64_t i = 0; i < places; ++i) {
     uint64_t value = 0;
-    std::memcpy(&value, bytes + i * (count - 1) / std::max<int64_t>(places - 1, 1) * size,
-                std::min<int64_t>(size, 8));
+    const int64_t element = i * (count - 1) / std::max<int64_t>(places - 1, 1);
+    std::memcpy(&value, bytes + offset(element), std::min<int64_t>(size, 8));
     hash = (hash ^ value) * 1099511628211u;
   }
   return static_cast<int64_t>(hash);

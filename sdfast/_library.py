@@ -97,6 +97,8 @@ def _load_cpu_library() -> LibraryStatus:
         except OSError as error:
             problems.append(f"{path.name}: {error.__cause__ or error}")
             continue
+        if isa == "avx512_bf16":
+            _kernels.add(("bf16_pairs", "cpu"))  # bf16 is multiplied as such, not widened
         return LibraryStatus(path.stem, True, f"loaded for {isa}")
     return LibraryStatus(
         "_C_cpu",

@@ -2,7 +2,8 @@
 
 A copy belongs to the weight tensor and dies with it. It is made anew when the weight's version counter has
 moved (an optimiser's step, `load_state_dict`), its storage is another, or the values at a few places differ:
-`weight.data += ...`, the way LoRAs are merged, moves no counter.
+`weight.data += ...`, the way LoRAs are merged, moves no counter, nor does a write to an inference tensor.
+Where such a write touches few elements, call `clear`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sdfast import _library
 
-State = tuple[int, int, int]
+State = tuple[object, ...]
 
 _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambda weight: 0)
 
@@ -48,15 +50,28 @@ def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor]) -> Tenso
     return copy
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether the weight has values to copy: a subclass or a fake tensor may have none."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.layout is torch.strided
+
+
+def is_lasting(weight: Tensor) -> bool:
+    """Whether its copy serves again: a view is a new tensor at every call, and would be packed each time."""
+    return torch.compiler.is_compiling() or not weight._is_view()
+
+
 def _state_of(weight: Tensor) -> State:
     version = 0 if weight.is_inference() else weight._version
-    return version, weight.data_ptr(), _fingerprint(weight.detach())
+    layout = (weight.dtype, weight.shape, weight.stride())
+    return version, weight.data_ptr(), _fingerprint(weight.detach()), layout
 
 
 def packed_bytes() -> int:
     """Memory that packed copies of living weights hold."""
     return sum(
-        copy.numel() * copy.element_size() for copies in _copies.values() for copy in copies.by_kind.values()
+        copy.numel() * copy.element_size()
+        for copies in list(_copies.values())
+        for copy in list(copies.by_kind.values())
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from processes import run_with_library
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdfast import _library, dispatch, ops
+from sdfast import _library, dispatch, ops, packing
 from sdfast.ops.conv2d import ALGORITHMS, NormPrologue, _algorithm, _sides, conv2d_torch
 from sdfast.testing import assert_within_budget, relative_error
 
@@ -24,7 +25,10 @@ CASES = (
     (1, 5, 6, 6, 7, 5, 1, 2),
     (3, 40, 5, 13, 48, 3, 1, 1),
     (1, 32, 6, 6, 32, 3, 1, 0),
+    (1, 2561, 3, 3, 33, 1, 1, 0),  # channels in several parts, odd
+    (1, 2560, 3, 3, 33, 1, 1, 0),
 )
+ROUNDS = (2, 1400, 20, 20, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
 WINOGRAD_ERROR = 5e-5  # relative, a layer
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("conv2d_packed", "cpu"), reason=_library.load_cpu_library().detail
@@ -90,6 +94,10 @@ def test_winograd(dtype: torch.dtype, upsample: bool) -> None:
         assert relative_error(actual, exact) <= allowed, case
         tried += 1
     assert tried == 4
+    if dtype == torch.float32:
+        args, keywords = make(ROUNDS, dtype)
+        exact = references(args, keywords)[1]
+        assert relative_error(convolve("winograd", args, keywords), exact) <= WINOGRAD_ERROR
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -100,6 +108,8 @@ def test_layouts_and_strides(dtype: torch.dtype) -> None:
     wider = torch.full((2, 36, 11, 10), float("nan"), dtype=dtype)
     view = wider[:, 2:35, 1:10, 1:9]
     view.copy_(x)
+    spread = torch.empty(68, dtype=dtype)[::2].copy_(bias)
+    assert torch.equal(ops.conv2d(x, weight, spread, stride, padding, **keywords, backend="cpu"), expected)
     for other in (x.contiguous(), view):
         y = ops.conv2d(other, weight, bias, stride, padding, **keywords, backend="cpu")
         assert torch.equal(y, expected)
@@ -129,6 +139,7 @@ def test_bits_do_not_depend_on_threads(algorithm: str) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(convolve(algorithm, args, keywords))
+        torch.set_num_threads(1)
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -168,9 +179,47 @@ def test_compiles_whole() -> None:
     def run(x: Tensor) -> Tensor:
         return ops.conv2d(x, *args[1:], **keywords) * 2
 
+    packing.clear()
     with torch.no_grad():
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(args[0]), run(args[0]))
+    assert packing.packed_bytes() > 0  # it was the kernel
+
+
+def test_a_size_of_a_model_gets_winograd() -> None:
+    args, keywords = make((1, 32, 46, 46, 32, 3, 1, 1), torch.float32)
+    y = ops.conv2d(*args, **keywords)
+    assert torch.equal(y, convolve("winograd", args, keywords))
+    assert relative_error(y, references(args, keywords)[1]) <= WINOGRAD_ERROR
+
+
+def test_the_copy_follows_a_channels_last_weight() -> None:
+    layer = torch.nn.Conv2d(32, 40, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 32, 9, 9)
+    with torch.no_grad():
+        before = ops.conv2d(x, layer.weight, layer.bias, padding=1, backend="cpu")
+        layer.weight.data[20:] *= 2
+        after = ops.conv2d(x, layer.weight, layer.bias, padding=1, backend="cpu")
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, layer(x))
+
+
+def test_an_empty_kernel_is_left_to_torch() -> None:
+    with pytest.raises(ValueError, match="not empty"):
+        ops.conv2d(torch.randn(1, 32, 8, 8), torch.empty(32, 32, 0, 3), backend="cpu")
+    for weight in (torch.empty(4, 0, 3, 3), torch.empty(4, 3, 0, 3)):
+        with pytest.raises(RuntimeError, match="at least one element"):
+            torch.ops.sdfast.conv2d_pack(weight, 0, False)
+
+
+def test_autocast_and_fake_tensors_go_through_torch() -> None:
+    args, _ = make((1, 32, 9, 8, 40, 3, 1, 1), torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert ops.conv2d(*args).dtype == torch.bfloat16
+        assert ops.linear(torch.randn(3, 8), torch.randn(6, 8)).dtype == torch.bfloat16
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in args[:3]]
+        assert ops.conv2d(*fakes, *args[3:]).shape == (1, 40, 9, 8)
 
 
 def test_opcheck() -> None:

@@ -83,6 +83,7 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(ops.linear(x, weight, bias, activation="geglu", residual=residual, backend="cpu"))
+        torch.set_num_threads(1)
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -143,9 +144,11 @@ def test_compiles_whole() -> None:
     def run(x: Tensor) -> Tensor:
         return ops.linear(x.view(4, 5, 24), weight, bias, activation="geglu") * 2
 
+    packing.clear()
     with torch.no_grad():
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), run(x))
+    assert packing.packed_bytes() > 0  # it was the kernel
 
 
 def test_opcheck() -> None:

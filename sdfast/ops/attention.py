@@ -83,6 +83,8 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
         reason = f"q is on {q.device}, the kernel runs on cpu"
     elif q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
         reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
+    elif torch.is_autocast_enabled("cpu"):
+        reason = "under autocast torch decides the dtypes"
     elif mask is not None:
         reason = "it takes no mask; use torch or reference"
     elif q.numel() == 0 or k.numel() == 0:

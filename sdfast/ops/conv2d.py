@@ -153,6 +153,8 @@ def _forward(
         residual = residual.contiguous(memory_format=torch.channels_last)
     if time_embedding is not None:
         time_embedding = time_embedding.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     return cast(
         Tensor,
         _packed_op(
@@ -182,7 +184,7 @@ _forward_op = _library.define_native(
 
 # Winograd's copy of a weight is four times the weight (eight, of a bf16 one), and what it saves grows with
 # the pixels that share it: these many make it worth the memory.
-_WINOGRAD_PIXELS = {torch.float32: 2048, torch.bfloat16: 8192, torch.float16: 2048}
+_WINOGRAD_PIXELS = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 2048}
 
 
 def _algorithm(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str:
@@ -191,10 +193,20 @@ def _algorithm(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str:
     suits = kernel == [3, 3] and stride == 1 and min(channels_in, channels_out) >= 32
     if not suits or dispatch.numerics() != "fast":
         return "direct"
-    if upsample and x.dtype == torch.bfloat16 and _library.cpu_isa() == "avx512_bf16":
+    if upsample and x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu"):
         return "direct"  # four 2x2 convolutions in pairs of bf16 were measured faster
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     return "winograd" if pixels >= _WINOGRAD_PIXELS[x.dtype] else "direct"
+
+
+def _suits_torch(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> bool:
+    """Where torch was measured faster: few channels, strides, and bf16 between the two algorithms."""
+    channels_out, channels_in = weight.shape[:2]
+    if min(channels_in, channels_out) < 16 or stride > 1 or not packing.is_lasting(weight):
+        return True
+    if x.dtype != torch.bfloat16 or upsample or x.shape[0] * x.shape[2] * x.shape[3] < 1024:
+        return False
+    return _algorithm(x, weight, stride, upsample) == "direct"
 
 
 def conv2d_cpu(
@@ -234,11 +246,18 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _unavailable(x: Tensor, *others: Tensor | None) -> dict[str, str]:
+def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
-    if x.numel() == 0 or any(t is not None and t.dtype != x.dtype for t in others):
-        return {**NO_KERNEL_YET, "cpu": "it takes tensors of one dtype that are not empty"}
-    return unavailable("conv2d_packed", "x", x.device.type, x.dtype, needs_gradient=requires_grad(x, *others))
+    if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
+        reason = "it takes tensors of one dtype that are not empty"
+    elif torch.is_autocast_enabled(x.device.type):
+        reason = "under autocast torch decides the dtypes"
+    elif not (torch.compiler.is_compiling() or packing.can_pack(weight)):
+        reason = "it packs weights that are plain tensors"
+    else:
+        needs_gradient = requires_grad(x, weight, *others)
+        return unavailable("conv2d_packed", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+    return {**NO_KERNEL_YET, "cpu": reason}
 
 
 def conv2d(
@@ -274,8 +293,8 @@ def conv2d(
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        y (N, C_out, H_out, W_out) in the dtype of `x`; with `stats_groups` the tuple
-        (y, mean, rstd), the last two fp32 (fp64 for fp64) of shape (N, stats_groups).
+        y (N, C_out, H_out, W_out) in the dtype of `x`, channels_last where a kernel serves; with
+        `stats_groups` the tuple (y, mean, rstd), the last two (N, stats_groups), fp32 (fp64 for fp64).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -308,10 +327,7 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    # A handful of channels fills no vector, and a stride of 2 gathers more than it multiplies: torch was
-    # measured faster there.
-    torch_first = x.device.type == "cpu" and (min(channels_in, channels_out) < 16 or stride > 1)
-    order = ("torch",) if torch_first else None
+    order = ("torch",) if x.device.type == "cpu" and _suits_torch(x, weight, stride, upsample) else None
     serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(

@@ -140,11 +140,18 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _unavailable(x: Tensor, *others: Tensor | None) -> dict[str, str]:
+def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
-    if x.numel() == 0 or any(t is not None and t.dtype != x.dtype for t in others):
-        return {**NO_KERNEL_YET, "cpu": "it takes tensors of one dtype that are not empty"}
-    return unavailable("linear_packed", "x", x.device.type, x.dtype, needs_gradient=requires_grad(x, *others))
+    if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
+        reason = "it takes tensors of one dtype that are not empty"
+    elif torch.is_autocast_enabled(x.device.type):
+        reason = "under autocast torch decides the dtypes"
+    elif not (torch.compiler.is_compiling() or packing.can_pack(weight)):
+        reason = "it packs weights that are plain tensors"
+    else:
+        needs_gradient = requires_grad(x, weight, *others)
+        return unavailable("linear_packed", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+    return {**NO_KERNEL_YET, "cpu": reason}
 
 
 def linear(
@@ -188,6 +195,7 @@ def linear(
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
     reasons = _unavailable(x, weight, bias, residual)
-    serve = dispatch.choose("linear", x.device.type, reasons, backend)
+    order = None if packing.is_lasting(weight) else ("torch",)
+    serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)
