@@ -12,14 +12,14 @@
 
 #include <cmath>
 
-#include "tensor_checks.h"
+#include "cpu_tensors.h"
 
 namespace sdfast {
 namespace {
 
-using attention::OperandOf;
 using attention::Tile;
 using gemm::kColumns;
+using gemm::OperandOf;
 
 constexpr int64_t kMostKeys = 192;  // in a block
 constexpr int64_t kMostTiles = 4;   // of queries, that share a block of keys while it is in L2
@@ -200,7 +200,7 @@ Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double sc
   advise_huge_pages(o);
   if (o.numel() == 0) return o;
   STD_TORCH_CHECK(sizes.keys > 0, "k: expected at least one key");
-  const auto run = [&](auto element) {
+  with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const auto view = [](const Tensor& t) {
       return View<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1),
@@ -214,15 +214,7 @@ Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double sc
                  is_causal,
                  scale}
         .run();
-  };
-  if (dtype == ScalarType::Float) {
-    run(float());
-  } else if (dtype == ScalarType::BFloat16) {
-    run(simd::BFloat16());
-  } else {
-    STD_TORCH_CHECK(dtype == ScalarType::Half, "q: expected float32, bfloat16 or float16");
-    run(simd::Half());
-  }
+  });
   return o;
 }
 

@@ -20,18 +20,6 @@ using simd::Vecs;
 
 constexpr int64_t kChain = 64;  // steps: a longer chain of additions rounds too much
 
-// The operand a storage type is multiplied as.
-template <typename T>
-struct OperandOf {
-  using Type = gemm::Float32;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct OperandOf<simd::BFloat16> {
-  using Type = gemm::BFloat16Pair;
-};
-#endif
-
 // b where either is NaN.
 SDFAST_INLINE Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)

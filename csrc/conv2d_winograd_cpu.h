@@ -6,8 +6,8 @@
 // y. A quarter of the direct algorithm's multiplications. A round of tiles is transformed by all
 // threads into a buffer that stays in L3; then threads take blocks of tiles and two panels of
 // channels through (2) and (3) in L2. Bytes: x 2.25 times from cache, its transform written and
-// read once a pair of panels, y once. Limit: fused multiply-adds. Relative error a few 1e-6, as the
-// transforms cancel.
+// read once a pair of panels, y once. Limit: fused multiply-adds. The transforms cancel, so it
+// rounds more than the direct algorithm: tests/test_conv2d.py says how much.
 #pragma once
 
 #include "conv2d_cpu.h"

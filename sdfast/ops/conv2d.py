@@ -130,9 +130,8 @@ def _forward_fake(
     residual: Tensor | None,
     algorithm: int,
 ) -> Tensor:
-    size = _output_size(x, (weight.shape[2], weight.shape[3]), stride, padding, upsample)
-    y = x.new_empty((x.shape[0], weight.shape[0], *size))
-    return y.to(memory_format=torch.channels_last)
+    more = (algorithm, *weight.shape[:1], *weight.shape[2:], stride, padding, upsample)
+    return _packed_fake(x, weight, bias, time_embedding, residual, *more)
 
 
 def _forward(
@@ -309,9 +308,7 @@ def conv2d(
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride: got {stride}, expected one int, at least 1")
     sides = _sides(padding)
-    scale = 2 if upsample else 1
-    out_height = (height * scale + sides[2] + sides[3] - kernel_height) // stride + 1
-    out_width = (width * scale + sides[0] + sides[1] - kernel_width) // stride + 1
+    out_height, out_width = _output_size(x, (kernel_height, kernel_width), stride, sides, upsample)
     if out_height < 1 or out_width < 1:
         raise ValueError(
             f"x: {height}x{width} is smaller than the {kernel_height}x{kernel_width} kernel; enlarge padding"
