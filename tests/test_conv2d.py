@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdfast import _library, dispatch, ops, packing
-from sdfast.ops.conv2d import ALGORITHMS, NormPrologue, _algorithm, _sides, conv2d_torch
+from sdfast.ops._conv2d_cpu import ALGORITHMS, algorithm_for
+from sdfast.ops.conv2d import NormPrologue, _sides, conv2d_torch
 from sdfast.testing import assert_within_budget, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,12 +157,12 @@ def test_a_nan_reaches_only_its_neighbours(algorithm: str) -> None:
 
 def test_algorithm_of_a_size() -> None:
     weight = torch.empty(320, 320, 3, 3)
-    assert _algorithm(torch.empty(2, 320, 64, 64), weight, 1, False) == "winograd"
-    assert _algorithm(torch.empty(2, 320, 16, 16), weight, 1, False) == "direct"
-    assert _algorithm(torch.empty(2, 320, 16, 16), weight, 1, True) == "winograd"
-    assert _algorithm(torch.empty(2, 320, 64, 64), weight, 2, False) == "direct"
+    assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 1, False) == "winograd"
+    assert algorithm_for(torch.empty(2, 320, 16, 16), weight, 1, False) == "direct"
+    assert algorithm_for(torch.empty(2, 320, 16, 16), weight, 1, True) == "winograd"
+    assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 2, False) == "direct"
     with dispatch.use_numerics("exact"):
-        assert _algorithm(torch.empty(2, 320, 64, 64), weight, 1, False) == "direct"
+        assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 1, False) == "direct"
 
 
 def test_norm_prologue_and_statistics() -> None:
