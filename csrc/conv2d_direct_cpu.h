@@ -130,6 +130,37 @@ void gather(const Shape& s, const Phase& phase, const Depth& depth, const T* x, 
 }
 
 // packed: the phases one after the other.
+// From sums of pixels of one phase to y.
+template <typename T>
+struct Epilogue {
+  const Shape& shape;
+  const Phase& phase;
+  const Added<T>& added;
+  T* y;
+
+  struct Pixel {
+    int64_t image, index;  // over all images
+  };
+  Pixel pixel(int64_t row) const {
+    const int64_t pixels = phase.rows * phase.columns, image = row / pixels, i = row % pixels;
+    const int64_t y = phase.first_y + i / phase.columns * phase.spread;
+    const int64_t x = phase.first_x + i % phase.columns * phase.spread;
+    return {image, image * shape.pixels() + y * shape.out_width + x};
+  }
+
+  void operator()(int64_t begin, int64_t count, int64_t column, const float* c) const {
+    const int64_t end = std::min<int64_t>(column + gemm::kColumns, shape.out_channels);
+    for (int64_t r = 0; r < count; ++r) {
+      const Pixel to = pixel(begin + r);
+      simd::for_each_vector(column, end, [&](int64_t o, auto lanes) {
+        const Vec sum = simd::load(c + r * gemm::kColumns + (o - column));
+        simd::store(y + to.index * shape.out_channels + o,
+                    finished(added, shape, sum, to.image, to.index, o, lanes), lanes);
+      });
+    }
+  }
+};
+
 template <typename T, typename Operand>
 void run(const Shape& s, const T* x, const Operand* packed, const Added<T>& added, T* y) {
   for (const Phase& phase : phases_of(s)) {
@@ -155,21 +186,7 @@ void run(const Shape& s, const T* x, const Operand* packed, const Added<T>& adde
       }
       return gemm::Rows<Operand>{scratch, steps};
     };
-    const auto finish = [&](int64_t begin, int64_t count, int64_t column, const float* c) {
-      const int64_t end = std::min<int64_t>(column + gemm::kColumns, s.out_channels);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t image = (begin + r) / pixels, pixel = (begin + r) % pixels;
-        const int64_t row = phase.first_y + pixel / phase.columns * phase.spread;
-        const int64_t col = phase.first_x + pixel % phase.columns * phase.spread;
-        const int64_t to = image * s.pixels() + row * s.out_width + col;
-        simd::for_each_vector(column, end, [&](int64_t o, auto lanes) {
-          const Vec sum = simd::load(c + r * gemm::kColumns + (o - column));
-          simd::store(y + to * s.out_channels + o, finished(added, s, sum, image, to, o, lanes),
-                      lanes);
-        });
-      }
-    };
-    gemm::multiply<Operand>(shape, packed, rows_of, finish);
+    gemm::multiply<Operand>(shape, packed, rows_of, Epilogue<T>{s, phase, added, y});
     packed += gemm::packed_size<Operand>(shape);
   }
 }

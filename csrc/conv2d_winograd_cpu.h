@@ -180,7 +180,8 @@ void run(const Shape& s, const T* x, const float* packed, const Added<T>& added,
             gemm::multiply_panel<gemm::Float32>(
                 count, s.channels, {reinterpret_cast<const gemm::Float32*>(a), channels},
                 reinterpret_cast<const gemm::Float32*>(b),
-                sums.get() + ((p - panel) * kPoints + point) * kSumStride, false);
+                sums.get() + ((p - panel) * kPoints + point) * kSumStride, kColumns, false,
+                [](int64_t, int64_t, const float*) {});
           }
         }
         for (int64_t p = panel; p < panel_end; ++p) {

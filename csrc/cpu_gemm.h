@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -149,18 +150,22 @@ int64_t packed_size(const Shape& shape) {
   return shape.panels() * shape.steps * kColumns;
 }
 
-// c for one block of rows and one panel: all tiles, the last one narrower where rows end.
-template <typename Operand>
+// c for one block of rows and one panel, tile by tile, the last ones narrower where rows end. A
+// tile's sums are at c + row * c_stride, (count, kColumns), and finish(row, count, sums) follows
+// while they are in L1.
+template <typename Operand, typename Finish>
 void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
-                    float* c, bool accumulate) {
+                    float* c, int64_t c_stride, bool accumulate, const Finish& finish) {
   int64_t row = 0;
   const auto tile = [&](auto count) {
+    float* sums = c + row * c_stride;
     int64_t step = 0;
     do {
       multiply_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step, a.stride,
-                           panel + step * kColumns, c + row * kColumns, accumulate || step > 0);
+                           panel + step * kColumns, sums, accumulate || step > 0);
       step += kChain;
     } while (step < steps);
+    finish(row, static_cast<int64_t>(count), sums);
     row += count;
   };
   while (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
@@ -168,10 +173,11 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
   for (; row < rows;) tile(std::integral_constant<int, 1>());
 }
 
-// How a product is cut. Rows in blocks and K in parts that depend on the shape alone; columns in
-// `splits` only where there are fewer blocks than threads could share.
+// How a product is cut: rows in blocks that fit in L2, a multiple of the threads where there are
+// that many rows, K in parts that depend on the shape alone; columns in `splits` only where there
+// are too few blocks to keep all threads busy to the end.
 struct Blocking {
-  int64_t rows, steps, splits;
+  int64_t tiles, blocks, steps, splits;
 
   template <typename Operand>
   static Blocking of(const Shape& shape, int64_t threads) {
@@ -179,47 +185,62 @@ struct Blocking {
     const int64_t steps =
         shape.part ? shape.part : std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
     const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
-    const int64_t most_rows = std::clamp<int64_t>(fit / kRows, 1, 64) * kRows;
-    int64_t blocks = (shape.rows + most_rows - 1) / most_rows;
-    if (blocks < threads) blocks = std::min(threads, (shape.rows + 4 * kRows - 1) / (4 * kRows));
-    blocks = std::max<int64_t>(blocks, 1);
-    const int64_t rows = padded_rows((shape.rows + blocks - 1) / blocks);
-    const int64_t splits =
-        blocks < 4 * threads ? std::clamp<int64_t>(4 * threads / blocks, 1, shape.panels()) : 1;
-    return {rows, steps, threads == 1 ? 1 : splits};
+    const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
+    const int64_t tiles = (shape.rows + kRows - 1) / kRows;
+    const int64_t blocks = (tiles + most_tiles - 1) / most_tiles;
+    const int64_t even = std::clamp<int64_t>((blocks + threads - 1) / threads * threads, 1,
+                                             std::max<int64_t>((tiles + 3) / 4, blocks));
+    const int64_t splits = std::clamp<int64_t>(4 * threads / even, 1, shape.panels());
+    return {tiles, even, steps, threads == 1 ? 1 : splits};
   }
+  int64_t first_row(int64_t block) const { return block * tiles / blocks * kRows; }
+  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
 };
+
+// Calls work(next) on every thread; next() gives items 0, 1, ..., each once, and -1 after the
+// last: a thread that is held up takes fewer.
+template <typename Work>
+void share(int64_t items, const Work& work) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] {
+    const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+    return item < items ? item : -1;
+  };
+  const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(next); });
+}
 
 // c = a b. `rows_of(begin, count, first_step, steps, scratch)` gives Rows of a; scratch holds
 // count * steps operands, for rows that do not lie in memory as they are needed.
 // `finish(begin, count, column, c)` takes c: (count, kColumns), columns from `column` on.
 template <typename Operand, typename RowsOf, typename Finish>
 void multiply(const Shape& shape, const Operand* b, const RowsOf& rows_of, const Finish& finish) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const Blocking blocking = Blocking::of<Operand>(shape, threads);
-  const int64_t blocks = (shape.rows + blocking.rows - 1) / blocking.rows, panels = shape.panels();
-  const int64_t items = blocks * blocking.splits;
-  const int64_t parts = std::max<int64_t>(1, (shape.steps + blocking.steps - 1) / blocking.steps);
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    const int64_t most_panels = (panels + blocking.splits - 1) / blocking.splits;
+  const Blocking cut = Blocking::of<Operand>(shape, torch::stable::get_num_threads());
+  const int64_t panels = shape.panels(), most_panels = (panels + cut.splits - 1) / cut.splits;
+  const int64_t parts = std::max<int64_t>(1, (shape.steps + cut.steps - 1) / cut.steps);
+  // Sums wait for the next part of K, if there is one; else each tile is finished at once.
+  const int64_t c_stride = parts > 1 ? kColumns : 0;
+  const int64_t panel_size = parts > 1 ? cut.most_rows() * kColumns : 0;
+  share(cut.blocks * cut.splits, [&](const auto& next) {
     const std::unique_ptr<float[]> c(
-        new float[blocking.rows * kColumns * (parts > 1 ? most_panels : 1)]);
-    const std::unique_ptr<Operand[]> scratch(new Operand[blocking.rows * blocking.steps]);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / blocking.splits * blocking.rows;
-      const int64_t rows = std::min(blocking.rows, shape.rows - first);
-      const int64_t split = item % blocking.splits;
-      const int64_t panel_begin = split * panels / blocking.splits;
-      const int64_t panel_end = (split + 1) * panels / blocking.splits;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t step = part * blocking.steps;
-        const int64_t steps = std::min(blocking.steps, shape.steps - step);
+        new float[std::max(most_panels * panel_size, int64_t{kRows * kColumns})]);
+    const std::unique_ptr<Operand[]> scratch(new Operand[cut.most_rows() * cut.steps]);
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t block = item / cut.splits, split = item % cut.splits;
+      const int64_t first = cut.first_row(block);
+      const int64_t rows = std::min(cut.first_row(block + 1), shape.rows) - first;
+      const int64_t panel_begin = split * panels / cut.splits;
+      const int64_t panel_end = (split + 1) * panels / cut.splits;
+      for (int64_t step = 0; step < std::max<int64_t>(shape.steps, 1); step += cut.steps) {
+        const int64_t steps = std::min(cut.steps, shape.steps - step);
         const Rows<Operand> a = rows_of(first, rows, step, steps, scratch.get());
+        const bool is_last = step + cut.steps >= shape.steps;
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-          float* sums = c.get() + (parts > 1 ? panel - panel_begin : 0) * blocking.rows * kColumns;
-          multiply_panel(rows, steps, a, b + (panel * shape.steps + step) * kColumns, sums,
-                         part > 0);
-          if (part + 1 == parts) finish(first, rows, panel * kColumns, sums);
+          multiply_panel(rows, steps, a, b + (panel * shape.steps + step) * kColumns,
+                         c.get() + (panel - panel_begin) * panel_size, c_stride, step > 0,
+                         [&](int64_t row, int64_t count, const float* sums) {
+                           if (is_last) finish(first + row, count, panel * kColumns, sums);
+                         });
         }
       }
     }

@@ -91,6 +91,7 @@ SDFAST_INLINE V activate(const V& v) {
 // What follows the product, for a block of rows and one panel of columns.
 template <typename T>
 struct Epilogue {
+  Activation activation;
   const T* bias;      // (weight rows) or null
   const T* residual;  // (tokens, weight rows) or null
   T* y;               // (tokens, width)
@@ -132,8 +133,7 @@ struct Epilogue {
     for (; r < count; ++r) rows<kActivation, 1>(begin + r, column, c + r * kColumns);
   }
 
-  void operator()(Activation activation, int64_t begin, int64_t count, int64_t column,
-                  const float* c) const {
+  void operator()(int64_t begin, int64_t count, int64_t column, const float* c) const {
     switch (activation) {
       case Activation::kNone:
         return block<Activation::kNone>(begin, count, column, c);
@@ -217,16 +217,15 @@ Tensor linear_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
     };
     const T* from = static_cast<const T*>(x.const_data_ptr());
     const int64_t stride = x.stride(0);
-    const Epilogue<T> epilogue{data(bias), data(residual), static_cast<T*>(y.mutable_data_ptr()),
-                               weight_rows, width};
+    const Epilogue<T> epilogue{kind,           data(bias),
+                               data(residual), static_cast<T*>(y.mutable_data_ptr()),
+                               weight_rows,    width};
     gemm::multiply<Operand>(
         shape, static_cast<const Operand*>(packed.const_data_ptr()),
         [&](int64_t begin, int64_t count, int64_t step, int64_t steps, Operand* scratch) {
           return rows_of(from, stride, k, begin, count, step, steps, scratch);
         },
-        [&](int64_t begin, int64_t count, int64_t column, const float* c) {
-          epilogue(kind, begin, count, column, c);
-        });
+        epilogue);
   });
   return y;
 }
