@@ -12,7 +12,7 @@ namespace {
 using conv2d::Added;
 using conv2d::Shape;
 
-enum class Algorithm : int64_t { kDirect, kWinograd };
+enum class Algorithm : int64_t { kDirect, kWinograd4x4, kWinograd2x2 };
 
 // A weight (out_channels, channels, kernel_height, kernel_width) of any strides, read one by one.
 template <typename T>
@@ -25,66 +25,26 @@ struct Kernels {
   }
 };
 
-// The rows (or columns) a of a 3x3 kernel that meet the same pixel under tap `tap` of a parity:
-// nearest-2x repeats each pixel, so kernel rows -1, 0, 1 meet pixels -1, 0, 0 at even outputs, 0,
-// 0, 1 at odd ones.
-std::pair<int64_t, int64_t> folded(int64_t parity, int64_t tap) {
-  if (parity == 0) return tap == 0 ? std::pair(0, 1) : std::pair(1, 3);
-  return tap == 0 ? std::pair(0, 2) : std::pair(2, 3);
-}
-
-template <typename T>
-Tensor pack_direct(const Tensor& weight, const Kernels<T>& kernels, bool upsample) {
-  using Operand = typename gemm::OperandOf<T>::Type;
-  const int64_t out_channels = weight.size(0), channels = weight.size(1);
-  const int64_t height = weight.size(2), width = weight.size(3);
-  const int64_t taps = upsample ? 4 : height * width, phases = upsample ? 4 : 1;
-  const int64_t size = conv2d::direct::packed_size<Operand>(out_channels, channels, taps);
-  constexpr bool kPairs = std::is_same_v<Operand, gemm::BFloat16Pair>;
-  Tensor packed =
-      empty({phases * size * Operand::kDepth}, kPairs ? ScalarType::BFloat16 : ScalarType::Float);
-  auto* to = static_cast<Operand*>(packed.mutable_data_ptr());
-  for (int64_t phase = 0; phase < phases; ++phase) {
-    const auto value = [&](int64_t o, int64_t c, int64_t t) {
-      float sum = 0;
-      if (upsample) {
-        const auto [top, bottom] = folded(phase / 2, t / 2);
-        const auto [left, right] = folded(phase % 2, t % 2);
-        for (int64_t a = top; a < bottom; ++a) {
-          for (int64_t b = left; b < right; ++b) sum += kernels(o, c, a, b);
-        }
-      } else {
-        sum = kernels(o, c, t / width, t % width);
-      }
-      T rounded;
-      simd::store(&rounded, simd::broadcast(sum), 1);
-      return rounded;
-    };
-    conv2d::direct::pack<Operand, T>(out_channels, channels, taps, value, to + phase * size);
-  }
-  return packed;
-}
-
-template <typename T>
+template <typename F, typename T>
 Tensor pack_winograd(const Tensor& weight, const Kernels<T>& kernels) {
-  using conv2d::winograd::kPoints;
+  using gemm::kColumns;
   const int64_t out_channels = weight.size(0), channels = weight.size(1);
-  Tensor packed = empty({conv2d::winograd::packed_size(out_channels, channels)}, ScalarType::Float);
+  const int64_t size = conv2d::winograd::packed_size<F>(out_channels, channels);
+  Tensor packed = empty({size}, ScalarType::Float);
   float* to = packed.mutable_data_ptr<float>();
-  const int64_t panels = (out_channels + gemm::kColumns - 1) / gemm::kColumns;
+  const int64_t panels = (out_channels + kColumns - 1) / kColumns;
   torch::stable::parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / channels, c = i % channels;
-      for (int64_t j = 0; j < gemm::kColumns; ++j) {
-        const int64_t o = panel * gemm::kColumns + j;
-        double points[kPoints] = {};
+      for (int64_t j = 0; j < kColumns; ++j) {
+        const int64_t o = panel * kColumns + j;
+        double points[F::kPoints] = {};
         if (o < out_channels) {
-          conv2d::winograd::transform_kernel(
+          conv2d::winograd::transform_kernel<F>(
               [&](int a, int b) { return static_cast<double>(kernels(o, c, a, b)); }, points);
         }
-        for (int64_t p = 0; p < kPoints; ++p) {
-          to[((panel * kPoints + p) * channels + c) * gemm::kColumns + j] =
-              static_cast<float>(points[p]);
+        for (int64_t p = 0; p < F::kPoints; ++p) {
+          to[((p * panels + panel) * channels + c) * kColumns + j] = static_cast<float>(points[p]);
         }
       }
     }
@@ -92,36 +52,51 @@ Tensor pack_winograd(const Tensor& weight, const Kernels<T>& kernels) {
   return packed;
 }
 
-// weight: (out_channels, channels, kernel_height, kernel_width). Returns what conv2d_packed of the
-// same algorithm takes.
-Tensor conv2d_pack(Tensor weight, int64_t algorithm, bool upsample) {
+// Calls f with the transforms of a Winograd algorithm.
+template <typename Body>
+void with_winograd(Algorithm algorithm, const Body& body) {
+  if (algorithm == Algorithm::kWinograd4x4) return body(conv2d::winograd::F4x4());
+  body(conv2d::winograd::F2x2());
+}
+
+Algorithm checked_algorithm(int64_t algorithm) {
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2, "algorithm: expected 0 to 2");
+  return static_cast<Algorithm>(algorithm);
+}
+
+// weight: (out_channels, channels, 3, 3). Returns what conv2d_kernel of this Winograd algorithm
+// takes.
+Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
   check_cpu(weight, "weight");
-  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected (out_channels, channels, height, width)");
+  const Algorithm kind = checked_algorithm(algorithm);
+  STD_TORCH_CHECK(kind != Algorithm::kDirect, "algorithm: the direct one takes no packed weight");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weight: expected (out_channels, channels, 3, 3)");
   STD_TORCH_CHECK(weight.numel() > 0, "weight: expected at least one element");
-  const bool is_3x3 = weight.size(2) == 3 && weight.size(3) == 3;
-  const bool winograd = algorithm == static_cast<int64_t>(Algorithm::kWinograd);
-  STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "weight: expected a 3x3 kernel");
   std::optional<Tensor> packed;
   with_element_type(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Kernels<T> kernels{static_cast<const T*>(weight.const_data_ptr()), weight.strides()};
-    packed = winograd ? pack_winograd(weight, kernels) : pack_direct(weight, kernels, upsample);
+    with_winograd(kind, [&](auto f) { packed = pack_winograd<decltype(f)>(weight, kernels); });
   });
   return *packed;
 }
 
-// x: (N, channels, H, W), channels last. bias: (out_channels). time_embedding: (N, out_channels).
-// residual: as y, channels last. padding: left, right, top, bottom. Returns y: (N, out_channels,
-// H', W'), channels last.
-Tensor conv2d_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
+// x: (N, channels, H, W), channels last. weight: conv2d_pack's, or for the direct algorithm
+// (out_channels, kernel_height, kernel_width, channels), for each of the four phases of an
+// upsampling one (out_channels, 2, 2, channels), contiguous. bias: (out_channels). time_embedding:
+// (N, out_channels). residual: as y, channels last. padding: left, right, top, bottom. Returns y:
+// (N, out_channels, H', W'), channels last.
+Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
                      std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
                      int64_t algorithm, int64_t out_channels, int64_t kernel_height,
                      int64_t kernel_width, int64_t stride, std::vector<int64_t> padding,
                      bool upsample) {
   check_cpu(x, "x");
-  check_cpu(packed, "packed");
+  check_cpu(weight, "weight");
   STD_TORCH_CHECK(x.dim() == 4 && padding.size() == 4, "x: expected 4 dimensions, padding 4 sides");
-  const bool winograd = algorithm == static_cast<int64_t>(Algorithm::kWinograd);
+  const Algorithm kind = checked_algorithm(algorithm);
+  const bool winograd = kind != Algorithm::kDirect;
   Shape s;
   s.images = x.size(0);
   s.channels = x.size(1);
@@ -178,26 +153,32 @@ Tensor conv2d_packed(Tensor x, Tensor packed, std::optional<Tensor> bias,
     const T* from = static_cast<const T*>(input.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
     if (winograd) {
-      STD_TORCH_CHECK(packed.numel() == conv2d::winograd::packed_size(out_channels, s.channels) &&
-                          packed.scalar_type() == ScalarType::Float,
-                      "packed: expected conv2d_pack of a weight that fits x");
-      return conv2d::winograd::run(s, from, packed.const_data_ptr<float>(), added, to);
+      return with_winograd(kind, [&](auto f) {
+        using F = decltype(f);
+        STD_TORCH_CHECK(
+            weight.numel() == conv2d::winograd::packed_size<F>(out_channels, s.channels) &&
+                weight.scalar_type() == ScalarType::Float,
+            "weight: expected conv2d_pack of a weight that fits x");
+        conv2d::winograd::run<F>(s, from, weight.const_data_ptr<float>(), added, to);
+      });
     }
-    const int64_t taps = upsample ? 4 : kernel_height * kernel_width;
-    const int64_t size = (upsample ? 4 : 1) * Operand::kDepth *
-                         conv2d::direct::packed_size<Operand>(out_channels, s.channels, taps);
-    constexpr bool kPairs = std::is_same_v<Operand, gemm::BFloat16Pair>;
-    STD_TORCH_CHECK(packed.numel() == size &&
-                        packed.scalar_type() == (kPairs ? ScalarType::BFloat16 : ScalarType::Float),
-                    "packed: expected conv2d_pack of a weight that fits x");
-    conv2d::direct::run(s, from, static_cast<const Operand*>(packed.const_data_ptr()), added, to);
+    const int64_t taps = upsample ? 16 : kernel_height * kernel_width;  // of four phases
+    STD_TORCH_CHECK(weight.numel() == out_channels * taps * s.channels &&
+                        weight.scalar_type() == x.scalar_type() && weight.is_contiguous(),
+                    "weight: expected contiguous, of the dtype of x and a size that fits x");
+    const T* values = static_cast<const T*>(weight.const_data_ptr());
+    // A pair must not reach from one tap to the next.
+    if (s.channels % Operand::kDepth == 0) {
+      return conv2d::direct::run<Operand>(s, from, values, added, to);
+    }
+    conv2d::direct::run<gemm::Float32>(s, from, values, added, to);
   });
   return y;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("conv2d_pack", TORCH_BOX(&conv2d_pack));
-  m.impl("conv2d_packed", TORCH_BOX(&conv2d_packed));
+  m.impl("conv2d_kernel", TORCH_BOX(&conv2d_kernel));
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Convolution of any kernel and stride as a matrix product, fp32 or pairs of bf16.
 //
-// Algorithm. y's pixels are rows, taps x channels are K. The rows of a block are gathered part by
-// part of K into L2, a copy of C values a pixel and tap, and multiplied as in cpu_gemm.h; zeros
-// stand for what lies outside. A 3x3 convolution after a nearest-2x upsample is four 2x2
+// Algorithm. y's pixels are tokens, taps x channels are K (cpu_weights.h): a channels-last weight
+// is read where it lies, and panels of pixels are gathered into L2, a copy of C values a pixel and
+// tap; zeros stand for what lies outside. A 3x3 convolution after a nearest-2x upsample is four 2x2
 // convolutions, one for each parity of y's rows and columns, whose weights are sums of the 3x3's:
 // 4/9 of the multiplications. Bytes: x once a tap from cache, W and the residual read, y written.
 // Limit: fused multiply-adds.
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "conv2d_cpu.h"
+#include "cpu_weights.h"
 
 namespace sdfast::conv2d::direct {
 
@@ -46,90 +47,6 @@ inline std::vector<Phase> phases_of(const Shape& s) {
   return phases;
 }
 
-// How K is laid out: parts of `taps` taps of `chunk` steps, or of one chunk of a tap's channels.
-struct Depth {
-  int64_t chunk, chunks, taps, parts;
-
-  template <typename Operand>
-  static Depth of(int64_t channels, int64_t taps) {
-    const int64_t steps = gemm::steps_of(Operand::kDepth, channels);
-    Depth d;
-    d.chunks = (steps + gemm::kPartSteps - 1) / gemm::kPartSteps;
-    d.chunk = (steps + d.chunks - 1) / d.chunks;
-    const int64_t fit = std::max<int64_t>(1, gemm::kPartSteps / d.chunk);
-    const int64_t groups = (taps + fit - 1) / fit;
-    d.taps = d.chunks > 1 ? 1 : (taps + groups - 1) / groups;
-    d.parts = d.chunks * ((taps + d.taps - 1) / d.taps);
-    return d;
-  }
-  int64_t part() const { return taps * chunk; }
-  int64_t steps() const { return parts * part(); }
-};
-
-template <typename Operand>
-int64_t packed_size(int64_t out_channels, int64_t channels, int64_t taps) {
-  const gemm::Shape shape{0, out_channels, Depth::of<Operand>(channels, taps).steps()};
-  return gemm::packed_size<Operand>(shape);
-}
-
-// Packs one phase; value(o, c, t) is the weight of a channel pair and tap.
-template <typename Operand, typename T, typename Value>
-void pack(int64_t out_channels, int64_t channels, int64_t taps, const Value& value, Operand* out) {
-  const Depth depth = Depth::of<Operand>(channels, taps);
-  const int64_t panels = (out_channels + gemm::kColumns - 1) / gemm::kColumns;
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> row(channels);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      Operand* to = out + panel * depth.steps() * gemm::kColumns;
-      std::fill_n(to, depth.steps() * gemm::kColumns, Operand());
-      for (int64_t j = 0; j < gemm::kColumns; ++j) {
-        const int64_t o = panel * gemm::kColumns + j;
-        for (int64_t t = 0; o < out_channels && t < taps; ++t) {
-          for (int64_t c = 0; c < channels; ++c) row[c] = value(o, c, t);
-          const int64_t steps = gemm::steps_of(Operand::kDepth, channels);
-          for (int64_t step = 0; step < steps; ++step) {
-            // chunks > 1 means one tap a part, so that both layouts agree: tap by tap.
-            const int64_t at = t * depth.chunks * depth.chunk + step;
-            gemm::set_operand(to[at * gemm::kColumns + j], row.data(), step, channels);
-          }
-        }
-      }
-    }
-  });
-}
-
-// Copies the `depth.part()` steps of one pixel that begin with this part.
-template <typename T, typename Operand>
-void gather(const Shape& s, const Phase& phase, const Depth& depth, const T* x, int64_t image,
-            int64_t y, int64_t column, int64_t part, Operand* to) {
-  constexpr int kDepth = Operand::kDepth;
-  const int64_t first_tap = part / depth.chunks * depth.taps;
-  const int64_t from = part % depth.chunks * depth.chunk * kDepth;  // channel
-  const int64_t count = std::min(depth.chunk * kDepth, s.channels - from);
-  for (int64_t i = 0; i < depth.taps; ++i, to += depth.chunk) {
-    const int64_t t = first_tap + i;
-    const bool there = t < static_cast<int64_t>(phase.taps.size());
-    // The coordinates before the upsample, where there is one.
-    const int64_t height = s.height >> s.upsample, width = s.width >> s.upsample;
-    const int64_t row = there ? y * s.stride + phase.taps[t].y : -1;
-    const int64_t col = there ? column * s.stride + phase.taps[t].x : -1;
-    if (row < 0 || row >= height || col < 0 || col >= width) {
-      std::fill_n(to, depth.chunk, Operand());
-      continue;
-    }
-    const T* values = x + ((image * height + row) * width + col) * s.channels + from;
-    std::fill(to + count / kDepth, to + depth.chunk, Operand());
-    if constexpr (sizeof(T) * kDepth == sizeof(Operand)) {
-      std::memcpy(static_cast<void*>(to), values, count * sizeof(T));
-    } else {
-      simd::for_each_vector(0, count, [&](int64_t c, auto lanes) {
-        simd::store(&to[c].value, simd::load(values + c, lanes), lanes);
-      });
-    }
-  }
-}
-
-// packed: the phases one after the other.
 // From sums of pixels of one phase to y.
 template <typename T>
 struct Epilogue {
@@ -138,56 +55,80 @@ struct Epilogue {
   const Added<T>& added;
   T* y;
 
-  struct Pixel {
-    int64_t image, index;  // over all images
-  };
-  Pixel pixel(int64_t row) const {
-    const int64_t pixels = phase.rows * phase.columns, image = row / pixels, i = row % pixels;
-    const int64_t y = phase.first_y + i / phase.columns * phase.spread;
-    const int64_t x = phase.first_x + i % phase.columns * phase.spread;
-    return {image, image * shape.pixels() + y * shape.out_width + x};
-  }
-
-  void operator()(int64_t begin, int64_t count, int64_t column, const float* c) const {
-    const int64_t end = std::min<int64_t>(column + gemm::kColumns, shape.out_channels);
-    for (int64_t r = 0; r < count; ++r) {
-      const Pixel to = pixel(begin + r);
-      simd::for_each_vector(column, end, [&](int64_t o, auto lanes) {
-        const Vec sum = simd::load(c + r * gemm::kColumns + (o - column));
-        simd::store(y + to.index * shape.out_channels + o,
-                    finished(added, shape, sum, to.image, to.index, o, lanes), lanes);
+  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const float* c,
+                  const float*) const {
+    const int64_t pixels = phase.rows * phase.columns;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t image = (token + t) / pixels, i = (token + t) % pixels;
+      const int64_t line = phase.first_y + i / phase.columns * phase.spread;
+      const int64_t column = phase.first_x + i % phase.columns * phase.spread;
+      const int64_t pixel = image * shape.pixels() + line * shape.out_width + column;
+      simd::for_each_vector(row, row + rows, [&](int64_t o, auto lanes) {
+        const Vec sum = simd::load(c + t * gemm::kGroup + (o - row));
+        simd::store(y + pixel * shape.out_channels + o,
+                    finished(added, shape, sum, image, pixel, o, lanes), lanes);
       });
     }
   }
 };
 
-template <typename T, typename Operand>
-void run(const Shape& s, const T* x, const Operand* packed, const Added<T>& added, T* y) {
+// The pixels of a phase as tokens, gathered tap by tap.
+template <typename T>
+struct Pixels {
+  const Shape& shape;
+  const Phase& phase;
+  const T* x;
+  const T* zeros;  // (channels)
+
+  // Where the channels under a tap of output pixel `token` begin.
+  const T* under(int64_t token, const Phase::Tap& tap) const {
+    const int64_t pixels = phase.rows * phase.columns, image = token / pixels, i = token % pixels;
+    const int64_t row = i / phase.columns * shape.stride + tap.y;
+    const int64_t column = i % phase.columns * shape.stride + tap.x;
+    // The coordinates before the upsample, where there is one.
+    const int64_t height = shape.height >> shape.upsample, width = shape.width >> shape.upsample;
+    if (row < 0 || row >= height || column < 0 || column >= width) return zeros;
+    return x + ((image * height + row) * width + column) * shape.channels;
+  }
+
+  template <typename Operand>
+  void pack(int64_t token, int64_t count, gemm::Product::Piece piece, Operand* to) const {
+    while (piece.count > 0) {
+      const Phase::Tap& tap = phase.taps[piece.begin / shape.channels];
+      const int64_t channel = piece.begin % shape.channels;
+      const int64_t channels = std::min(shape.channels - channel, piece.count);
+      gemm::pack_columns<T>([&](int64_t i) { return under(token + i, tap) + channel; }, count,
+                            channels, 0, to);
+      to += gemm::steps_of(Operand::kDepth, channels) * gemm::kColumns;
+      piece = {piece.begin + channels, piece.count - channels};
+    }
+  }
+};
+
+// weight: for each phase (out_channels, taps, channels).
+template <typename Operand, typename T>
+void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* y) {
+  const std::vector<T> zeros(s.channels);
   for (const Phase& phase : phases_of(s)) {
-    const int64_t taps = static_cast<int64_t>(phase.taps.size());
-    const Depth depth = Depth::of<Operand>(s.channels, taps);
-    const int64_t pixels = phase.rows * phase.columns;
-    const gemm::Shape shape{s.images * pixels, s.out_channels, depth.steps(), depth.part()};
-    // A 1x1 convolution's rows lie in x as they are needed.
-    const bool in_place = taps == 1 && s.stride == 1 && s.left == 0 && s.top == 0 &&
-                          pixels == s.height * s.width && s.channels % Operand::kDepth == 0 &&
-                          sizeof(T) * Operand::kDepth == sizeof(Operand);
-    const auto rows_of = [&](int64_t begin, int64_t count, int64_t step, int64_t steps,
-                             Operand* scratch) {
-      if (in_place && step + steps <= s.channels / Operand::kDepth) {
-        const T* row = x + begin * s.channels + step * Operand::kDepth;
-        return gemm::Rows<Operand>{reinterpret_cast<const Operand*>(row),
-                                   s.channels / Operand::kDepth};
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t image = (begin + r) / pixels, pixel = (begin + r) % pixels;
-        gather(s, phase, depth, x, image, pixel / phase.columns, pixel % phase.columns,
-               step / depth.part(), scratch + r * steps);
-      }
-      return gemm::Rows<Operand>{scratch, steps};
-    };
-    gemm::multiply<Operand>(shape, packed, rows_of, Epilogue<T>{s, phase, added, y});
-    packed += gemm::packed_size<Operand>(shape);
+    const int64_t taps = static_cast<int64_t>(phase.taps.size()), dim = taps * s.channels;
+    const int64_t chunk = gemm::even_part<Operand>(s.channels);
+    const int64_t steps = gemm::steps_of(Operand::kDepth, s.channels);
+    const int64_t fit = std::clamp<int64_t>(gemm::kPartSteps / steps, 1, taps);
+    const int64_t part = fit > 1 ? fit * s.channels : chunk;
+    const gemm::Product product{s.images * phase.rows * phase.columns, s.out_channels, dim, part,
+                                std::max(part, s.channels)};
+    using Piece = gemm::Product::Piece;
+    const Pixels<T> pixels{s, phase, x, zeros.data()};
+    gemm::multiply_weights<Operand>(
+        product,
+        [&](int64_t token, int64_t count, Piece piece, Operand* to) {
+          pixels.pack(token, count, piece, to);
+        },
+        [&](int64_t row, int64_t count, Piece piece, Operand* scratch) {
+          return gemm::rows_of(weight + row * dim + piece.begin, dim, count, piece.count, scratch);
+        },
+        Epilogue<T>{s, phase, added, y});
+    weight += s.out_channels * dim;
   }
 }
 

@@ -1,30 +1,99 @@
-// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) in fp32.
+// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 3x3) in fp32.
 //
-// Algorithm (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"). (1) Each 6x6
-// patch of x, four apart, is transformed into 36 numbers a channel. (2) For each of the 36 a matrix
-// product over the channels, tiles x out_channels. (3) 36 sums are transformed into 4x4 pixels of
-// y. A quarter of the direct algorithm's multiplications. A round of tiles is transformed by all
-// threads into a buffer that stays in L3; then threads take blocks of tiles and two panels of
-// channels through (2) and (3) in L2. Bytes: x 2.25 times from cache, its transform written and
-// read once a pair of panels, y once. Limit: fused multiply-adds. The transforms cancel, so it
-// rounds more than the direct algorithm: tests/test_conv2d.py says how much.
+// Algorithm (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"). (1) Each
+// patch of x, 6x6 or 4x4, is transformed into as many numbers ("points") a channel. (2) For each
+// point a matrix product over the channels, tiles x out_channels. (3) Its sums are transformed into
+// 4x4 or 2x2 pixels of y. Multiplications: 1/4 or 1/2.25 of the direct algorithm's. All threads
+// take a round of tiles through (1), (2) and (3); what lies between the steps stays in L3, and
+// where the weights are larger than L3 a round holds more, for they are read once a round. Bytes:
+// x, the packed weights once a round, y; the transforms written and read in L3. Limit: fused
+// multiply-adds; the weights' bytes where tiles are few. The transforms cancel, so it rounds more
+// than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
 #pragma once
 
 #include "conv2d_cpu.h"
 
 namespace sdfast::conv2d::winograd {
 
-constexpr int kPoints = 36, kTile = 4, kPatch = 6;
-constexpr int64_t kBlockTiles = 4 * gemm::kRows;  // as many sums as L2 holds
-constexpr int64_t kBlockPanels = 2;
-constexpr int64_t kRoundBytes = 12 << 20;  // of the transformed input
+// F(4x4, 3x3): interpolation at 0, 1, -1, 2, -2 and infinity.
+struct F4x4 {
+  static constexpr int kTile = 4, kPatch = 6, kPoints = kPatch * kPatch;
+  static constexpr double kG[kPatch][3] = {{1.0 / 4, 0, 0},
+                                           {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                                           {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                           {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                                           {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                                           {0, 0, 1}};
+
+  // out = Bᵀ d.
+  static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
+    const Vec even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+    const Vec near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
+    out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    out[3] = near + far;
+    out[4] = near - far;
+    out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+  }
+
+  // out = Aᵀ m.
+  static SDFAST_INLINE void transform_output(const Vec (&m)[kPatch], Vec (&out)[kTile]) {
+    const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
+    const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+    out[0] = m[0] + sum1 + sum2;
+    out[1] = difference1 + 2.0f * difference2;
+    out[2] = sum1 + 4.0f * sum2;
+    out[3] = difference1 + 8.0f * difference2 + m[5];
+  }
+};
+
+// F(2x2, 3x3): interpolation at 0, 1, -1 and infinity.
+struct F2x2 {
+  static constexpr int kTile = 2, kPatch = 4, kPoints = kPatch * kPatch;
+  static constexpr double kG[kPatch][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+
+  static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
+    out[0] = d[0] - d[2];
+    out[1] = d[1] + d[2];
+    out[2] = d[2] - d[1];
+    out[3] = d[3] - d[1];
+  }
+
+  static SDFAST_INLINE void transform_output(const Vec (&m)[kPatch], Vec (&out)[kTile]) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] + m[3];
+  }
+};
+
+// The transform of a kernel, G g Gᵀ, in fp64.
+template <typename F, typename Get>
+void transform_kernel(const Get& g, double (&out)[F::kPoints]) {
+  for (int i = 0; i < F::kPatch; ++i) {
+    for (int j = 0; j < F::kPatch; ++j) {
+      double sum = 0;
+      for (int a = 0; a < 3; ++a) {
+        for (int b = 0; b < 3; ++b) sum += F::kG[i][a] * g(a, b) * F::kG[j][b];
+      }
+      out[i * F::kPatch + j] = sum;
+    }
+  }
+}
+
+// Packed weights: (points, panels, channels, kColumns).
+template <typename F>
+int64_t packed_size(int64_t out_channels, int64_t channels) {
+  const int64_t panels = (out_channels + gemm::kColumns - 1) / gemm::kColumns;
+  return F::kPoints * panels * channels * gemm::kColumns;
+}
 
 // The tiles of all images, row by row.
 struct Tiling {
-  int64_t rows, columns, count;
-  explicit Tiling(const Shape& s)
-      : rows((s.out_height + kTile - 1) / kTile),
-        columns((s.out_width + kTile - 1) / kTile),
+  int64_t size, rows, columns, count;
+  Tiling(const Shape& s, int64_t size)
+      : size(size),
+        rows((s.out_height + size - 1) / size),
+        columns((s.out_width + size - 1) / size),
         count(s.images * rows * columns) {}
 };
 
@@ -32,62 +101,15 @@ struct Position {
   int64_t image, y, x;  // of the tile's first output pixel
   Position(const Tiling& t, int64_t tile)
       : image(tile / (t.rows * t.columns)),
-        y(tile / t.columns % t.rows * kTile),
-        x(tile % t.columns * kTile) {}
+        y(tile / t.columns % t.rows * t.size),
+        x(tile % t.columns * t.size) {}
 };
 
-// out = Bᵀ d, for six vectors.
-SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
-  const Vec even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  const Vec near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
-  out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  out[1] = even + odd;
-  out[2] = even - odd;
-  out[3] = near + far;
-  out[4] = near - far;
-  out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
-
-// out = Aᵀ m.
-SDFAST_INLINE void transform_output(const Vec (&m)[kPatch], Vec (&out)[kTile]) {
-  const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
-  const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-  out[0] = m[0] + sum1 + sum2;
-  out[1] = difference1 + 2.0f * difference2;
-  out[2] = sum1 + 4.0f * sum2;
-  out[3] = difference1 + 8.0f * difference2 + m[5];
-}
-
-// The transform of a kernel, G g Gᵀ, in fp64. g: (3, 3), `stride` apart. out: (36).
-template <typename Get>
-void transform_kernel(const Get& g, double (&out)[kPoints]) {
-  static const double kG[kPatch][3] = {{1.0 / 4, 0, 0},
-                                       {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                       {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                       {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                       {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                                       {0, 0, 1}};
-  for (int i = 0; i < kPatch; ++i) {
-    for (int j = 0; j < kPatch; ++j) {
-      double sum = 0;
-      for (int a = 0; a < 3; ++a) {
-        for (int b = 0; b < 3; ++b) sum += kG[i][a] * g(a, b) * kG[j][b];
-      }
-      out[i * kPatch + j] = sum;
-    }
-  }
-}
-
-// Packed weights: (panels, 36, channels, kColumns).
-inline int64_t packed_size(int64_t out_channels, int64_t channels) {
-  const int64_t panels = (out_channels + gemm::kColumns - 1) / gemm::kColumns;
-  return panels * kPoints * channels * gemm::kColumns;
-}
-
-// The 36 numbers of one tile for all channels. v: from one point to the next `point_stride`.
-template <typename T>
+// The points of one tile for all channels. v: from one point to the next `point_stride`.
+template <typename F, typename T>
 void transform_tile(const Shape& s, const T* x, const Position& at, int64_t point_stride,
                     float* v) {
+  constexpr int kPatch = F::kPatch;
   const int64_t top = at.y - s.top, left = at.x - s.left;
   const bool inside = s.inside(top, left) && s.inside(top + kPatch - 1, left + kPatch - 1);
   const auto transform = [&](auto load) {
@@ -96,12 +118,12 @@ void transform_tile(const Shape& s, const T* x, const Position& at, int64_t poin
       for (int j = 0; j < kPatch; ++j) {
         Vec d[kPatch], out[kPatch];
         for (int i = 0; i < kPatch; ++i) d[i] = load(i, j, c, lanes);
-        transform_input(d, out);
+        F::transform_input(d, out);
         for (int i = 0; i < kPatch; ++i) half[i][j] = out[i];
       }
       for (int i = 0; i < kPatch; ++i) {
         Vec out[kPatch];
-        transform_input(half[i], out);
+        F::transform_input(half[i], out);
         for (int j = 0; j < kPatch; ++j) {
           simd::store(v + (i * kPatch + j) * point_stride + c, out[j]);
         }
@@ -118,9 +140,10 @@ void transform_tile(const Shape& s, const T* x, const Position& at, int64_t poin
 }
 
 // The pixels of one tile for one panel of channels. m: from one point to the next `point_stride`.
-template <typename T>
+template <typename F, typename T>
 void finish_tile(const Shape& s, const Position& at, int64_t first_channel, const float* m,
                  int64_t point_stride, const Added<T>& added, T* y) {
+  constexpr int kPatch = F::kPatch, kTile = F::kTile;
   const int64_t end = std::min<int64_t>(first_channel + gemm::kColumns, s.out_channels);
   const int64_t rows = std::min<int64_t>(kTile, s.out_height - at.y);
   const int64_t columns = std::min<int64_t>(kTile, s.out_width - at.x);
@@ -130,12 +153,12 @@ void finish_tile(const Shape& s, const Position& at, int64_t first_channel, cons
     for (int j = 0; j < kPatch; ++j) {
       Vec sums[kPatch], out[kTile];
       for (int i = 0; i < kPatch; ++i) sums[i] = simd::load(from + (i * kPatch + j) * point_stride);
-      transform_output(sums, out);
+      F::transform_output(sums, out);
       for (int i = 0; i < kTile; ++i) half[i][j] = out[i];
     }
     for (int i = 0; i < rows; ++i) {
       Vec out[kTile];
-      transform_output(half[i], out);
+      F::transform_output(half[i], out);
       const int64_t pixel = at.image * s.pixels() + (at.y + i) * s.out_width + at.x;
       for (int j = 0; j < columns; ++j) {
         const Vec sum = finished(added, s, out[j], at.image, pixel + j, c, lanes);
@@ -145,51 +168,82 @@ void finish_tile(const Shape& s, const Position& at, int64_t first_channel, cons
   });
 }
 
-template <typename T>
+// How many tiles make a round, how (2) is cut, and where its operands and sums lie.
+struct Rounds {
+  int64_t tiles, channels, panels;    // of a round; of x, a multiple of the lanes; of y
+  int64_t input_stride, sums_stride;  // from one point to the next, never in the same cache set
+  int64_t blocks;                     // of tiles, in L2
+
+  Rounds(const Shape& s, const Tiling& tiling, int points, int64_t weight_bytes)
+      : channels(simd::round_up(s.channels)),
+        panels((s.out_channels + gemm::kColumns - 1) / gemm::kColumns) {
+    constexpr int64_t kLeastBytes = 16 << 20, kMostBytes = 64 << 20, kFloat = sizeof(float);
+    const int64_t bytes = std::clamp(weight_bytes / 2, kLeastBytes, kMostBytes);
+    const int64_t tile_bytes = points * (channels + panels * gemm::kColumns) * kFloat;
+    const int64_t rounds = (tiling.count * tile_bytes + bytes - 1) / bytes;
+    tiles = gemm::padded_rows((tiling.count + rounds - 1) / rounds);
+    input_stride = tiles * channels + 3 * simd::kLanes;
+    sums_stride = tiles * panels * gemm::kColumns + 3 * simd::kLanes;
+    blocks = (tiles * channels * kFloat + gemm::kBlockBytes - 1) / gemm::kBlockBytes;
+  }
+};
+
+// (2) for one round of `tiles` tiles.
+inline void multiply(const Rounds& r, int points, int64_t tiles, int64_t channels,
+                     const float* input, const float* packed, float* sums) {
+  const int64_t rows = gemm::padded_rows((tiles + r.blocks - 1) / r.blocks);
+  const int64_t blocks = (tiles + rows - 1) / rows;
+  const int64_t enough = 4 * torch::stable::get_num_threads();
+  const int64_t splits = std::clamp<int64_t>(enough / (points * blocks), 1, r.panels);
+  gemm::share(points * splits * blocks, [&](const auto& next) {
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t first = item % blocks * rows, split = item / blocks % splits;
+      const int64_t point = item / blocks / splits;
+      const int64_t panel_end = (split + 1) * r.panels / splits;
+      const float* a = input + point * r.input_stride + first * r.channels;
+      for (int64_t panel = split * r.panels / splits; panel < panel_end; ++panel) {
+        const float* b = packed + (point * r.panels + panel) * channels * gemm::kColumns;
+        gemm::multiply_panel<gemm::Float32>(
+            std::min(rows, tiles - first), channels,
+            {reinterpret_cast<const gemm::Float32*>(a), r.channels},
+            reinterpret_cast<const gemm::Float32*>(b),
+            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns,
+            gemm::kColumns, false, [](int64_t, int64_t, const float*) {});
+      }
+    }
+  });
+}
+
+template <typename F, typename T>
 void run(const Shape& s, const T* x, const float* packed, const Added<T>& added, T* y) {
-  using gemm::kColumns;
-  const Tiling tiling(s);
-  const int64_t channels = simd::round_up(s.channels);
-  const int64_t panels = (s.out_channels + kColumns - 1) / kColumns;
-  const int64_t tile_bytes = kPoints * channels * static_cast<int64_t>(sizeof(float));
-  const int64_t round = std::min(
-      tiling.count, std::max<int64_t>(1, kRoundBytes / tile_bytes / kBlockTiles) * kBlockTiles);
-  const int64_t point_stride = round * channels + 3 * simd::kLanes;  // points in other cache sets
-  const std::unique_ptr<float[]> transformed(new float[kPoints * point_stride]);
-  const int64_t groups = (panels + kBlockPanels - 1) / kBlockPanels;
-  for (int64_t first = 0; first < tiling.count; first += round) {
-    const int64_t tiles = std::min(round, tiling.count - first);
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kPart = 8;  // tiles transformed by one thread at a time
+  const Tiling tiling(s, F::kTile);
+  const int64_t weight_bytes = packed_size<F>(s.out_channels, s.channels) * sizeof(float);
+  const Rounds r(s, tiling, F::kPoints, weight_bytes);
+  const std::unique_ptr<float[]> input(new float[F::kPoints * r.input_stride]);
+  const std::unique_ptr<float[]> sums(new float[F::kPoints * r.sums_stride]);
+  for (int64_t first = 0; first < tiling.count; first += r.tiles) {
+    const int64_t tiles = std::min(r.tiles, tiling.count - first);
+    const auto for_each_part = [&](const auto& work) {
+      gemm::share((tiles + kPart - 1) / kPart, [&](const auto& next) {
+        for (int64_t part; (part = next()) >= 0;) {
+          work(part * kPart, std::min((part + 1) * kPart, tiles));
+        }
+      });
+    };
+    for_each_part([&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        transform_tile(s, x, Position(tiling, first + t), point_stride,
-                       transformed.get() + t * channels);
+        transform_tile<F>(s, x, Position(tiling, first + t), r.input_stride,
+                          input.get() + t * r.channels);
       }
     });
-    const int64_t blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
-    torch::stable::parallel_for(0, blocks * groups, 1, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kSumStride = kBlockTiles * kColumns;
-      const std::unique_ptr<float[]> sums(new float[kBlockPanels * kPoints * kSumStride]);
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t block = item % blocks * kBlockTiles, panel = item / blocks * kBlockPanels;
-        const int64_t count = std::min(kBlockTiles, tiles - block);
-        const int64_t panel_end = std::min(panel + kBlockPanels, panels);
-        for (int64_t point = 0; point < kPoints; ++point) {
-          const float* a = transformed.get() + point * point_stride + block * channels;
-          for (int64_t p = panel; p < panel_end; ++p) {
-            const float* b = packed + (p * kPoints + point) * s.channels * kColumns;
-            gemm::multiply_panel<gemm::Float32>(
-                count, s.channels, {reinterpret_cast<const gemm::Float32*>(a), channels},
-                reinterpret_cast<const gemm::Float32*>(b),
-                sums.get() + ((p - panel) * kPoints + point) * kSumStride, kColumns, false,
-                [](int64_t, int64_t, const float*) {});
-          }
-        }
-        for (int64_t p = panel; p < panel_end; ++p) {
-          for (int64_t t = 0; t < count; ++t) {
-            finish_tile(s, Position(tiling, first + block + t), p * kColumns,
-                        sums.get() + (p - panel) * kPoints * kSumStride + t * kColumns, kSumStride,
-                        added, y);
-          }
+    multiply(r, F::kPoints, tiles, s.channels, input.get(), packed, sums.get());
+    for_each_part([&](int64_t begin, int64_t end) {
+      for (int64_t panel = 0; panel < r.panels; ++panel) {
+        for (int64_t t = begin; t < end; ++t) {
+          finish_tile<F>(s, Position(tiling, first + t), panel * gemm::kColumns,
+                         sums.get() + (panel * r.tiles + t) * gemm::kColumns, r.sums_stride, added,
+                         y);
         }
       }
     });

@@ -69,6 +69,35 @@ def numerics() -> str:
     return _numerics
 
 
+MEMORY = ("low", "default", "high")
+_memory = "default"
+
+
+@contextlib.contextmanager
+def use_memory(name: str) -> Iterator[None]:
+    """How much memory kernels may spend on copies of weights in their own layouts.
+
+    "default": at most 1.0 times the weights; "low": none, at the price of speed; "high": whatever makes a
+    layer fastest, up to 4 times a 3x3 convolution's weight (8 times in bf16). Process-wide, as `use_backend`.
+
+    Raises:
+        ValueError: `name` is not one of `MEMORY`.
+    """
+    global _memory
+    if name not in MEMORY:
+        raise ValueError(f"memory: got {name!r}, expected one of {', '.join(MEMORY)}")
+    previous, _memory = _memory, name
+    try:
+        yield
+    finally:
+        _memory = previous
+
+
+def memory() -> str:
+    """What `use_memory` says."""
+    return _memory
+
+
 def choose(
     op: str,
     device_type: str,

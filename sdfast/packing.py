@@ -1,4 +1,9 @@
-"""Packed copies of weights, in the layouts the CPU kernels read, made once, dropped when the weight changes.
+"""Copies of weights in the layouts the CPU kernels read, made once, dropped when the weight changes.
+
+Most kernels read a weight where it lies. A Winograd convolution needs it transformed, and that copy is
+larger than the weight: together the copies stay within a budget, by default 1.0 times the weights that
+kernels have read (`sdfast.dispatch.use_memory`). Where it is used up, a copy that is worth more a byte takes
+the place of those worth less, so a model's first two calls settle which layers have one.
 
 A copy belongs to the weight tensor and dies with it. It is made anew when the weight's version counter has
 moved (an optimiser's step, `load_state_dict`), its storage is another, or the values at a few places differ:
@@ -9,17 +14,30 @@ Where such a write touches few elements, call `clear`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sdfast import _library
+from sdfast import _library, dispatch
 
 State = tuple[object, ...]
 
+# Copies of fewer bytes than these are made in any case: a single layer, a small model.
+FREE_BYTES = 256 << 20
+
 _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambda weight: 0)
+
+
+@dataclasses.dataclass
+class _Copy:
+    values: Tensor
+    worth: float  # the time it saves a byte, in any unit
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
 
 
 @dataclasses.dataclass
@@ -27,13 +45,52 @@ class _Copies:
     """The copies of one weight, by kind, and the state of the weight they were made from."""
 
     state: State
-    by_kind: dict[str, Tensor]
+    by_kind: dict[str, _Copy]
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The bytes of every living weight that a kernel has read.
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Where a copy was refused: not asked again before more weights are known.
+_refused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor]) -> Tensor:
+def note(weight: Tensor) -> None:
+    """Count a weight that a kernel reads; the budget grows with it."""
+    if weight not in _read:
+        _read[weight] = weight.numel() * weight.element_size()
+
+
+def affordable(weight: Tensor, kind: str, nbytes: int, worth: float) -> bool:
+    """Whether the budget holds a copy of this size; copies that are worth less a byte make room for it."""
+    copies = _copies.get(weight)
+    if copies is not None and kind in copies.by_kind:
+        return dispatch.memory() != "low"
+    if dispatch.memory() != "default":
+        return dispatch.memory() == "high"
+    note(weight)
+    question = (kind, len(_read))
+    if _refused.get(weight) == question:
+        return False
+    excess = packed_bytes() + nbytes - max(FREE_BYTES, sum(_read.values()))
+    lesser = sorted(
+        (copy.worth, -copy.nbytes, id(of), name, of)
+        for of, copies in list(_copies.items())
+        for name, copy in list(copies.by_kind.items())
+        if copy.worth < worth
+    )
+    if excess > -sum(size for _, size, *_ in lesser):
+        _refused[weight] = question
+        return False
+    for _, size, _, name, of in lesser:
+        if excess <= 0:
+            break
+        _copies[of].by_kind.pop(name, None)
+        excess += size
+    return True
+
+
+def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor], worth: float = math.inf) -> Tensor:
     """The copy of `weight` of this kind, made by `pack` where there is none that is current.
 
     Threads that ask at the same time may both make one; either serves.
@@ -45,19 +102,14 @@ def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor]) -> Tenso
         _copies[weight] = copies
     copy = copies.by_kind.get(kind)
     if copy is None:
-        copy = pack(weight.detach())
+        copy = _Copy(pack(weight.detach()), worth)
         copies.by_kind[kind] = copy
-    return copy
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether the weight has values to copy: a subclass or a fake tensor may have none."""
-    return type(weight) in (Tensor, torch.nn.Parameter) and weight.layout is torch.strided
+    return copy.values
 
 
 def is_lasting(weight: Tensor) -> bool:
     """Whether its copy serves again: a view is a new tensor at every call, and would be packed each time."""
-    return torch.compiler.is_compiling() or not weight._is_view()
+    return not weight._is_view()
 
 
 def _state_of(weight: Tensor) -> State:
@@ -67,14 +119,11 @@ def _state_of(weight: Tensor) -> State:
 
 
 def packed_bytes() -> int:
-    """Memory that packed copies of living weights hold."""
-    return sum(
-        copy.numel() * copy.element_size()
-        for copies in list(_copies.values())
-        for copy in list(copies.by_kind.values())
-    )
+    """Memory that copies of living weights hold."""
+    return sum(copy.nbytes for copies in list(_copies.values()) for copy in list(copies.by_kind.values()))
 
 
 def clear() -> None:
-    """Drop every packed copy; the next call makes those it needs."""
+    """Drop every copy; the next call makes those it needs."""
     _copies.clear()
+    _refused.clear()

@@ -7,14 +7,14 @@ import torch
 from processes import run_with_library
 from torch import Tensor
 
-from sdfast import _library, ops, packing
+from sdfast import _library, ops
 from sdfast.ops.linear import ACTIVATIONS, linear_torch
 from sdfast.testing import assert_within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 2, 1), (5, 6, 3), (13, 34, 7), (77, 40, 33), (100, 64, 320), (60, 96, 1300), (30, 48, 5200))
 needs_kernel = pytest.mark.skipif(
-    not _library.has_kernel("linear_packed", "cpu"), reason=_library.load_cpu_library().detail
+    not _library.has_kernel("linear_rows", "cpu"), reason=_library.load_cpu_library().detail
 )
 pytestmark = [needs_kernel, pytest.mark.usefixtures("one_thread")]
 
@@ -127,35 +127,26 @@ def test_the_copy_follows_the_weight(change: str) -> None:
     torch.testing.assert_close(run(), layer(x).detach())
 
 
-def test_copies_die_with_the_weight() -> None:
-    packing.clear()
-    weight = torch.randn(64, 32)
-    ops.linear(torch.randn(3, 32), weight, backend="cpu")
-    assert packing.packed_bytes() == 64 * 32 * 4
-    ops.linear(torch.randn(3, 32), weight, activation="geglu", backend="cpu")
-    assert packing.packed_bytes() == 2 * 64 * 32 * 4
-    del weight
-    assert packing.packed_bytes() == 0
-
-
 def test_compiles_whole() -> None:
     x, weight, bias, residual = make(20, 36, 24, torch.float32)
 
     def run(x: Tensor) -> Tensor:
         return ops.linear(x.view(4, 5, 24), weight, bias, activation="geglu") * 2
 
-    packing.clear()
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
     with torch.no_grad():
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), run(x))
-    assert packing.packed_bytes() > 0  # it was the kernel
+        assert torch.equal(torch.compile(run, fullgraph=True, backend=keep)(x), run(x))
+    assert any(node.target is torch.ops.sdfast.linear_rows.default for node in graphs[0].graph.nodes)
 
 
 def test_opcheck() -> None:
     x, weight, bias, residual = make(6, 34, 7, torch.float32)
-    torch.library.opcheck(
-        torch.ops.sdfast.linear_forward, (x, weight, bias), {"activation": "silu", "residual": residual}
-    )
+    torch.library.opcheck(torch.ops.sdfast.linear_rows, (x, weight, bias, residual, 1))
 
 
 def test_unavailable_says_why() -> None:

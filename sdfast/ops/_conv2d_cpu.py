@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from sdfast import _library, dispatch, packing
 from sdfast.ops.group_norm import group_norm
 
-ALGORITHMS = ("direct", "winograd")
+# As csrc/conv2d_cpu.cpp counts them.
+ALGORITHMS = ("direct", "winograd4x4", "winograd2x2")
 
 
-def _pack_fake(weight: Tensor, algorithm: int, upsample: bool) -> Tensor:
+def _pack_fake(weight: Tensor, algorithm: int) -> Tensor:
     raise NotImplementedError("the size of a packed weight depends on the CPU; call sdfast::conv2d_forward")
 
 
@@ -30,9 +32,9 @@ def output_size(
     )
 
 
-def _packed_fake(
+def _kernel_fake(
     x: Tensor,
-    packed: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     time_embedding: Tensor | None,
     residual: Tensor | None,
@@ -58,10 +60,10 @@ def _forward_fake(
     upsample: bool,
     time_embedding: Tensor | None,
     residual: Tensor | None,
-    algorithm: int,
+    algorithm: str | None,
 ) -> Tensor:
-    more = (algorithm, *weight.shape[:1], *weight.shape[2:], stride, padding, upsample)
-    return _packed_fake(x, weight, bias, time_embedding, residual, *more)
+    more = (0, *weight.shape[:1], *weight.shape[2:], stride, padding, upsample)
+    return _kernel_fake(x, weight, bias, time_embedding, residual, *more)
 
 
 def _forward(
@@ -73,11 +75,16 @@ def _forward(
     upsample: bool,
     time_embedding: Tensor | None,
     residual: Tensor | None,
-    algorithm: int,
+    algorithm: str | None,
 ) -> Tensor:
-    """The compiled kernel, on a packed copy of the weight."""
-    kind = f"conv2d_{ALGORITHMS[algorithm]}" + ("_upsample" if upsample and algorithm == 0 else "")
-    copy = packing.packed(weight, kind, lambda values: _pack_op(values, algorithm, upsample))
+    """The compiled kernel; `algorithm` None takes the best."""
+    algorithm = algorithm or algorithm_for(x, weight, stride, upsample)
+    packing.note(weight)
+    if algorithm == "direct" and upsample and not _folds(weight, stride, padding):
+        x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
+    values = _values(
+        weight, algorithm, upsample, worth=x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
+    )
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if time_embedding is not None:
@@ -86,56 +93,94 @@ def _forward(
         bias = bias.contiguous()
     return cast(
         Tensor,
-        _packed_op(
-            x, copy, bias, time_embedding, residual, algorithm,
+        _kernel_op(
+            x, values, bias, time_embedding, residual, ALGORITHMS.index(algorithm),
             weight.shape[0], weight.shape[2], weight.shape[3], stride, padding, upsample,
         ),
     )  # fmt: skip
 
 
-_pack_op = _library.define_native(
-    "conv2d_pack(Tensor weight, int algorithm, bool upsample) -> Tensor", _pack_fake
-)
-_packed_op = _library.define_native(
-    "conv2d_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? time_embedding, Tensor? residual,"
+def _values(weight: Tensor, algorithm: str, upsample: bool, worth: float) -> Tensor:
+    """The weight as the algorithm reads it: in place where it lies as (out_channels, kh, kw, channels)."""
+    if algorithm != "direct":
+        index = ALGORITHMS.index(algorithm)
+        return packing.packed(weight, algorithm, lambda values: _pack_op(values, index), worth)
+    if upsample:
+        return packing.packed(weight, "folded", _fold)
+    rows = weight.permute(0, 2, 3, 1)
+    if rows.is_contiguous():
+        return rows
+    if not packing.is_lasting(weight) or not packing.affordable(weight, "rows", weight.nbytes, math.inf):
+        return rows.contiguous()
+    return packing.packed(weight, "rows", lambda values: values.permute(0, 2, 3, 1).contiguous())
+
+
+def _fold(weight: Tensor) -> Tensor:
+    """3x3 after nearest-2x as four 2x2 convolutions: (4, out_channels, 2, 2, channels).
+
+    Each pixel is repeated, so kernel rows -1, 0, 1 meet pixels -1, 0, 0 at even outputs, 0, 0, 1 at odd ones.
+    """
+    w = weight.float().permute(0, 2, 3, 1)  # (O, 3, 3, C)
+
+    def meet(w: Tensor, axis: int, parity: int) -> Tensor:
+        first, middle, last = w.unbind(axis)
+        return torch.stack((first + middle, last) if parity else (first, middle + last), axis)
+
+    phases = [meet(meet(w, 1, row), 2, column) for row in (0, 1) for column in (0, 1)]
+    return torch.stack(phases).to(weight.dtype)
+
+
+_pack_op = _library.define_native("conv2d_pack(Tensor weight, int algorithm) -> Tensor", _pack_fake)
+_kernel_op = _library.define_native(
+    "conv2d_kernel(Tensor x, Tensor weight, Tensor? bias, Tensor? time_embedding, Tensor? residual,"
     " int algorithm, int out_channels, int kernel_height, int kernel_width, int stride, int[] padding,"
     " bool upsample) -> Tensor",
-    _packed_fake,
+    _kernel_fake,
 )
-# What torch.compile sees: the packed copy is looked up when it runs.
+# What torch.compile sees: the copy of the weight is looked up when it runs.
 _forward_op = _library.define_native(
     "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int stride, int[] padding, bool upsample,"
-    " Tensor? time_embedding, Tensor? residual, int algorithm) -> Tensor",
+    " Tensor? time_embedding, Tensor? residual, str? algorithm) -> Tensor",
     _forward_fake,
     _forward,
 )
 
-
-# Winograd's copy of a weight is four times the weight (eight, of a bf16 one), and what it saves grows with
-# the pixels that share it: these many make it worth the memory.
-_WINOGRAD_PIXELS = {torch.float32: 2048, torch.bfloat16: 4096, torch.float16: 2048}
+# A copy in fp32 for Winograd, in multiples of the weight's elements.
+_ELEMENTS = {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9}
+# From how many pixels on a kernel shares its copy of the weight each was measured faster than what follows it.
+_LEAST_PIXELS = {"winograd4x4": 2048, "winograd2x2": 64}
 
 
 def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str:
     """Winograd where it was measured faster, its error is allowed and its memory well spent."""
     channels_out, channels_in, *kernel = weight.shape
     suits = kernel == [3, 3] and stride == 1 and min(channels_in, channels_out) >= 32
-    if not suits or dispatch.numerics() != "fast":
+    if not suits or dispatch.numerics() != "fast" or not packing.is_lasting(weight):
         return "direct"
-    if upsample and x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu"):
+    pairs = x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
+    if upsample and pairs:
         return "direct"  # four 2x2 convolutions in pairs of bf16 were measured faster
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-    return "winograd" if pixels >= _WINOGRAD_PIXELS[x.dtype] else "direct"
+    for algorithm in ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2"):
+        enough = pixels >= _LEAST_PIXELS[algorithm]
+        nbytes = int(4 * _ELEMENTS[algorithm] * weight.numel())
+        # What is saved grows with the pixels that share the copy.
+        if enough and packing.affordable(weight, algorithm, nbytes, worth=pixels):
+            return algorithm
+    return "direct"
+
+
+def _folds(weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
+    """Whether a convolution after an upsample is served as four 2x2 ones."""
+    if weight.shape[2:] != (3, 3) or stride != 1 or list(padding) != [1, 1, 1, 1]:
+        return False
+    nbytes = weight.nbytes * 16 // 9
+    return packing.is_lasting(weight) and packing.affordable(weight, "folded", nbytes, math.inf)
 
 
 def suits_torch(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> bool:
-    """Where torch was measured faster: few channels, strides, and bf16 between the two algorithms."""
-    channels_out, channels_in = weight.shape[:2]
-    if min(channels_in, channels_out) < 16 or stride > 1 or not packing.is_lasting(weight):
-        return True
-    if x.dtype != torch.bfloat16 or upsample or x.shape[0] * x.shape[2] * x.shape[3] < 1024:
-        return False
-    return algorithm_for(x, weight, stride, upsample) == "direct"
+    """Where torch was measured faster."""
+    return False
 
 
 def conv2d_cpu(
@@ -159,11 +204,5 @@ def conv2d_cpu(
         activation = "silu" if norm_silu else None
         normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
         x = cast(Tensor, normed)
-    algorithm = ALGORITHMS.index(algorithm_for(x, weight, stride, upsample))
-    if algorithm == 0 and upsample and (weight.shape[2:] != (3, 3) or stride != 1 or padding != (1, 1, 1, 1)):
-        x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     run = _forward_op if torch.compiler.is_compiling() else _forward
-    return cast(
-        Tensor,
-        run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, algorithm),
-    )
+    return cast(Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, None))

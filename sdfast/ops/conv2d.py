@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdfast import _library, dispatch, packing
+from sdfast import _library, dispatch
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
 from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size, suits_torch
 from sdfast.ops._native import requires_grad, unavailable
@@ -94,11 +94,11 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
         reason = "it takes tensors of one dtype that are not empty"
     elif torch.is_autocast_enabled(x.device.type):
         reason = "under autocast torch decides the dtypes"
-    elif not (torch.compiler.is_compiling() or packing.can_pack(weight)):
-        reason = "it packs weights that are plain tensors"
+    elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
+        reason = "it reads weights that are plain tensors"
     else:
         needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("conv2d_packed", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 

@@ -54,70 +54,16 @@ _library.define(
 )
 
 
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    residual: Tensor | None = None,
+def _rows_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
-    width = weight.shape[0] // 2 if activation == "geglu" else weight.shape[0]
-    return x.new_empty((*x.shape[:-1], width))
-
-
-def _pack_fake(weight: Tensor, geglu: bool) -> Tensor:
-    raise NotImplementedError("the size of a packed weight depends on the CPU; call sdfast::linear_forward")
-
-
-def _packed_fake(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weight_rows: int,
-    activation: int,
-) -> Tensor:
-    width = weight_rows // 2 if ACTIVATIONS[activation] == "geglu" else weight_rows
+    width = weight.shape[0] // 2 if ACTIVATIONS[activation] == "geglu" else weight.shape[0]
     return x.new_empty((x.shape[0], width))
 
 
-def _linear_kernel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The compiled kernel, on a packed copy of the weight."""
-    geglu = activation == "geglu"
-    rows = weight.shape[0]
-    kind = "linear_geglu" if geglu else "linear"
-    copy = packing.packed(weight, kind, lambda values: _pack_op(values.flatten(1), geglu))
-    tokens = x.reshape(-1, x.shape[-1])
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    if residual is not None:
-        residual = residual.reshape(-1, rows).contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    y = _packed_op(tokens, copy, bias, residual, rows, ACTIVATIONS.index(activation))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-_pack_op = _library.define_native("linear_pack(Tensor weight, bool geglu) -> Tensor", _pack_fake)
-_packed_op = _library.define_native(
-    "linear_packed(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int weight_rows, int activation)"
-    " -> Tensor",
-    _packed_fake,
-)
-# What torch.compile sees: the packed copy is looked up when it runs.
-_forward_op = _library.define_native(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None,"
-    " Tensor? residual=None) -> Tensor",
-    _linear_fake,
-    _linear_kernel,
+_rows_op = _library.define_native(
+    "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
+    _rows_fake,
 )
 
 
@@ -129,9 +75,19 @@ def linear_cpu(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The compiled CPU kernel, for inference."""
-    run = _forward_op if torch.compiler.is_compiling() else _linear_kernel
-    return cast(Tensor, run(x, weight, bias, activation=activation, residual=residual))
+    """The compiled CPU kernel, for inference. The weight is read where it lies."""
+    if not torch.compiler.is_compiling():
+        packing.note(weight)
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    if residual is not None:
+        residual = residual.reshape(-1, weight.shape[0]).contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    weight = weight.flatten(1).contiguous()
+    y = _rows_op(tokens, weight, bias, residual, ACTIVATIONS.index(activation))
+    return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -146,11 +102,11 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
         reason = "it takes tensors of one dtype that are not empty"
     elif torch.is_autocast_enabled(x.device.type):
         reason = "under autocast torch decides the dtypes"
-    elif not (torch.compiler.is_compiling() or packing.can_pack(weight)):
-        reason = "it packs weights that are plain tensors"
+    elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
+        reason = "it reads weights that are plain tensors"
     else:
         needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("linear_packed", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("linear_rows", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 
@@ -195,7 +151,6 @@ def linear(
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
     reasons = _unavailable(x, weight, bias, residual)
-    order = None if packing.is_lasting(weight) else ("torch",)
-    serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
+    serve = dispatch.choose("linear", x.device.type, reasons, backend)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)

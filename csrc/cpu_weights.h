@@ -1,0 +1,154 @@
+// Products with a weight that is read where it lies: y = x Wᵀ for W (rows, K), K contiguous.
+//
+// Algorithm. yᵀ = W xᵀ through the micro-kernel of cpu_gemm.h, which broadcasts its left operand
+// from memory: W needs no packed copy. Panels of kColumns tokens are packed instead, as many as L2
+// holds, and all of W goes past them. Sums of kGroup rows of W and a panel of tokens are transposed
+// in L1 and finished token by token. Limit: fused multiply-adds; W's bytes where tokens are few.
+// Every element is one chain of additions over K, cut at fixed places: the result does not depend
+// on the number of threads.
+#pragma once
+
+#include "cpu_transpose.h"
+
+namespace sdfast::gemm {
+
+constexpr int64_t kGroup = 4 * kRows;        // rows of W finished at a time: whole vectors
+constexpr int64_t kPackedBytes = 512 << 10;  // of tokens, beside a group of W in L2
+
+// `count` rows of `dim` values of a weight, `stride` apart, as the micro-kernel reads them: where
+// they lie if that can be; else widened, or the last pair completed, in scratch.
+template <typename T, typename Operand>
+Rows<Operand> rows_of(const T* from, int64_t stride, int64_t count, int64_t dim, Operand* scratch) {
+  constexpr int kDepth = Operand::kDepth;
+  const int64_t steps = steps_of(kDepth, dim);
+  if constexpr (sizeof(T) * kDepth == sizeof(Operand)) {
+    if (stride % kDepth == 0 && dim % kDepth == 0) {
+      return {reinterpret_cast<const Operand*>(from), stride / kDepth};
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = reinterpret_cast<T*>(scratch + r * steps);
+      std::memset(static_cast<void*>(to), 0, steps * sizeof(Operand));
+      std::memcpy(static_cast<void*>(to), from + r * stride, dim * sizeof(T));
+    }
+  } else {
+    for (int64_t r = 0; r < count; ++r) {
+      simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
+        simd::store(&scratch[r * steps + i].value, simd::load(from + r * stride + i, lanes), lanes);
+      });
+    }
+  }
+  return {scratch, steps};
+}
+
+// Tokens, rows of W and the values of K, of which `part` are multiplied at a time and none across a
+// multiple of `period`. A gated product pairs row i with row i + rows: W has twice the rows.
+struct Product {
+  int64_t tokens, rows, dim, part, period;
+  bool gated = false;
+
+  int64_t panels() const { return (tokens + kColumns - 1) / kColumns; }
+  int64_t groups() const { return (rows + kGroup - 1) / kGroup; }
+  int64_t parts_of_period() const { return (period + part - 1) / part; }
+  int64_t parts() const { return (dim + period - 1) / period * parts_of_period(); }
+
+  struct Piece {
+    int64_t begin, count;  // values of K
+  };
+  Piece piece(int64_t index) const {
+    const int64_t base = index / parts_of_period() * period;
+    const int64_t from = index % parts_of_period() * part;
+    return {base + from, std::min({part, period - from, dim - base - from})};
+  }
+};
+
+// `dim` values in the fewest parts that keep a panel of tokens small, all of nearly the same size
+// and of whole steps.
+template <typename Operand>
+int64_t even_part(int64_t dim) {
+  constexpr int64_t kDepth = Operand::kDepth;
+  const int64_t steps = steps_of(kDepth, dim), parts = (steps + kPartSteps - 1) / kPartSteps;
+  return (steps + parts - 1) / parts * kDepth;
+}
+
+// How the tokens are cut in blocks of panels, and the groups of W in splits where blocks are few.
+struct Cut {
+  int64_t blocks, splits;
+
+  template <typename Operand>
+  static Cut of(const Product& p) {
+    const int64_t threads = torch::stable::get_num_threads(), panels = p.panels();
+    const int64_t panel_bytes =
+        steps_of(Operand::kDepth, p.part) * kColumns * static_cast<int64_t>(sizeof(Operand));
+    const int64_t most = std::max<int64_t>(1, kPackedBytes / panel_bytes);
+    const int64_t blocks = (panels + most - 1) / most;
+    const int64_t even = std::min((blocks + threads - 1) / threads * threads, panels);
+    return {even, threads == 1 ? 1 : std::clamp<int64_t>(4 * threads / even, 1, p.groups())};
+  }
+};
+
+// pack(token, count, piece, to) packs tokens into columns. weights(row, count, piece, scratch)
+// gives Rows of W; scratch holds kGroup rows of a piece, for what cannot be read in place.
+// finish(token, count, row, rows, c, gates) takes sums (count, kGroup) of rows [row, row + rows).
+template <typename Operand, typename Pack, typename Weights, typename Finish>
+void multiply_weights(const Product& p, const Pack& pack, const Weights& weights,
+                      const Finish& finish) {
+  constexpr int64_t kSums = kGroup * kColumns;
+  const Cut cut = Cut::of<Operand>(p);
+  const int64_t panels = p.panels(), groups = p.groups(), parts = p.parts();
+  const int64_t halves = p.gated ? 2 : 1, most_steps = steps_of(Operand::kDepth, p.part);
+  const int64_t most_panels = (panels + cut.blocks - 1) / cut.blocks;
+  const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
+  share(cut.blocks * cut.splits, [&](const auto& next) {
+    const std::unique_ptr<Operand[]> packed(new Operand[most_panels * most_steps * kColumns]);
+    const std::unique_ptr<Operand[]> scratch(new Operand[halves * kGroup * most_steps]);
+    // Sums wait for the next part of K, if there is one.
+    const std::unique_ptr<float[]> sums(
+        new float[halves * kSums * (parts > 1 ? most_panels * most_groups : 1)]);
+    const std::unique_ptr<float[]> transposed(new float[halves * kSums]);
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t block = item % cut.blocks, split = item / cut.blocks;
+      const int64_t first = block * panels / cut.blocks, end = (block + 1) * panels / cut.blocks;
+      const int64_t first_group = split * groups / cut.splits;
+      const int64_t end_group = (split + 1) * groups / cut.splits;
+      for (int64_t part = 0; part < parts; ++part) {
+        const Product::Piece piece = p.piece(part);
+        const int64_t steps = steps_of(Operand::kDepth, piece.count);
+        for (int64_t panel = first; panel < end; ++panel) {
+          const int64_t token = panel * kColumns;
+          pack(token, std::min<int64_t>(kColumns, p.tokens - token), piece,
+               packed.get() + (panel - first) * steps * kColumns);
+        }
+        for (int64_t group = first_group; group < end_group; ++group) {
+          const int64_t row = group * kGroup, rows = std::min(kGroup, p.rows - row);
+          const auto sums_of = [&](int64_t panel, int64_t half) {
+            const int64_t index =
+                parts > 1 ? (group - first_group) * most_panels + panel - first : 0;
+            return sums.get() + (index * halves + half) * kSums;
+          };
+          Rows<Operand> a[2];
+          for (int64_t half = 0; half < halves; ++half) {
+            a[half] = weights(row + half * p.rows, rows, piece,
+                              scratch.get() + half * kGroup * most_steps);
+          }
+          for (int64_t panel = first; panel < end; ++panel) {
+            for (int64_t half = 0; half < halves; ++half) {
+              multiply_panel(
+                  rows, steps, a[half], packed.get() + (panel - first) * steps * kColumns,
+                  sums_of(panel, half), kColumns, part > 0, [](int64_t, int64_t, const float*) {});
+              if (part + 1 == parts) {
+                transpose_sums(sums_of(panel, half), rows, transposed.get() + half * kSums, kGroup);
+              }
+            }
+            if (part + 1 == parts) {
+              const int64_t token = panel * kColumns;
+              finish(token, std::min<int64_t>(kColumns, p.tokens - token), row, rows,
+                     transposed.get(), transposed.get() + kSums);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace sdfast::gemm

@@ -1,0 +1,106 @@
+"""Copies of weights: they follow the weight, die with it, and stay within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdfast import _library, dispatch, ops, packing
+
+needs_kernel = pytest.mark.skipif(
+    not _library.has_kernel("conv2d_kernel", "cpu"), reason=_library.load_cpu_library().detail
+)
+pytestmark = needs_kernel
+
+
+@pytest.fixture(autouse=True)
+def no_copies() -> Iterator[None]:
+    packing.clear()
+    yield
+    packing.clear()
+
+
+def copy(weight: Tensor, kind: str = "twice", worth: float = 1.0) -> Tensor:
+    return packing.packed(weight, kind, lambda values: torch.cat([values, values]), worth)
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "step", "load_state_dict", "replaced"])
+def test_the_copy_follows_the_weight(change: str) -> None:
+    layer, other = (torch.nn.Conv2d(32, 40, 3, padding=1) for _ in range(2))
+    x = torch.randn(1, 32, 16, 16)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return ops.conv2d(x, layer.weight, layer.bias, padding=1)
+
+    before = run()
+    assert packing.packed_bytes() > 0
+    if change == "in place":
+        with torch.no_grad():
+            layer.weight += 1
+    elif change == "data":  # how PEFT merges a LoRA: no version counter moves
+        layer.weight.data += torch.randn(40, 32, 3, 3)
+    elif change == "step":
+        layer(x).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    elif change == "load_state_dict":
+        layer.load_state_dict(other.state_dict())
+    else:
+        layer.weight = torch.nn.Parameter(torch.randn(40, 32, 3, 3))
+    assert not torch.allclose(before, run())
+    torch.testing.assert_close(run(), layer(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_die_with_the_weight() -> None:
+    weight = torch.randn(64, 32)
+    assert copy(weight).shape == (128, 32) and copy(weight) is copy(weight)
+    copy(weight, "again")
+    assert packing.packed_bytes() == 2 * 2 * weight.nbytes
+    del weight
+    assert packing.packed_bytes() == 0
+
+
+def test_what_is_worth_more_takes_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "FREE_BYTES", 0)
+    weights = [torch.randn(1000) for _ in range(4)]
+    for weight in weights:
+        packing.note(weight)
+    budget = sum(packing._read.values())
+    low, middle, high, most = weights
+    assert packing.affordable(low, "twice", budget, 1.0)
+    packing.packed(low, "twice", lambda values: torch.empty(budget // 4), 1.0)
+    assert not packing.affordable(middle, "twice", 1, 1.0)  # no more is there, and none is worth less
+    assert packing.affordable(high, "twice", budget, 2.0)
+    assert packing.packed_bytes() == 0
+    packing.packed(high, "twice", lambda values: torch.empty(budget // 4), 2.0)
+    assert not packing.affordable(most, "twice", budget + 1, 3.0)  # more than all of it
+    assert packing.packed_bytes() == budget  # nothing was dropped in vain
+    assert packing.affordable(high, "twice", budget, 2.0)
+
+
+def test_more_weights_are_a_larger_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "FREE_BYTES", 0)
+    weight, other = torch.randn(1000), torch.randn(10**6)
+    nbytes = sum(packing._read.values()) + 2 * weight.nbytes
+    assert not packing.affordable(weight, "twice", nbytes, 1.0)
+    packing.note(other)
+    assert packing.affordable(weight, "twice", nbytes, 1.0)
+
+
+@pytest.mark.parametrize(("memory", "algorithm"), [("low", False), ("default", True), ("high", True)])
+def test_use_memory(memory: str, algorithm: bool) -> None:
+    x, weight = torch.randn(1, 32, 48, 48), torch.randn(32, 32, 3, 3).to(memory_format=torch.channels_last)
+    with dispatch.use_memory(memory):
+        y = ops.conv2d(x, weight, padding=1, backend="cpu")
+    assert (packing.packed_bytes() > 0) == algorithm
+    torch.testing.assert_close(y, torch.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-3)
+
+
+def test_memory_names_what_is_allowed() -> None:
+    unknown = dispatch.use_memory("tiny")
+    with pytest.raises(ValueError, match="memory: got 'tiny', expected one of low, default, high"), unknown:
+        pass
+    assert dispatch.memory() == "default"
