@@ -24,8 +24,8 @@ from sdfast import _library, dispatch
 
 State = tuple[object, ...]
 
-# Copies of fewer bytes than these are made in any case: a single layer, a small model.
-FREE_BYTES = 256 << 20
+# Copies of fewer bytes than these are made in any case: less than the activations of a decoder to 512x512 take.
+FREE_BYTES = 1 << 30
 
 _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambda weight: 0)
 

@@ -147,7 +147,7 @@ _forward_op = _library.define_native(
 
 # A copy in fp32 for Winograd, in multiples of the weight's elements.
 _ELEMENTS = {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9}
-# From how many pixels on a kernel shares its copy of the weight each was measured faster than what follows it.
+# From how many pixels that share the copy each was measured faster than what follows it.
 _LEAST_PIXELS = {"winograd4x4": 2048, "winograd2x2": 64}
 
 
