@@ -55,9 +55,7 @@ def _torch_model(work: Work, dtype: torch.dtype) -> nn.Module:
 
 
 def _torch_run(forward: Callable[..., Tensor], work: Work, dtype: torch.dtype) -> Run:
-    inputs = [
-        x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in work.inputs(dtype)
-    ]
+    inputs = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in work.inputs(dtype)]
     return torch.inference_mode()(lambda: forward(*inputs))
 
 
@@ -77,9 +75,7 @@ def load_eager(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> Ru
     return _torch_run(work.forward(model), work, getattr(torch, dtype))
 
 
-def load_inductor(
-    work: Work, dtype: str, folder: pathlib.Path, ready: Ready, mode: str | None = None
-) -> Run:
+def load_inductor(work: Work, dtype: str, folder: pathlib.Path, ready: Ready, mode: str | None = None) -> Run:
     """Freezing lets it fold and reorder weights: without, they are reordered at every call."""
     import torch._inductor.config
 
@@ -124,9 +120,7 @@ def load_onnxruntime(work: Work, dtype: str, folder: pathlib.Path, ready: Ready)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Its threads spin far longer than others'; this ends it when a run ends, and not before.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(
-        folder / "model.onnx", options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
     feed = dict(zip(names, (x.numpy() for x in work.inputs()), strict=True))
     return lambda: torch.from_numpy(session.run(None, feed)[0])
@@ -219,9 +213,7 @@ def _reset_peak() -> None:
 def _memory() -> dict[str, int]:
     """In bytes: the peak since `_reset_peak`, what is resident now, and what packed weights take of it."""
     status = pathlib.Path("/proc/self/status").read_text()
-    peak, resident = (
-        1024 * int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) for name in ("VmHWM", "VmRSS")
-    )
+    peak, resident = (1024 * int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) for name in ("VmHWM", "VmRSS"))
     return {"peak_bytes": peak, "resident_bytes": resident, "packed_bytes": packing.packed_bytes()}
 
 

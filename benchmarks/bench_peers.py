@@ -3,12 +3,13 @@
     python benchmarks/bench_peers.py [--rounds 5] [--work unet vae] [--dtype float32 bfloat16]
                                      [--peers inductor openvino onnxruntime] [--threads N] [--tiny]
 
-Beside diffusers in eager torch (channels_last, its faster layout): torch.compile with frozen weights, OpenVINO
-and ONNX Runtime, as `pip install sdfast[peers]` brings them; what is not installed is left out and said to be.
-All have the same random weights and inputs. Every engine runs in a process of its own (`_peers.py`); ours and
-one peer at a time are alive, so that two models have to fit into memory, and run in turns, so that a ratio is
-of neighbours in time. Before anything is timed, errors against eager's fp32 result are taken: ours at most
-1e-4 in fp32, in bf16 at most 1.5 times eager's own; those of the others are recorded.
+Beside diffusers in eager torch (channels_last, its faster layout): torch.compile with frozen weights,
+OpenVINO and ONNX Runtime, as `pip install sdfast[peers]` brings them; one that is not installed is left out,
+and said to be. All have the same random weights and inputs. Every engine runs in a process of its own
+(`_peers.py`); ours and one peer at a time are alive, so that only two models have to fit into memory, and
+take turns, so that a ratio is of neighbours in time. Before anything is timed, errors are taken against
+eager's fp32 result: ours at most 1e-4 in fp32, in bf16 at most 1.5 times eager's own; those of the others are
+recorded.
 """
 
 from __future__ import annotations
