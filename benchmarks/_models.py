@@ -63,6 +63,11 @@ class Work:
         ours.load_state_dict(theirs.state_dict(), assign=True)
         return ours
 
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        with torch.device("meta"):
+            model = self.theirs(**self.config)
+        return dtype.itemsize * sum(weight.numel() for weight in model.parameters())
+
     def forward(self, model: nn.Module) -> Forward:
         return Forward(model, self.method)
 

@@ -47,7 +47,7 @@ def models_table(record: Row, peers: Row | None) -> list[str]:
 def peers_lines(record: Row) -> list[str]:
     """Times and ratios, then what else an engine costs, then who is missing and why."""
     names = [name for name in TITLES if any(name in row["peers"] for row in record["rows"])]
-    times, costs, absent = [], [], {}
+    times, costs, memory, absent = [], [], [], {}
     for row in record["rows"]:
         cells = [
             f"{row['peers'][name]['ms']:.0f} ms, {row['peers'][name]['ratio']:.2f}x"
@@ -58,6 +58,10 @@ def peers_lines(record: Row) -> list[str]:
         times.append((row["work"], row["dtype"], *cells, f"{row['sdfast']['ms']:.0f} ms"))
         for name, engine in (*row["peers"].items(), ("sdfast", row["sdfast"])):
             costs.append((row["work"], row["dtype"], TITLES.get(name, name), *_costs(engine)))
+        weights, packed = (
+            f"{size / 2**30:.1f}" for size in (row["weight_bytes"], row["sdfast"]["packed_bytes"])
+        )
+        memory.append(f"{row['work']}, {row['dtype']}: {weights} GiB, packed {packed} GiB")
         for name, reason in row["skipped"].items():
             absent[f"{TITLES[name]}, {row['dtype']}: {reason}"] = None
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -71,6 +75,8 @@ def peers_lines(record: Row) -> list[str]:
         "included; time from having the weights to the first result, conversion and compilation included.",
         "",
         *markdown_table(("work", "dtype", "engine", "error", "peak memory", "first result after"), costs),
+        "",
+        f"Weights, and the copies of them that sdfast packs: {'; '.join(memory)}.",
         *(["", *(f"- Not measured: {line}." for line in absent)] if absent else []),
     ]
 

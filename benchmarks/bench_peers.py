@@ -128,9 +128,10 @@ class Measurement:
                 **_times(self.samples), "error": error, "ready_seconds": first["ready_seconds"],
                 "idle_cpu_seconds": ours.idle_cpu_seconds, **ours.memory(),
             }  # fmt: skip
-        works = TINY_WORKS if self.tiny else WORKS
+        work = (TINY_WORKS if self.tiny else WORKS)[self.work]
         return {
-            "work": works[self.work].title, "dtype": self.dtype, "rounds": self.rounds, "sdfast": ours_row,
+            "work": work.title, "dtype": self.dtype, "rounds": self.rounds,
+            "weight_bytes": work.weight_bytes(getattr(torch, self.dtype)), "sdfast": ours_row,
             "peers": self.peers, "skipped": self.skipped,
         }  # fmt: skip
 

@@ -44,7 +44,8 @@ PEERS = {
     "versions": {"torch": "2"},
     "rows": [
         {
-            "work": "VAE", "dtype": "float32", "sdfast": {**ENGINE, "ms": 10.0},
+            "work": "VAE", "dtype": "float32", "weight_bytes": 2**31,
+            "sdfast": {**ENGINE, "ms": 10.0, "packed_bytes": 2**30},
             "peers": {name: {**ENGINE, "ratio": 2.0, "export_seconds": 3.0} for name in ("eager", "openvino")},
             "skipped": {"onnxruntime": "not installed"},
         }
@@ -56,6 +57,7 @@ def test_report_of_peers(report):
     text = "\n".join(report.peers_lines(PEERS))
     assert "| VAE | float32 | 20 ms, 2.00x | 20 ms, 2.00x | 10 ms |" in text
     assert "| VAE | float32 | OpenVINO | 1.0e-06 | 1.0 GiB | 5 s |" in text
+    assert "VAE, float32: 2.0 GiB, packed 1.0 GiB." in text
     assert "- Not measured: ONNX Runtime, float32: not installed." in text
 
 
