@@ -7,9 +7,9 @@ Beside diffusers in eager torch (channels_last, its faster layout): torch.compil
 OpenVINO and ONNX Runtime, as `pip install sdfast[peers]` brings them; one that is not installed is left out,
 and said to be. All have the same random weights and inputs. Every engine runs in a process of its own
 (`_peers.py`); ours and one peer at a time are alive, so that only two models have to fit into memory, and
-take turns, so that a ratio is of neighbours in time. Before anything is timed, errors are taken against
-eager's fp32 result: ours at most 1e-4 in fp32, in bf16 at most 1.5 times eager's own; those of the others are
-recorded.
+take turns, so that a ratio is of neighbours in time. Errors are taken against eager's fp32 result, and
+recorded; ours may be 1e-4 in fp32, in bf16 1.5 times eager's own, or nothing is recorded at all.
+Linux only: /proc says what memory was used.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.connection.close()
         self.process.terminate()
         self.process.join()
+        self.connection.close()
 
     def receive(self) -> Any:
         return _receive(self.connection, self.process)
