@@ -151,8 +151,14 @@ def export_onnx(forward: Forward, inputs: tuple[Tensor, ...], folder: pathlib.Pa
 EXPORT = {"openvino": export_openvino, "onnxruntime": export_onnx}
 
 
+def _die_first(peer: str) -> None:
+    """Where memory runs out the kernel is to end the peer, then ours, and nothing else."""
+    pathlib.Path("/proc/self/oom_score_adj").write_text("900" if peer == "sdfast" else "1000")
+
+
 def serve_export(connection: Connection, peer: str, work: str, folder: pathlib.Path, tiny: bool) -> None:
     """The main function of a process that writes an engine's file; answers with the seconds it took."""
+    _die_first(peer)
     try:
         chosen = (TINY_WORKS if tiny else WORKS)[work]
         forward = chosen.forward(chosen.make_theirs()).eval()
@@ -172,6 +178,7 @@ def serve(
     It loads and runs once, sends what `_first_run` returns, then answers True by (seconds of a run, CPU
     seconds it took while it waited), and False by its memory, and ends. Errors are sent as text.
     """
+    _die_first(peer)
     torch.set_num_threads(threads)
     try:
         run, first = _first_run(peer, (TINY_WORKS if tiny else WORKS)[work], dtype, folder)

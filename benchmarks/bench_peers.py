@@ -74,7 +74,8 @@ def _receive(connection: Any, process: Any) -> Any:
         message = connection.recv()
     except EOFError:
         process.join()
-        raise PeerError(f"its process ended with exit code {process.exitcode}") from None
+        killed = " (out of memory?)" if process.exitcode == -9 else ""
+        raise PeerError(f"its process ended with exit code {process.exitcode}{killed}") from None
     if isinstance(message, str):
         raise PeerError(message)
     return message
