@@ -15,88 +15,50 @@ import argparse
 import copy
 from collections.abc import Callable
 
-import diffusers
 import torch
+from _models import WORKS, Work
 from _record import results_path, table, write_json
 from torch import Tensor, nn
 
 from sdfast.memory import keep_freed_memory
-from sdfast.models import AutoencoderKL, UNet2DCondition
-from sdfast.models.config import config_from_dict
 from sdfast.testing import relative_error, spread, time_alternating
 
-VAE_CONFIG = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
 Run = Callable[[], Tensor]
 
 
-def unet_runs(dtype: torch.dtype) -> dict[str, Run]:
-    """One guided step: two 64x64 latents, 77 text tokens."""
-    theirs = diffusers.UNet2DConditionModel(cross_attention_dim=768).eval()
-    sample, text = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
-
-    def run(model: nn.Module, dtype: torch.dtype) -> Run:
-        x, context = sample.to(dtype), text.to(dtype)
-        if isinstance(model, UNet2DCondition):
-            return lambda: model(x, 500, context)
-        return lambda: model(x, 500, context).sample
-
-    return _runs(theirs, UNet2DCondition, run, dtype)
-
-
-def vae_runs(dtype: torch.dtype) -> dict[str, Run]:
-    """Decoding one 64x64 latent to 512x512."""
-    theirs = diffusers.AutoencoderKL(**VAE_CONFIG).eval()
-    latent = torch.randn(1, 4, 64, 64)
-
-    def run(model: nn.Module, dtype: torch.dtype) -> Run:
-        z = latent.to(dtype)
-        if isinstance(model, AutoencoderKL):
-            return lambda: model.decode(z)
-        return lambda: model.decode(z).sample
-
-    return _runs(theirs, AutoencoderKL, run, dtype)
-
-
-def _runs(
-    theirs: nn.Module, ours_class: type, run: Callable[[nn.Module, torch.dtype], Run], dtype: torch.dtype
-) -> dict[str, Run]:
+def make_runs(work: Work, dtype: torch.dtype) -> dict[str, Run]:
     """Ours and theirs on the same weights, after the check of the result."""
+
+    def run(model: nn.Module, dtype: torch.dtype) -> Run:
+        forward, inputs = work.forward(model), work.inputs(dtype)
+        return lambda: forward(*inputs)
+
+    theirs = work.make_theirs()
     expected = run(theirs, torch.float32)()
     contiguous = theirs.to(dtype)
     channels_last = copy.deepcopy(contiguous).to(memory_format=torch.channels_last)
-    with torch.device("meta"):
-        ours = ours_class(config_from_dict(ours_class, dict(theirs.config))).eval()
-    ours.load_state_dict(channels_last.state_dict(), assign=True)
     runs = {
         "eager": run(contiguous, dtype),
         "eager channels_last": run(channels_last, dtype),
-        "sdfast": run(ours, dtype),
+        "sdfast": run(work.make_ours(channels_last), dtype),
     }
     error, eager_error = (
         relative_error(runs[name](), expected) for name in ("sdfast", "eager channels_last")
     )
     limit = 1e-4 if dtype == torch.float32 else 1.5 * eager_error
     if not error <= limit:
-        raise AssertionError(f"{ours_class.__name__}, {dtype}: error {error:.1e} exceeds {limit:.1e}")
+        raise AssertionError(f"{work.title}, {dtype}: error {error:.1e} exceeds {limit:.1e}")
     return runs
 
 
 @torch.inference_mode()
-def measure(
-    work: str, make: Callable[[torch.dtype], dict[str, Run]], dtype: torch.dtype, rounds: int
-) -> dict:
+def measure(work: Work, dtype: torch.dtype, rounds: int) -> dict:
     """Median milliseconds of each, and the median ratio of neighbours in time."""
-    torch.manual_seed(0)
-    samples = time_alternating(make(dtype), rounds=rounds, warmup=1)
+    samples = time_alternating(make_runs(work, dtype), rounds=rounds, warmup=1)
     eager = min(("eager", "eager channels_last"), key=lambda name: spread(samples[name])[1])
     ratios = [e / s for e, s in zip(samples[eager], samples["sdfast"], strict=True)]
     return {
-        "work": work,
+        "work": work.title,
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
         "eager_layout": "channels_last" if "last" in eager else "contiguous",
@@ -121,8 +83,8 @@ def main() -> None:
     keep_freed_memory()
     rows = []
     for dtype in options.dtype:
-        for work, make in (("SD 1.5 U-Net, guided step", unet_runs), ("VAE decode to 512x512", vae_runs)):
-            rows.append(measure(work, make, getattr(torch, dtype), options.rounds))
+        for work in WORKS.values():
+            rows.append(measure(work, getattr(torch, dtype), options.rounds))
             columns = {"work": "", "dtype": "", "best_eager_ms": ".0f", "sdfast_ms": ".0f", "ratio": ".2f"}
             print(table(rows[-1:], columns), flush=True)
     write_json(results_path("models"), rows)

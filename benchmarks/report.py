@@ -10,27 +10,25 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from _report_models import markdown_table, models_rows, models_table, peers_lines, profile_lines
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 _ORDER = (
-    "models", "conv2d", "linear", "attention", "group_norm", "layer_norm", "diffusion_step", "digits_quality",
+    "models", "peers", "profile", "conv2d", "linear", "attention", "group_norm", "layer_norm",
+    "diffusion_step", "digits_quality",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
+_HEADINGS = {"peers": "models beside other engines", "profile": "a profile of one step"}
 
 Row = dict[str, Any]
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 def provenance(name: str, record: Row) -> str:
@@ -41,14 +39,6 @@ def provenance(name: str, record: Row) -> str:
         f" ({machine['cpu_capability']}), torch {machine['torch']}, commit {machine['commit']},"
         f" {machine['date'][:10]}; [{name}](results/{name})."
     )
-
-
-def models_rows(record: Row) -> Iterator[Sequence[object]]:
-    for row in record["rows"]:
-        yield (
-            row["work"], row["dtype"], f"{row['best_eager_ms']:.0f} ms ({row['eager_layout']})",
-            f"{row['sdfast_ms']:.0f} ms", f"**{row['ratio']:.2f}x**",
-        )  # fmt: skip
 
 
 def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
@@ -120,11 +110,15 @@ def results_md(records: dict[str, Row]) -> list[str]:
     ]
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
-        lines += ["", f"## {kind} on {device}", "", provenance(name, record), ""]
+        lines += ["", f"## {_HEADINGS.get(kind, kind)} on {device}", "", provenance(name, record), ""]
         if kind == "models":
             lines += markdown_table(
                 ("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record)
             )
+        elif kind == "peers":
+            lines += peers_lines(record)
+        elif kind == "profile":
+            lines += profile_lines(record)
         elif kind == "group_norm":
             head = ("work", "shape", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
             lines += [f"Copy bandwidth in the same run: {record['copy_gb_per_s']:.1f} GB/s (128 MiB).", ""]
@@ -199,7 +193,7 @@ def readme_block(records: dict[str, Row]) -> list[str]:
                 f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}),"
                 f" torch {machine['torch']}, beside eager torch in its faster memory format:",
                 "",
-                *markdown_table(("work", "dtype", "eager", "sdfast", "speed"), models_rows(record)),
+                *models_table(record, records.get(f"{device}/peers.json")),
             ]
             kernels = kernel_summaries(records, device)
             if kernels:

@@ -1,0 +1,113 @@
+"""The models that the benchmarks of whole models run: sizes of Stable Diffusion 1.5, random weights.
+
+Weights and inputs come from one seed, so that every process that builds a model has the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from sdfast.models import AutoencoderKL, UNet2DCondition
+from sdfast.models.config import config_from_dict
+
+diffusers.logging.set_verbosity_error()  # it warns of every .to(dtype)
+
+
+class Forward(nn.Module):
+    """A model's method as a module from tensors to a tensor, which is what exporters take."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+        self.options = {"return_dict": False} if isinstance(model, diffusers.ModelMixin) else {}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        result = getattr(self.model, self.method)(*inputs, **self.options)
+        return result[0] if self.options else result
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One call of one model.
+
+    Args:
+        title: names it in tables.
+        ours: our class.
+        theirs: diffusers' class.
+        config: what differs from the defaults of `theirs`.
+        method: what is called.
+        shapes: of the inputs; () is the timestep.
+    """
+
+    title: str
+    ours: type
+    theirs: type
+    config: dict[str, Any]
+    method: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    def make_theirs(self) -> nn.Module:
+        """diffusers' model in fp32, contiguous."""
+        torch.manual_seed(0)
+        return self.theirs(**self.config).eval()
+
+    def make_ours(self, theirs: nn.Module) -> nn.Module:
+        """Our model on the weights of `theirs`, not on copies."""
+        with torch.device("meta"):
+            ours = self.ours(config_from_dict(self.ours, dict(theirs.config))).eval()
+        ours.load_state_dict(theirs.state_dict(), assign=True)
+        return ours
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        with torch.device("meta"):
+            model = self.theirs(**self.config)
+        return dtype.itemsize * sum(weight.numel() for weight in model.parameters())
+
+    def forward(self, model: nn.Module) -> Forward:
+        return Forward(model, self.method)
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(1)
+        return tuple(
+            torch.randn(shape, generator=generator).to(dtype) if shape else torch.tensor(500)
+            for shape in self.shapes
+        )
+
+
+def _unet(size: int, tokens: int, width: int, **config: Any) -> Work:
+    return Work(
+        "SD 1.5 U-Net, guided step", UNet2DCondition, diffusers.UNet2DConditionModel,
+        {"cross_attention_dim": width, **config}, "forward", ((2, 4, size, size), (), (2, tokens, width)),
+    )  # fmt: skip
+
+
+def _vae(size: int, widths: tuple[int, ...], layers: int) -> Work:
+    config = {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "layers_per_block": layers,
+    }
+    output = size * 2 ** (len(widths) - 1)
+    return Work(
+        f"VAE decode to {output}x{output}", AutoencoderKL, diffusers.AutoencoderKL, config, "decode",
+        ((1, 4, size, size),),
+    )  # fmt: skip
+
+
+# The U-Net's step is guided: two latents and two texts in a batch.
+WORKS = {"unet": _unet(64, 77, 768), "vae": _vae(64, (128, 256, 512, 512), 2)}
+# The same in small, to try a benchmark out.
+TINY_WORKS = {
+    "unet": _unet(
+        16, 7, 32, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+    "vae": _vae(16, (32, 64), 1),
+}  # fmt: skip

@@ -1,0 +1,120 @@
+"""The tables of whole models: beside eager, beside other engines, and by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+TITLES = {
+    "eager": "eager",
+    "inductor": "inductor",
+    "inductor_autotune": "inductor, autotuned",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def models_rows(record: Row) -> Iterator[tuple[object, ...]]:
+    for row in record["rows"]:
+        yield (
+            row["work"], row["dtype"], f"{row['best_eager_ms']:.0f} ms ({row['eager_layout']})",
+            f"{row['sdfast_ms']:.0f} ms", f"**{row['ratio']:.2f}x**",
+        )  # fmt: skip
+
+
+def models_table(record: Row, peers: Row | None) -> list[str]:
+    """The README's: beside eager, and the ratio to OpenVINO where that was recorded."""
+    head: tuple[str, ...] = ("work", "dtype", "eager", "sdfast", "speed")
+    rows = list(models_rows(record))
+    ratios = {
+        (row["work"], row["dtype"]): f"{row['peers']['openvino']['ratio']:.2f}x"
+        for row in (peers["rows"] if peers else ())
+        if "openvino" in row["peers"]
+    }
+    if ratios:
+        head = (*head, "beside OpenVINO")
+        rows = [(*row, ratios.get((row[0], row[1]), "")) for row in rows]
+    return markdown_table(head, rows)
+
+
+def peers_lines(record: Row) -> list[str]:
+    """Times and ratios, then what else an engine costs, then who is missing and why."""
+    names = [name for name in TITLES if any(name in row["peers"] for row in record["rows"])]
+    times, costs, memory, absent = [], [], [], {}
+    for row in record["rows"]:
+        cells = [
+            f"{row['peers'][name]['ms']:.0f} ms, {row['peers'][name]['ratio']:.2f}x"
+            if name in row["peers"]
+            else ""
+            for name in names
+        ]
+        times.append((row["work"], row["dtype"], *cells, f"{row['sdfast']['ms']:.0f} ms"))
+        for name, engine in (*row["peers"].items(), ("sdfast", row["sdfast"])):
+            costs.append((row["work"], row["dtype"], TITLES.get(name, name), *_costs(engine)))
+        weights, packed = (
+            f"{size / 2**30:.1f}" for size in (row["weight_bytes"], row["sdfast"]["packed_bytes"])
+        )
+        memory.append(f"{row['work']}, {row['dtype']}: {weights} GiB, packed {packed} GiB")
+        for name, reason in row["skipped"].items():
+            absent[f"{TITLES[name]}, {row['dtype']}: {reason}"] = None
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [
+        "Every engine in a process of its own; a ratio is its time by ours, of neighbours in time.",
+        f"Inductor has its weights frozen, OpenVINO its shapes static and its precision pinned. {versions}.",
+        "",
+        *markdown_table(("work", "dtype", *(TITLES[name] for name in names), "sdfast"), times),
+        "",
+        "Error against eager in fp32; memory at its peak from having the weights on, Python and torch",
+        "included; time from having the weights to the first result, conversion and compilation included.",
+        "",
+        *markdown_table(("work", "dtype", "engine", "error", "peak memory", "first result after"), costs),
+        "",
+        f"Weights, and the copies of them that sdfast packs: {'; '.join(memory)}.",
+        *(["", *(f"- Not measured: {line}." for line in absent)] if absent else []),
+    ]
+
+
+def _costs(engine: Row) -> tuple[str, str, str]:
+    seconds = engine["ready_seconds"] + engine.get("export_seconds", 0)
+    return f"{engine['error']:.1e}", f"{engine['peak_bytes'] / 2**30:.1f} GiB", f"{seconds:.0f} s"
+
+
+def profile_lines(record: Row) -> list[str]:
+    """A table a model and dtype."""
+    lines = [
+        "One call after the first. Rates count the direct algorithms' operations, so that Winograd's are",
+        'effective ones and may exceed the peak; "other" are the operations below a percent.',
+    ]
+    for row in record["rows"]:
+        lines += [
+            "",
+            f"{row['work']}, {row['dtype']}: {row['step_ms']:.0f} ms, {row['gflop'] / 1e3:.2f} TFLOP,"
+            f" {row['gflop_per_s']:.0f} GFLOP/s; the peak is {row['peak_gflop_per_s']:.0f}.",
+            "",
+            *markdown_table(
+                ("operation", "calls", "ms", "share", "GFLOP", "GFLOP/s", "of peak"),
+                (
+                    (
+                        f"`{op['operation']}`" if "::" in op["operation"] else op["operation"],
+                        op["calls"] or "", f"{op['ms']:.0f}", f"{op['share']:.1%}", *_rates(op),
+                    )
+                    for op in row["operations"]
+                ),
+            ),
+        ]  # fmt: skip
+    return lines
+
+
+def _rates(operation: Row) -> tuple[str, str, str]:
+    if "gflop" not in operation:
+        return "", "", ""
+    return (
+        f"{operation['gflop']:.0f}", f"{operation['gflop_per_s']:.0f}", f"{operation['of_peak']:.0%}"
+    )  # fmt: skip
