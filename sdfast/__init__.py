@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdfast import diffusion, models, ops, training
-    from sdfast.dispatch import use_backend, use_numerics
+    from sdfast.dispatch import use_backend, use_numerics, use_tuning
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
+    from sdfast.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -33,8 +34,10 @@ __all__ = [
     "models",
     "ops",
     "training",
+    "tune",
     "use_backend",
     "use_numerics",
+    "use_tuning",
 ]
 
 # Public name -> the module that has it; a module stands for itself.
@@ -50,8 +53,10 @@ _HOMES = {
     "models": "sdfast.models",
     "ops": "sdfast.ops",
     "training": "sdfast.training",
+    "tune": "sdfast.tuning",
     "use_backend": "sdfast.dispatch",
     "use_numerics": "sdfast.dispatch",
+    "use_tuning": "sdfast.dispatch",
 }
 
 

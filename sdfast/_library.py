@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import pathlib
+import platform
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -74,6 +75,16 @@ def cpu_isa() -> str:
     if capability == "AVX512" and has_bf16():
         return "avx512_bf16"
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
+
+
+def cpu_name() -> str:
+    """The CPU's model, as far as the system tells."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return model or platform.processor() or platform.machine()
 
 
 def load_cpu_library() -> LibraryStatus:

@@ -98,6 +98,36 @@ def memory() -> str:
     return _memory
 
 
+TUNING = ("off", "saved", "first-use")
+_tuning = "saved"
+
+
+@contextlib.contextmanager
+def use_tuning(name: str) -> Iterator[None]:
+    """Whether algorithms are chosen by times measured on this machine, see `sdfast.tune`.
+
+    "saved", the default, uses what was measured before and measures nothing; "first-use" also measures a
+    shape when it is first met, which takes seconds, and keeps the times; "off" follows the built-in rules
+    alone, so that a file of measured times changes nothing. Process-wide, as `use_backend`.
+
+    Raises:
+        ValueError: `name` is not one of `TUNING`.
+    """
+    global _tuning
+    if name not in TUNING:
+        raise ValueError(f"tuning: got {name!r}, expected one of {', '.join(TUNING)}")
+    previous, _tuning = _tuning, name
+    try:
+        yield
+    finally:
+        _tuning = previous
+
+
+def tuning() -> str:
+    """What `use_tuning` says."""
+    return _tuning
+
+
 def choose(
     op: str,
     device_type: str,

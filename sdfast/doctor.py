@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sdfast import __version__, _library, dispatch
+from sdfast import __version__, _library, dispatch, tuning
 
 # What the kernels use, as Linux names it in /proc/cpuinfo.
 _CPU_FEATURES = (
@@ -69,17 +69,18 @@ def _versions() -> Iterator[str]:
 
 
 def _cpu() -> Iterator[str]:
-    cpuinfo = _read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    yield model[1] if model else platform.processor() or "model unknown"
+    yield _library.cpu_name() or "model unknown"
     threads = torch.get_num_threads()
     yield f"{_usable_cores()} of {os.cpu_count()} logical cores usable, {threads} threads in torch"
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     present = set(flags[1].split()) if flags else set()
     useful = " ".join(name for name in _CPU_FEATURES if name in present)
     yield f"features: {useful or 'none that matters here'}"
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"torch's kernels use {capability}, sdfast's up to {_library.cpu_isa()}"
+    shapes = tuning.tuned_shapes()
+    remedy = "" if shapes else "; sdfast.tune(model, inputs) times those of a model"
+    yield f"{shapes} shapes tuned for this CPU with {threads} threads in {tuning.path()}{remedy}"
 
 
 def _usable_cores() -> int:

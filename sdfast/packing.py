@@ -24,7 +24,7 @@ from sdfast import _library, dispatch
 
 State = tuple[object, ...]
 
-# Copies of fewer bytes than these are made in any case: less than the activations of a decoder to 512x512 take.
+# Copies of fewer bytes than these are made in any case: a decoder to 512x512 has more in activations.
 FREE_BYTES = 1 << 30
 
 _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambda weight: 0)
@@ -33,7 +33,7 @@ _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambd
 @dataclasses.dataclass
 class _Copy:
     values: Tensor
-    worth: float  # the time it saves a byte, in any unit
+    worth: float  # the milliseconds it saves a byte at each call
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +62,12 @@ def note(weight: Tensor) -> None:
 
 
 def affordable(weight: Tensor, kind: str, nbytes: int, worth: float) -> bool:
-    """Whether the budget holds a copy of this size; copies that are worth less a byte make room for it."""
+    """Whether the budget holds a copy of this size; copies that are worth less a byte make room for it.
+
+    Args:
+        worth: the milliseconds it saves a byte at each call, measured or estimated; inf for one that is
+            not to be given up.
+    """
     copies = _copies.get(weight)
     if copies is not None and kind in copies.by_kind:
         return dispatch.memory() != "low"

@@ -158,7 +158,7 @@ _multiply_in_cache = _library.define_native(
 def environment() -> dict[str, object]:
     """What a recorded number depends on: machine, threads, versions, commit and date."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": _library.cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -167,16 +167,6 @@ def environment() -> dict[str, object]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

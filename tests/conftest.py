@@ -9,6 +9,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user measured on this machine is neither used nor touched; processes inherit this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDFAST_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

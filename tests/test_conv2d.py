@@ -158,15 +158,21 @@ def test_a_nan_reaches_only_its_neighbours(algorithm: str) -> None:
 
 def test_algorithm_of_a_size() -> None:
     weight = torch.empty(320, 320, 3, 3)
-    assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 1, False) == "winograd4x4"
-    assert algorithm_for(torch.empty(2, 320, 16, 16), weight, 1, False) == "winograd2x2"
-    assert algorithm_for(torch.empty(2, 320, 16, 16), weight, 1, True) == "winograd4x4"
-    assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 2, False) == "direct"
-    assert algorithm_for(torch.empty(2, 320, 4, 4), weight, 1, False) == "direct"
+
+    def algorithm(size: int, stride: int = 1, upsample: bool = False) -> str:
+        return algorithm_for(torch.empty(2, 320, size, size), weight, stride, [1] * 4, upsample)[0]
+
+    assert algorithm(64) == "winograd4x4"
+    assert algorithm(16) == "winograd2x2"
+    assert algorithm(16, upsample=True) == "winograd4x4"
+    assert algorithm(64, stride=2) == "direct"
+    assert algorithm(4) == "direct"
+    assert algorithm(2, upsample=True) == "folded"
     with dispatch.use_numerics("exact"):
-        assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 1, False) == "direct"
+        assert algorithm(64) == "direct"
+        assert algorithm(64, upsample=True) == "folded"
     with dispatch.use_memory("low"):
-        assert algorithm_for(torch.empty(2, 320, 64, 64), weight, 1, False) == "direct"
+        assert algorithm(64) == algorithm(64, upsample=True) == "direct"
 
 
 def test_norm_prologue_and_statistics() -> None:

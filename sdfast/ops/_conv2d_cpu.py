@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdfast import _library, dispatch, packing
+from sdfast import _library, dispatch, packing, tuning
 from sdfast.ops.group_norm import group_norm
 
 # As csrc/conv2d_cpu.cpp counts them.
 ALGORITHMS = ("direct", "winograd4x4", "winograd2x2")
+# What can serve a call. "direct" materialises an upsampled input; "folded" is the direct kernel on four 2x2
+# convolutions instead; "torch" is torch's own convolution and what surrounds it.
+CANDIDATES = (*ALGORITHMS, "folded", "torch")
 
 
 def _pack_fake(weight: Tensor, algorithm: int) -> Tensor:
@@ -77,14 +80,19 @@ def _forward(
     residual: Tensor | None,
     algorithm: str | None,
 ) -> Tensor:
-    """The compiled kernel; `algorithm` None takes the best."""
-    algorithm = algorithm or algorithm_for(x, weight, stride, upsample)
+    """One of CANDIDATES; `algorithm` None takes the best."""
     packing.note(weight)
-    if algorithm == "direct" and upsample and not _folds(weight, stride, padding):
+    worth = math.inf
+    if algorithm is None:
+        added = (time_embedding is not None) + (residual is not None)
+        algorithm, worth = algorithm_for(x, weight, stride, padding, upsample, added)
+    if algorithm == "torch":
+        more = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
+        y = torch.ops.sdfast.conv2d(x, weight, bias, stride, padding, **more)
+        return cast(Tensor, y.contiguous(memory_format=torch.channels_last))
+    if algorithm == "direct" and upsample:
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
-    values = _values(
-        weight, algorithm, upsample, worth=x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-    )
+    values = _values(weight, algorithm, worth)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if time_embedding is not None:
@@ -94,19 +102,24 @@ def _forward(
     return cast(
         Tensor,
         _kernel_op(
-            x, values, bias, time_embedding, residual, ALGORITHMS.index(algorithm),
+            x, values, bias, time_embedding, residual, _index(algorithm),
             weight.shape[0], weight.shape[2], weight.shape[3], stride, padding, upsample,
         ),
     )  # fmt: skip
 
 
-def _values(weight: Tensor, algorithm: str, upsample: bool, worth: float) -> Tensor:
+def _index(algorithm: str) -> int:
+    """Four folded convolutions are direct ones."""
+    return ALGORITHMS.index("direct" if algorithm == "folded" else algorithm)
+
+
+def _values(weight: Tensor, algorithm: str, worth: float) -> Tensor:
     """The weight as the algorithm reads it: in place where it lies as (out_channels, kh, kw, channels)."""
+    if algorithm == "folded":
+        return packing.packed(weight, algorithm, _fold, worth)
     if algorithm != "direct":
-        index = ALGORITHMS.index(algorithm)
+        index = _index(algorithm)
         return packing.packed(weight, algorithm, lambda values: _pack_op(values, index), worth)
-    if upsample:
-        return packing.packed(weight, "folded", _fold)
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
@@ -149,38 +162,84 @@ _forward_op = _library.define_native(
 _ELEMENTS = {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9}
 # From how many pixels that share the copy each was measured faster than what follows it.
 _LEAST_PIXELS = {"winograd4x4": 2048, "winograd2x2": 64}
+# What a copy for Winograd saves a byte, for each pixel that shares it: the median of the fp32 rows in
+# benchmarks/results/cpu-2core-avx512_bf16/conv2d.json, for shapes that were not measured here.
+_SAVED_MS = 2e-10
+# A measured gain of less than this is as likely noise, and not worth the memory of a copy.
+_LEAST_GAIN = 0.97
 
 
-def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str:
-    """Winograd where it was measured faster, its error is allowed and its memory well spent."""
-    channels_out, channels_in, *kernel = weight.shape
-    suits = kernel == [3, 3] and stride == 1 and min(channels_in, channels_out) >= 32
-    if not suits or dispatch.numerics() != "fast" or not packing.is_lasting(weight):
-        return "direct"
+def candidates(weight_shape: Sequence[int], stride: int, padding: Sequence[int], upsample: bool) -> list[str]:
+    """Those of CANDIDATES that compute such a convolution; numerics and memory may rule out some."""
+    found = ["direct", "torch"]
+    if tuple(weight_shape[2:]) == (3, 3) and stride == 1:
+        found += _ELEMENTS
+        if upsample and list(padding) == [1, 1, 1, 1]:
+            found.append("folded")
+    return found
+
+
+def shape_of(
+    x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], upsample: bool, added: int
+) -> tuning.Shape:
+    """What candidates are timed for. `added` counts tensors added to the result, which torch does apart."""
+    sizes = (tuple(x.shape), tuple(weight.shape))
+    return ("conv2d", str(x.dtype).removeprefix("torch."), *sizes, stride, tuple(padding), upsample, added)
+
+
+def algorithm_for(
+    x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], upsample: bool, added: int = 0
+) -> tuple[str, float]:
+    """The fastest that numerics and memory allow, and the ms that its copy of the weight saves a byte.
+
+    By the times measured here, else by the built-in rule.
+    """
+    allowed = candidates(weight.shape, stride, padding, upsample)
+    if not packing.is_lasting(weight):
+        allowed = [name for name in allowed if not _copy_bytes(weight, name)]
+    if dispatch.numerics() != "fast":
+        allowed = [name for name in allowed if name not in _ELEMENTS]
+    times = tuning.times_of(shape_of(x, weight, stride, padding, upsample, added))
+    if times is not None and "direct" in times:
+        return _by_times({name: ms for name, ms in times.items() if name in allowed}, weight)
+    return _by_rule(allowed, x, weight, upsample)
+
+
+def _by_times(times: tuning.Times, weight: Tensor) -> tuple[str, float]:
+    """The first, as they come from the fastest, that needs no copy or whose copy the budget holds."""
+    without_copy = min(ms for name, ms in times.items() if not _copy_bytes(weight, name))
+    for name, ms in times.items():
+        nbytes = _copy_bytes(weight, name)
+        if not nbytes:
+            return name, math.inf
+        worth = (without_copy - ms) / nbytes
+        if ms <= _LEAST_GAIN * without_copy and packing.affordable(weight, name, nbytes, worth):
+            return name, worth
+    raise AssertionError("direct is always there and needs no copy")
+
+
+def _by_rule(allowed: Sequence[str], x: Tensor, weight: Tensor, upsample: bool) -> tuple[str, float]:
+    """Winograd where it was measured faster on one machine and its memory is well spent; never torch."""
     pairs = x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
-    if upsample and pairs:
-        return "direct"  # four 2x2 convolutions in pairs of bf16 were measured faster
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-    for algorithm in ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2"):
-        enough = pixels >= _LEAST_PIXELS[algorithm]
-        nbytes = int(4 * _ELEMENTS[algorithm] * weight.numel())
-        # What is saved grows with the pixels that share the copy.
-        if enough and packing.affordable(weight, algorithm, nbytes, worth=pixels):
-            return algorithm
-    return "direct"
+    worth = _SAVED_MS * pixels
+    # Upsampled, four 2x2 convolutions in pairs of bf16 were measured faster.
+    faster = () if pairs and upsample else ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2")
+    for name in faster if min(weight.shape[:2]) >= 32 else ():
+        enough = name in allowed and pixels >= _LEAST_PIXELS[name]
+        if enough and packing.affordable(weight, name, _copy_bytes(weight, name), worth):
+            return name, worth
+    folded_bytes = _copy_bytes(weight, "folded")
+    if "folded" in allowed and packing.affordable(weight, "folded", folded_bytes, math.inf):
+        return "folded", math.inf
+    return "direct", math.inf
 
 
-def _folds(weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
-    """Whether a convolution after an upsample is served as four 2x2 ones."""
-    if weight.shape[2:] != (3, 3) or stride != 1 or list(padding) != [1, 1, 1, 1]:
-        return False
-    nbytes = weight.nbytes * 16 // 9
-    return packing.is_lasting(weight) and packing.affordable(weight, "folded", nbytes, math.inf)
-
-
-def suits_torch(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> bool:
-    """Where torch was measured faster."""
-    return False
+def _copy_bytes(weight: Tensor, algorithm: str) -> int:
+    """Of the copy of the weight that the algorithm keeps."""
+    if algorithm == "folded":
+        return weight.nbytes * 16 // 9
+    return int(4 * _ELEMENTS.get(algorithm, 0) * weight.numel())
 
 
 def conv2d_cpu(

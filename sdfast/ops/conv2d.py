@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdfast import _library, dispatch
+from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
-from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size, suits_torch
+from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size
+from sdfast.ops._conv2d_tuning import measure
 from sdfast.ops._native import requires_grad, unavailable
 
 
@@ -81,6 +82,7 @@ _library.define(
     conv2d_torch,
 )
 
+tuning.register("conv2d", measure)
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": conv2d_cpu,
@@ -167,8 +169,7 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    order = ("torch",) if x.device.type == "cpu" and suits_torch(x, weight, stride, upsample) else None
-    serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
+    serve = dispatch.choose("conv2d", x.device.type, reasons, backend)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(
         Tensor,
