@@ -39,6 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def is_named(backend: str | None) -> bool:
+    """Whether a call's backend was asked for, by the call or by `use_backend`, and not chosen."""
+    return backend is not None or _forced is not None
+
+
 NUMERICS = ("exact", "fast")
 _numerics = "fast"
 

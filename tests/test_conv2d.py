@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdfast import _library, dispatch, ops, packing
-from sdfast.ops._conv2d_cpu import ALGORITHMS, algorithm_for
+from sdfast.ops._conv2d_cpu import ALGORITHMS, algorithm_for, shape_of
 from sdfast.ops.conv2d import NormPrologue, _sides, conv2d_torch
 from sdfast.testing import assert_within_budget, relative_error
 
@@ -160,7 +160,8 @@ def test_algorithm_of_a_size() -> None:
     weight = torch.empty(320, 320, 3, 3)
 
     def algorithm(size: int, stride: int = 1, upsample: bool = False) -> str:
-        return algorithm_for(torch.empty(2, 320, size, size), weight, stride, [1] * 4, upsample)[0]
+        shape = shape_of(torch.empty(2, 320, size, size), weight, stride, [1] * 4, upsample, 0)
+        return algorithm_for(shape, weight)[0]
 
     assert algorithm(64) == "winograd4x4"
     assert algorithm(16) == "winograd2x2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +80,13 @@ def _forward(
     residual: Tensor | None,
     algorithm: str | None,
 ) -> Tensor:
-    """One of CANDIDATES; `algorithm` None takes the best."""
+    """One of CANDIDATES; `algorithm` None takes the best, "compiled" the best but torch."""
     packing.note(weight)
     worth = math.inf
-    if algorithm is None:
+    if algorithm is None or algorithm == "compiled":
         added = (time_embedding is not None) + (residual is not None)
-        algorithm, worth = algorithm_for(x, weight, stride, padding, upsample, added)
+        shape = shape_of(x, weight, stride, padding, upsample, added)
+        algorithm, worth = algorithm_for(shape, weight, or_torch=algorithm is None)
     if algorithm == "torch":
         more = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
         y = torch.ops.sdfast.conv2d(x, weight, bias, stride, padding, **more)
@@ -169,40 +170,54 @@ _SAVED_MS = 2e-10
 _LEAST_GAIN = 0.97
 
 
-def candidates(weight_shape: Sequence[int], stride: int, padding: Sequence[int], upsample: bool) -> list[str]:
-    """Those of CANDIDATES that compute such a convolution; numerics and memory may rule out some."""
-    found = ["direct", "torch"]
-    if tuple(weight_shape[2:]) == (3, 3) and stride == 1:
-        found += _ELEMENTS
-        if upsample and list(padding) == [1, 1, 1, 1]:
-            found.append("folded")
-    return found
+class Shape(NamedTuple):
+    """All that the choice depends on but the machine. Equal to the plain tuple that a file gives back."""
+
+    operation: str
+    dtype: str
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: int
+    padding: tuple[int, ...]
+    upsample: bool
+    added: int  # how many tensors are added to the result: torch reads and writes it again for each
 
 
 def shape_of(
     x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], upsample: bool, added: int
-) -> tuning.Shape:
-    """What candidates are timed for. `added` counts tensors added to the result, which torch does apart."""
+) -> Shape:
+    """The shape of a call, see `Shape`."""
+    dtype = str(x.dtype).removeprefix("torch.")
     sizes = (tuple(x.shape), tuple(weight.shape))
-    return ("conv2d", str(x.dtype).removeprefix("torch."), *sizes, stride, tuple(padding), upsample, added)
+    return Shape("conv2d", dtype, *sizes, stride, tuple(padding), upsample, added)
 
 
-def algorithm_for(
-    x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], upsample: bool, added: int = 0
-) -> tuple[str, float]:
+def candidates(shape: Shape) -> list[str]:
+    """Those of CANDIDATES that compute such a convolution; numerics and memory may rule out some."""
+    found = ["direct", "torch"]
+    if shape.weight[2:] == (3, 3) and shape.stride == 1:
+        found += _ELEMENTS
+        if shape.upsample and shape.padding == (1, 1, 1, 1):
+            found.append("folded")
+    return found
+
+
+def algorithm_for(shape: Shape, weight: Tensor, or_torch: bool = True) -> tuple[str, float]:
     """The fastest that numerics and memory allow, and the ms that its copy of the weight saves a byte.
 
-    By the times measured here, else by the built-in rule.
+    By the times measured here for this `shape_of` a call, else by the built-in rule.
     """
-    allowed = candidates(weight.shape, stride, padding, upsample)
+    allowed = candidates(shape)
+    if not or_torch:
+        allowed.remove("torch")
     if not packing.is_lasting(weight):
         allowed = [name for name in allowed if not _copy_bytes(weight, name)]
     if dispatch.numerics() != "fast":
         allowed = [name for name in allowed if name not in _ELEMENTS]
-    times = tuning.times_of(shape_of(x, weight, stride, padding, upsample, added))
+    times = tuning.times_of(shape)
     if times is not None and "direct" in times:
         return _by_times({name: ms for name, ms in times.items() if name in allowed}, weight)
-    return _by_rule(allowed, x, weight, upsample)
+    return _by_rule(allowed, shape, weight)
 
 
 def _by_times(times: tuning.Times, weight: Tensor) -> tuple[str, float]:
@@ -218,13 +233,14 @@ def _by_times(times: tuning.Times, weight: Tensor) -> tuple[str, float]:
     raise AssertionError("direct is always there and needs no copy")
 
 
-def _by_rule(allowed: Sequence[str], x: Tensor, weight: Tensor, upsample: bool) -> tuple[str, float]:
+def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str, float]:
     """Winograd where it was measured faster on one machine and its memory is well spent; never torch."""
-    pairs = x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
-    pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
+    pairs = shape.dtype == "bfloat16" and _library.has_kernel("bf16_pairs", "cpu")
+    batch, _, height, width = shape.x
+    pixels = batch * height * width * (4 if shape.upsample else 1)
     worth = _SAVED_MS * pixels
     # Upsampled, four 2x2 convolutions in pairs of bf16 were measured faster.
-    faster = () if pairs and upsample else ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2")
+    faster = () if pairs and shape.upsample else ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2")
     for name in faster if min(weight.shape[:2]) >= 32 else ():
         enough = name in allowed and pixels >= _LEAST_PIXELS[name]
         if enough and packing.affordable(weight, name, _copy_bytes(weight, name), worth):
@@ -257,11 +273,15 @@ def conv2d_cpu(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     norm_silu: bool = False,
+    or_torch: bool = True,
 ) -> Tensor:
-    """The compiled CPU kernels, for inference."""
+    """The compiled CPU kernels, for inference; `or_torch` where that was measured faster."""
     if norm_groups:
         activation = "silu" if norm_silu else None
         normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
         x = cast(Tensor, normed)
     run = _forward_op if torch.compiler.is_compiling() else _forward
-    return cast(Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, None))
+    algorithm = None if or_torch else "compiled"
+    return cast(
+        Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, algorithm)
+    )

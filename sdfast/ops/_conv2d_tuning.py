@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdfast import tuning
-from sdfast.ops._conv2d_cpu import _forward, candidates, output_size
+from sdfast.ops._conv2d_cpu import Shape, _forward, candidates, output_size
 from sdfast.testing import time_alternating
 
 # What `use_numerics("fast")` allows a layer; a result in fewer bits is off by its own rounding.
@@ -25,7 +25,8 @@ _ROUNDS = 9
 
 def measure(shape: tuning.Shape, seconds: float) -> tuning.Times:
     """Milliseconds of each candidate for a `shape_of` a call, in the median."""
-    _, dtype_name, x_shape, weight_shape, stride, padding, upsample, added = cast(Any, shape)
+    shape = Shape(*cast(Any, shape))
+    _, dtype_name, x_shape, weight_shape, stride, padding, upsample, added = shape
     dtype = getattr(torch, dtype_name)
     generator = torch.Generator().manual_seed(0)  # torch's own one belongs to the user
 
@@ -39,10 +40,10 @@ def measure(shape: tuning.Shape, seconds: float) -> tuning.Times:
     with torch.no_grad():
         x, weight, bias = random(*x_shape), random(*weight_shape), random(weight_shape[0])
         weight /= (weight[0].numel()) ** 0.5  # results of the inputs' size
-        size = output_size(x, weight_shape[2:], stride, padding, upsample)
+        size = output_size(x, (weight_shape[2], weight_shape[3]), stride, padding, upsample)
         channels = (x_shape[0], weight_shape[0])
         extras = (random(*channels) if added == 2 else None, random(*channels, *size) if added else None)
-        calls = {name: candidate(name) for name in candidates(weight_shape, stride, padding, upsample)}
+        calls = {name: candidate(name) for name in candidates(shape)}
         expected = calls["direct"]()
         right = {name: call for name, call in calls.items() if _is_right(call(), expected, name, shape)}
         del expected

@@ -10,6 +10,7 @@ the mean and rstd of y per group, which the next GroupNorm would otherwise read 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -171,6 +172,8 @@ def conv2d(
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
     serve = dispatch.choose("conv2d", x.device.type, reasons, backend)
     run = _BACKENDS.get(serve, conv2d_torch)
+    if serve == "cpu" and dispatch.is_named(backend):
+        run = functools.partial(conv2d_cpu, or_torch=False)
     y = cast(
         Tensor,
         run(
