@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import pathlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from sdfast import packing, tuning
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +47,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tuning_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """Where this test's measured times go; none are there yet."""
+    monkeypatch.setenv("SDFAST_CACHE_DIR", str(tmp_path / "cache"))
+    tuning.reload()
+    packing.clear()
+    yield tmp_path / "cache" / "tuning.json"
+    tuning.reload()
+    packing.clear()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuning.Shape]:
+    """The shapes of conv2d that are measured, in order; each takes no time and gives the same result."""
+    shapes: list[tuning.Shape] = []
+
+    def measure(shape: tuning.Shape, seconds: float) -> tuning.Times:
+        shapes.append(shape)
+        return {"torch": 3.0, "direct": 2.0}
+
+    monkeypatch.setitem(tuning._measures, "conv2d", measure)
+    return shapes
