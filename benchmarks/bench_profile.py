@@ -26,15 +26,12 @@ from sdfast.testing import peak_gflop_per_s
 Shape = Sequence[int]
 
 
-def _linear_flops(
-    x: Shape, packed: Shape, bias: Shape | None, residual: Shape | None, weight_rows: int, *_: object,
-    **__: object,
-) -> int:  # fmt: skip
-    return 2 * math.prod(x) * weight_rows
+def _linear_flops(x: Shape, weight: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 def _conv2d_flops(
-    x: Shape, packed: Shape, bias: Shape | None, time_embedding: Shape | None, residual: Shape | None,
+    x: Shape, weight: Shape, bias: Shape | None, time_embedding: Shape | None, residual: Shape | None,
     algorithm: int, out_channels: int, kernel_height: int, kernel_width: int, *_: object,
     out_shape: Shape, **__: object,
 ) -> int:  # fmt: skip
@@ -46,8 +43,8 @@ def _attention_flops(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> 
 
 
 FLOPS: dict[str, Callable[..., int]] = {
-    "linear_packed": _linear_flops,
-    "conv2d_packed": _conv2d_flops,
+    "linear_rows": _linear_flops,
+    "conv2d_kernel": _conv2d_flops,
     "attention_forward": _attention_flops,
 }
 
