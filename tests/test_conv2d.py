@@ -201,7 +201,7 @@ def test_a_size_of_a_model_gets_winograd() -> None:
 def test_an_empty_kernel_is_left_to_torch() -> None:
     with pytest.raises(ValueError, match="not empty"):
         ops.conv2d(torch.randn(1, 32, 8, 8), torch.empty(32, 32, 0, 3), backend="cpu")
-    for weight in (torch.empty(4, 0, 3, 3), torch.empty(0, 4, 3, 3)):
+    for weight in (torch.empty(1, 4, 3, 3, 0), torch.empty(1, 0, 3, 3, 4)):
         with pytest.raises(RuntimeError, match="at least one element"):
             torch.ops.sdfast.conv2d_pack(weight, 1)
 

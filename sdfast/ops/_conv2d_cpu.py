@@ -80,7 +80,7 @@ def _forward(
     """The compiled kernel; `algorithm` None takes the best."""
     algorithm = algorithm or algorithm_for(x, weight, stride, upsample)
     packing.note(weight)
-    if algorithm == "direct" and upsample and not _folds(weight, stride, padding):
+    if upsample and not (list(padding) == [1] * 4 and (algorithm != "direct" or _folds(weight, stride))):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     values = _values(
         weight, algorithm, upsample, worth=x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
@@ -103,16 +103,20 @@ def _forward(
 def _values(weight: Tensor, algorithm: str, upsample: bool, worth: float) -> Tensor:
     """The weight as the algorithm reads it: in place where it lies as (out_channels, kh, kw, channels)."""
     if algorithm != "direct":
-        index = ALGORITHMS.index(algorithm)
-        return packing.packed(weight, algorithm, lambda values: _pack_op(values, index), worth)
+        kind = _kind(algorithm, upsample)
+        return packing.packed(weight, kind, lambda values: _pack(values, algorithm, upsample), worth)
     if upsample:
-        return packing.packed(weight, "folded", _fold)
+        return packing.packed(weight, "folded", lambda values: _fold(values).to(values.dtype))
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
     if not packing.is_lasting(weight) or not packing.affordable(weight, "rows", weight.nbytes, math.inf):
         return rows.contiguous()
     return packing.packed(weight, "rows", lambda values: values.permute(0, 2, 3, 1).contiguous())
+
+
+def _kind(algorithm: str, upsample: bool) -> str:
+    return algorithm + ("_upsample" if upsample else "")
 
 
 def _fold(weight: Tensor) -> Tensor:
@@ -127,7 +131,13 @@ def _fold(weight: Tensor) -> Tensor:
         return torch.stack((first + middle, last) if parity else (first, middle + last), axis)
 
     phases = [meet(meet(w, 1, row), 2, column) for row in (0, 1) for column in (0, 1)]
-    return torch.stack(phases).to(weight.dtype)
+    return torch.stack(phases)
+
+
+def _pack(weight: Tensor, algorithm: str, upsample: bool) -> Tensor:
+    """The transformed weight, fp32."""
+    kernels = _fold(weight) if upsample else weight.float().permute(0, 2, 3, 1)[None]
+    return cast(Tensor, _pack_op(kernels, ALGORITHMS.index(algorithm)))
 
 
 _pack_op = _library.define_native("conv2d_pack(Tensor weight, int algorithm) -> Tensor", _pack_fake)
@@ -145,8 +155,11 @@ _forward_op = _library.define_native(
     _forward,
 )
 
-# A copy in fp32 for Winograd, in multiples of the weight's elements.
-_ELEMENTS = {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9}
+# The elements of a copy for each of the weight's; with an upsample, of four 2x2 kernels each.
+_ELEMENTS = {
+    False: {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9},
+    True: {"winograd4x4": 4 * 25 / 9, "winograd2x2": 4 * 9 / 9},
+}
 # From how many pixels that share the copy each was measured faster than what follows it.
 _LEAST_PIXELS = {"winograd4x4": 2048, "winograd2x2": 64}
 
@@ -163,24 +176,24 @@ def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     for algorithm in ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2"):
         enough = pixels >= _LEAST_PIXELS[algorithm]
-        nbytes = int(4 * _ELEMENTS[algorithm] * weight.numel())
+        kind, nbytes = _kind(algorithm, upsample), int(4 * _ELEMENTS[upsample][algorithm] * weight.numel())
         # What is saved grows with the pixels that share the copy.
-        if enough and packing.affordable(weight, algorithm, nbytes, worth=pixels):
+        if enough and packing.affordable(weight, kind, nbytes, worth=pixels):
             return algorithm
     return "direct"
 
 
-def _folds(weight: Tensor, stride: int, padding: Sequence[int]) -> bool:
-    """Whether a convolution after an upsample is served as four 2x2 ones."""
-    if weight.shape[2:] != (3, 3) or stride != 1 or list(padding) != [1, 1, 1, 1]:
+def _folds(weight: Tensor, stride: int) -> bool:
+    """Whether the direct algorithm serves a convolution after an upsample as four 2x2 ones."""
+    if weight.shape[2:] != (3, 3) or stride != 1:
         return False
     nbytes = weight.nbytes * 16 // 9
     return packing.is_lasting(weight) and packing.affordable(weight, "folded", nbytes, math.inf)
 
 
-def suits_torch(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> bool:
-    """Where torch was measured faster."""
-    return False
+def suits_torch(weight: Tensor) -> bool:
+    """Where torch was measured faster: so few channels that gathering them is most of the work."""
+    return min(weight.shape[:2]) < 16
 
 
 def conv2d_cpu(

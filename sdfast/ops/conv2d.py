@@ -167,7 +167,7 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    order = ("torch",) if x.device.type == "cpu" and suits_torch(x, weight, stride, upsample) else None
+    order = ("torch",) if x.device.type == "cpu" and suits_torch(weight) else None
     serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(
