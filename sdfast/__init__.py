@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdfast import diffusion, models, ops, training
-    from sdfast.dispatch import use_backend, use_numerics
+    from sdfast.dispatch import use_backend, use_memory, use_numerics
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
@@ -34,6 +34,7 @@ __all__ = [
     "ops",
     "training",
     "use_backend",
+    "use_memory",
     "use_numerics",
 ]
 
@@ -51,6 +52,7 @@ _HOMES = {
     "ops": "sdfast.ops",
     "training": "sdfast.training",
     "use_backend": "sdfast.dispatch",
+    "use_memory": "sdfast.dispatch",
     "use_numerics": "sdfast.dispatch",
 }
 

@@ -160,8 +160,11 @@ _ELEMENTS = {
     False: {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9},
     True: {"winograd4x4": 4 * 25 / 9, "winograd2x2": 4 * 9 / 9},
 }
-# From how many pixels that share the copy each was measured faster than what follows it.
-_LEAST_PIXELS = {"winograd4x4": 2048, "winograd2x2": 64}
+# From how many pixels on, of those that share a copy, each was measured faster than what follows it.
+_LEAST_PIXELS = {"winograd4x4": 256, "winograd2x2": 64}
+# F(2x2) needs less than half of the memory of F(4x4) and saves three quarters of what that does: below these
+# many pixels the budget is better spent on it.
+_THRIFTY_PIXELS = 2048
 
 
 def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str:
@@ -172,12 +175,15 @@ def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str
         return "direct"
     pairs = x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
     if upsample and pairs:
-        return "direct"  # four 2x2 convolutions in pairs of bf16 were measured faster
+        return "direct"  # four 2x2 convolutions in pairs of bf16 were measured as fast
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-    for algorithm in ("winograd4x4",) if pairs else ("winograd4x4", "winograd2x2"):
-        enough = pixels >= _LEAST_PIXELS[algorithm]
+    candidates = ["winograd4x4"] if pairs else ["winograd4x4", "winograd2x2"]
+    if not pairs and pixels < _THRIFTY_PIXELS and dispatch.memory() == "default":
+        candidates.remove("winograd4x4")
+    for algorithm in candidates:
         kind, nbytes = _kind(algorithm, upsample), int(4 * _ELEMENTS[upsample][algorithm] * weight.numel())
         # What is saved grows with the pixels that share the copy.
+        enough = pixels >= _LEAST_PIXELS[algorithm]
         if enough and packing.affordable(weight, kind, nbytes, worth=pixels):
             return algorithm
     return "direct"
