@@ -10,15 +10,17 @@ import textwrap
 
 import pytest
 
+import sdfast
 from sdfast import _library
 
-ROOT = pathlib.Path(__file__).parents[1]
+TESTS = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(sdfast.__file__).parents[1]  # what is tested here is tested there
 
 
 def run_python(code: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": f"{PACKAGE}:{TESTS}", **environment},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
