@@ -5,7 +5,7 @@
 // (keys, kColumns) = k qᵀ, weights = exp(scores - a maximum), o (D, kColumns) += vᵀ weights.
 // So maximum and sum need no reduction across lanes, and neither keys nor D are padded. k and v of
 // a head are copied once into the micro-kernel's operands and shared by all its tiles.
-// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
 // Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
 // The steps are in attention_cpu.h.
 #include "attention_cpu.h"
@@ -158,6 +158,7 @@ struct Attention {
         });
       }
       torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+        const gemm::Tiles<Operand> held;
         const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
         Scratch<Operand> queries(most * q_size);
         Scratch<float> floats(most * (o_size + 2 * kColumns) + sizes.block_keys() * kColumns);

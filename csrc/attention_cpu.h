@@ -140,17 +140,24 @@ void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t step
                    int64_t lda, const Operand* b, float* c, bool accumulate) {
   using Tile = void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool);
   static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed>...};
-  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
-    const int64_t count = rows / tiles;
+  const auto multiply = [&](int64_t count, Tile tile) {
     int64_t step = 0;
     do {
-      kTiles[count - 1](std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
-                        b + step * kColumns, c, accumulate || step > 0);
+      tile(std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
+           b + step * kColumns, c, accumulate || step > 0);
       step += kChain;
     } while (step < steps);
     a += count * (kTransposed ? 1 : lda);
     c += count * kColumns;
     rows -= count;
+  };
+  if constexpr (gemm::kTileRows<Operand> > gemm::kRows && !kTransposed) {
+    constexpr int kWhole = gemm::kTileRows<Operand>;
+    while (rows >= kWhole) multiply(kWhole, &gemm::multiply_any_tile<kWhole, Operand>);
+    if (rows >= kWhole / 2) multiply(kWhole / 2, &gemm::multiply_any_tile<kWhole / 2, Operand>);
+  }
+  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
+    multiply(rows / tiles, kTiles[rows / tiles - 1]);
   }
 }
 template <typename Operand, bool kTransposed>

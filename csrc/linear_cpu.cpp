@@ -4,7 +4,7 @@
 // of columns at a time the sums are finished: bias and residual added, activated, rounded once.
 // For GEGLU a panel holds as many columns of the value as of their gate, so that the two meet in
 // registers and the doubled intermediate is never written.
-// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
 // Bytes: x, W and the residual read, y written. Limit: fused multiply-adds.
 #include "cpu_gemm.h"
 #include "cpu_math.h"

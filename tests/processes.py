@@ -32,7 +32,7 @@ def run_with_library(isa: str, code: str) -> None:
         pytest.skip(f"this CPU has no {isa}")
     before = f"""
         import torch
-        torch.cpu._is_avx512_bf16_supported = lambda: False
+        torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
         from sdfast import _library, ops
         torch.set_num_threads(1)
         torch.manual_seed(0)

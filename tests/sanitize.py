@@ -53,6 +53,7 @@ def environment(folder: pathlib.Path) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
+        "SDFAST_SANITIZE": "ON",  # for what the tests build
     }
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1]).resolve()
     variables = environment(folder)
     check_that_faults_are_reported(variables)
-    files = [f"test_{operation}.py" for operation in OPERATIONS] + ["test_guarded.py"]
+    files = [f"test_{name}.py" for name in (*OPERATIONS, "guarded", "amx")]
     # torch.compile would run the compiler under the sanitizer, and adds no kernel to look at.
     options = ["-k", "not compiles", "-p", "no:cacheprovider", *sys.argv[2:]]
     code = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
