@@ -121,15 +121,40 @@ inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* t
   if (dim % 2) to[dim / 2].bits = 0;
   std::memcpy(static_cast<void*>(to), k, dim * sizeof *k);
 }
-// Of two rows, or of one and zeros.
+// Pairs of two rows, or of one and zeros.
+template <typename Lanes>
+SDFAST_INLINE Vec value_pairs(const simd::BFloat16* v, int64_t row_stride, int64_t rows,
+                              Lanes lanes) {
+  const Vec first = simd::load(v, lanes);
+  const Vec second = rows > 1 ? simd::load(v + row_stride, lanes) : Vec{};
+  return simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+}
 inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows, int64_t dim,
                        gemm::BFloat16Pair* to) {
   simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
-    const Vec first = simd::load(v + i, lanes);
-    const Vec second = rows > 1 ? simd::load(v + row_stride + i, lanes) : Vec{};
-    const Vec pairs = simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+    const Vec pairs = value_pairs(v + i, row_stride, rows, lanes);
     std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
   });
+}
+// The values of all steps of `keys` rows, transposed: (D) rows `stride` operands apart.
+inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, int64_t keys,
+                                  int64_t dim, gemm::BFloat16Pair* to, int64_t stride) {
+  const int64_t steps = gemm::steps_of(2, keys);
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, steps - step);
+    simd::for_each_vector(0, dim, [&](int64_t d, auto lanes) {
+      Vec rows[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t key = 2 * (step + i);
+        rows[i] = value_pairs(v + key * row_stride + d, row_stride, keys - key, lanes);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < lanes; ++i) {
+        std::memcpy(static_cast<void*>(to + (d + i) * stride + step), &rows[i],
+                    count * sizeof(float));
+      }
+    });
+  }
 }
 #endif
 

@@ -28,5 +28,5 @@ SDFAST_FAULT float add_beyond_the_largest(const float*, int64_t size) {
 }
 SDFAST_FAULT float null_plus_offset(const float*, int64_t size) {
   const float* volatile null = nullptr;
-  return null + size == nullptr;
+  return static_cast<float>(reinterpret_cast<uintptr_t>(null + size));
 }
