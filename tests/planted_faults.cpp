@@ -26,7 +26,3 @@ SDFAST_FAULT float read_misaligned(const float* values, int64_t) {
 SDFAST_FAULT float add_beyond_the_largest(const float*, int64_t size) {
   return static_cast<float>(INT64_MAX - 1 + size);
 }
-SDFAST_FAULT float null_plus_offset(const float*, int64_t size) {
-  const float* volatile null = nullptr;
-  return static_cast<float>(reinterpret_cast<uintptr_t>(null + size));
-}

@@ -18,21 +18,27 @@ TESTS = pathlib.Path(__file__).resolve().parent
 OPERATIONS = (
     "add_noise", "attention", "conv2d", "diffusion_step", "group_norm", "layer_norm", "linear", "reparameterize",
 )  # fmt: skip
+BESIDE = "148-byte region"  # what AddressSanitizer says the address lies beside: 37 floats
 FAULTS = {
-    "read_vector": "heap-buffer-overflow",
-    "read_remainder": "heap-buffer-overflow",
-    "write_vector": "heap-buffer-overflow",
-    "read_before": "heap-buffer-overflow",
+    "read_vector": BESIDE,
+    "read_remainder": BESIDE,
+    "write_vector": BESIDE,
+    "read_before": BESIDE,
     "read_misaligned": "misaligned address",
     "add_beyond_the_largest": "signed integer overflow",
-    "null_plus_offset": "null pointer",
 }
-COMMIT_FAULT = """
-import ctypes, sys
+COMMIT_FAULTS = """
+import ctypes, os, sys
 import torch
-function = getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])
-function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_float
-function(torch.zeros(37).data_ptr(), 37)
+library, tensor = ctypes.CDLL(sys.argv[1]), torch.zeros(37)
+for fault in sys.argv[2:]:
+    print("== " + fault, file=sys.stderr, flush=True)
+    if os.fork() == 0:  # the report ends the process
+        function = getattr(library, fault)
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_float
+        function(tensor.data_ptr(), len(tensor))
+        os._exit(0)
+    os.wait()
 """
 LIST_LIBRARIES = """
 from sdfast import _library
@@ -65,10 +71,11 @@ def check_that_faults_are_reported(environment: dict[str, str]) -> None:
     libraries = run(LIST_LIBRARIES).stdout.split()
     assert libraries, "no library was listed"
     for library in libraries:
-        for fault, message in FAULTS.items():
-            done = run(COMMIT_FAULT, library, fault)
-            if done.returncode == 0 or message not in done.stderr or fault not in done.stderr:
-                sys.exit(f"{library} did not report {fault}:\n{done.stderr[-3000:]}")
+        reports = run(COMMIT_FAULTS, library, *FAULTS).stderr.split("== ")[1:]
+        assert len(reports) == len(FAULTS), reports
+        for report, (fault, message) in zip(reports, FAULTS.items(), strict=True):
+            if not (report.startswith(fault) and message in report and f"in {fault}" in report):
+                sys.exit(f"{library} did not report {fault}:\n{report[:3000]}")
         print(f"{library}: all of {len(FAULTS)} planted faults reported", flush=True)
 
 
