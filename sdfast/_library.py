@@ -77,7 +77,10 @@ def cpu_isa() -> str:
 
 
 def _can_use_amx() -> bool:
-    """Whether this CPU has AMX and Linux grants it to this process, which has to ask. All that have it know bf16."""
+    """Whether this CPU has AMX, and Linux grants it to this process, which has to ask first.
+
+    torch names the tiles only; every CPU that has them multiplies bf16 in them.
+    """
     supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # no public names yet
     granted = getattr(torch.cpu, "_init_amx", lambda: False)
     return supported() and granted()
