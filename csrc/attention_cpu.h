@@ -116,6 +116,9 @@ template <typename T>
 void pack_value(const T* v, int64_t, int64_t, int64_t dim, gemm::Float32* to) {
   pack_key(v, dim, to);
 }
+// Never called: pairs alone are packed so.
+template <typename T>
+void pack_values_by_column(const T*, int64_t, int64_t, int64_t, gemm::Float32*, int64_t);
 #if defined(__AVX512BF16__)
 inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* to) {
   if (dim % 2) to[dim / 2].bits = 0;
