@@ -5,7 +5,7 @@
 // (keys, kColumns) = k qᵀ, weights = exp(scores - a maximum), o (D, kColumns) += vᵀ weights.
 // So maximum and sum need no reduction across lanes, and neither keys nor D are padded. k and v of
 // a head are copied once into the micro-kernel's operands and shared by all its tiles.
-// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
 // Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
 // The steps are in attention_cpu.h.
 #include "attention_cpu.h"
@@ -69,14 +69,17 @@ struct Attention {
   int64_t depth_steps() const { return gemm::steps_of(Operand::kDepth, sizes.dim); }
   int64_t key_steps() const { return gemm::steps_of(Operand::kDepth, sizes.keys); }
 
-  // Keys and values of one head: (keys, steps of D) and (steps of keys, D).
+  // AMX reads the left operand by rows: the values by D, not by keys.
+  static constexpr bool kByColumn = gemm::kTileRows<Operand> > gemm::kRows;
+
+  // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or (D, steps of keys).
   int64_t packed_keys() const { return sizes.keys * depth_steps(); }
   int64_t packed_head() const { return packed_keys() + key_steps() * sizes.dim; }
 
   // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
   bool in_place() const { return std::is_same_v<T, float> && sizes.queries <= kFewQueries; }
 
-  // The operands of one head; strides from one step to the next.
+  // The operands of one head; strides from one row in memory to the next.
   struct Head {
     const Operand *keys, *values;
     int64_t key_stride, value_stride;
@@ -87,7 +90,7 @@ struct Attention {
       return {reinterpret_cast<const Operand*>(k.row(batch, h, 0)),
               reinterpret_cast<const Operand*>(v.row(batch, h, 0)), k.row_stride, v.row_stride};
     }
-    return {packed, packed + packed_keys(), depth_steps(), sizes.dim};
+    return {packed, packed + packed_keys(), depth_steps(), kByColumn ? key_steps() : sizes.dim};
   }
 
   void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
@@ -96,6 +99,11 @@ struct Attention {
       attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
     }
     Operand* values = to + packed_keys();
+    if constexpr (kByColumn) {
+      return attention::pack_values_by_column(v.row(batch, h, first), v.row_stride, last - first,
+                                              sizes.dim, values + first / Operand::kDepth,
+                                              key_steps());
+    }
     for (int64_t key = first; key < last; key += Operand::kDepth) {
       attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
                             values + key / Operand::kDepth * sizes.dim);
@@ -123,9 +131,10 @@ struct Attention {
                                                  operands.key_stride, tile.q, scores, false);
         if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
         attention::weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
-        attention::multiply_rows<Operand, true>(
+        const int64_t step = key / Operand::kDepth;
+        attention::multiply_rows<Operand, !kByColumn>(
             sizes.dim, gemm::steps_of(Operand::kDepth, keys),
-            operands.values + key / Operand::kDepth * operands.value_stride, operands.value_stride,
+            operands.values + step * (kByColumn ? 1 : operands.value_stride), operands.value_stride,
             reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
       }
     }
@@ -158,6 +167,7 @@ struct Attention {
         });
       }
       torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+        const gemm::Tiles<Operand> held;
         const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
         Scratch<Operand> queries(most * q_size);
         Scratch<float> floats(most * (o_size + 2 * kColumns) + sizes.block_keys() * kColumns);

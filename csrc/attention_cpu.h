@@ -116,20 +116,48 @@ template <typename T>
 void pack_value(const T* v, int64_t, int64_t, int64_t dim, gemm::Float32* to) {
   pack_key(v, dim, to);
 }
+// Never called: pairs alone are packed so.
+template <typename T>
+void pack_values_by_column(const T*, int64_t, int64_t, int64_t, gemm::Float32*, int64_t);
 #if defined(__AVX512BF16__)
 inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* to) {
   if (dim % 2) to[dim / 2].bits = 0;
   std::memcpy(static_cast<void*>(to), k, dim * sizeof *k);
 }
-// Of two rows, or of one and zeros.
+// Pairs of two rows, or of one and zeros.
+template <typename Lanes>
+SDFAST_INLINE Vec value_pairs(const simd::BFloat16* v, int64_t row_stride, int64_t rows,
+                              Lanes lanes) {
+  const Vec first = simd::load(v, lanes);
+  const Vec second = rows > 1 ? simd::load(v + row_stride, lanes) : Vec{};
+  return simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+}
 inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows, int64_t dim,
                        gemm::BFloat16Pair* to) {
   simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
-    const Vec first = simd::load(v + i, lanes);
-    const Vec second = rows > 1 ? simd::load(v + row_stride + i, lanes) : Vec{};
-    const Vec pairs = simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+    const Vec pairs = value_pairs(v + i, row_stride, rows, lanes);
     std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
   });
+}
+// The values of all steps of `keys` rows, transposed: (D) rows `stride` operands apart.
+inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, int64_t keys,
+                                  int64_t dim, gemm::BFloat16Pair* to, int64_t stride) {
+  const int64_t steps = gemm::steps_of(2, keys);
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, steps - step);
+    simd::for_each_vector(0, dim, [&](int64_t d, auto lanes) {
+      Vec rows[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t key = 2 * (step + i);
+        rows[i] = value_pairs(v + key * row_stride + d, row_stride, keys - key, lanes);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < lanes; ++i) {
+        std::memcpy(static_cast<void*>(to + (d + i) * stride + step), &rows[i],
+                    count * sizeof(float));
+      }
+    });
+  }
 }
 #endif
 
@@ -140,17 +168,24 @@ void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t step
                    int64_t lda, const Operand* b, float* c, bool accumulate) {
   using Tile = void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool);
   static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed>...};
-  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
-    const int64_t count = rows / tiles;
+  const auto multiply = [&](int64_t count, Tile tile) {
     int64_t step = 0;
     do {
-      kTiles[count - 1](std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
-                        b + step * kColumns, c, accumulate || step > 0);
+      tile(std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
+           b + step * kColumns, c, accumulate || step > 0);
       step += kChain;
     } while (step < steps);
     a += count * (kTransposed ? 1 : lda);
     c += count * kColumns;
     rows -= count;
+  };
+  if constexpr (gemm::kTileRows<Operand> > gemm::kRows && !kTransposed) {
+    constexpr int kWhole = gemm::kTileRows<Operand>;
+    while (rows >= kWhole) multiply(kWhole, &gemm::multiply_any_tile<kWhole, Operand>);
+    if (rows >= kWhole / 2) multiply(kWhole / 2, &gemm::multiply_any_tile<kWhole / 2, Operand>);
+  }
+  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
+    multiply(rows / tiles, kTiles[rows / tiles - 1]);
   }
 }
 template <typename Operand, bool kTransposed>

@@ -4,6 +4,7 @@
 // reads one contiguous piece. The micro-kernel keeps kRows x kColumns sums in registers and reads a
 // where it lies, row-major: broadcasting needs no packing. A thread takes a block of rows that fits
 // in L2 through all panels; of K, as much at a time as keeps a panel in L2 as well.
+// Tiles of pairs of bf16 are AMX's where it is (cpu_amx.h).
 // Limit: fused multiply-adds, 24 of them against 14 loads a step with AVX-512.
 // Every element is one chain of additions over K, cut at fixed places: the result does not depend
 // on the number of threads.
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu_amx.h"
 #include "cpu_simd.h"
 
 namespace sdfast::gemm {
@@ -142,12 +144,30 @@ struct Shape {
   int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
 };
 
+// Rows of a whole tile: those of the micro-kernel, or two of AMX.
+template <typename Operand>
+constexpr int kTileRows = amx::kAvailable && Operand::kDepth == 2 ? 2 * amx::kTileRows : kRows;
+
+// What a thread holds while it multiplies.
+template <typename Operand>
+using Tiles = std::conditional_t<(kTileRows<Operand> > kRows), amx::Tiles, amx::NoTiles>;
+
 // A multiple of kRows, for `rows` rows of which any may be missing at the end.
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
 template <typename Operand>
 int64_t packed_size(const Shape& shape) {
   return shape.panels() * shape.steps * kColumns;
+}
+
+template <int kR, typename Operand>
+void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
+                       bool accumulate) {
+  if constexpr (kR > kRows) {
+    amx::multiply_tile<kR>(steps, a, lda, b, c, accumulate);
+  } else {
+    multiply_tile<kR>(steps, a, lda, b, c, accumulate);
+  }
 }
 
 // c for one block of rows and one panel, tile by tile, the last ones narrower where rows end. A
@@ -161,14 +181,19 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
     float* sums = c + row * c_stride;
     int64_t step = 0;
     do {
-      multiply_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step, a.stride,
-                           panel + step * kColumns, sums, accumulate || step > 0);
+      multiply_any_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step,
+                               a.stride, panel + step * kColumns, sums, accumulate || step > 0);
       step += kChain;
     } while (step < steps);
     finish(row, static_cast<int64_t>(count), sums);
     row += count;
   };
-  while (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
+  constexpr int kWhole = kTileRows<Operand>;
+  while (row + kWhole <= rows) tile(std::integral_constant<int, kWhole>());
+  if constexpr (kWhole > kRows) {
+    if (row + kWhole / 2 <= rows) tile(std::integral_constant<int, kWhole / 2>());
+    if (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
+  }
   for (; row + 4 <= rows;) tile(std::integral_constant<int, 4>());
   for (; row < rows;) tile(std::integral_constant<int, 1>());
 }
@@ -177,7 +202,7 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
 // that many rows, K in parts that depend on the shape alone; columns in `splits` only where there
 // are too few blocks to keep all threads busy to the end.
 struct Blocking {
-  int64_t tiles, blocks, steps, splits;
+  int64_t tile_rows, tiles, blocks, steps, splits;
 
   template <typename Operand>
   static Blocking of(const Shape& shape, int64_t threads) {
@@ -185,16 +210,17 @@ struct Blocking {
     const int64_t steps =
         shape.part ? shape.part : std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
     const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
-    const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
-    const int64_t tiles = (shape.rows + kRows - 1) / kRows;
+    constexpr int64_t kWhole = kTileRows<Operand>;
+    const int64_t most_tiles = std::clamp<int64_t>(fit / kWhole, 1, 64);
+    const int64_t tiles = (shape.rows + kWhole - 1) / kWhole;
     const int64_t blocks = (tiles + most_tiles - 1) / most_tiles;
     const int64_t even = std::clamp<int64_t>((blocks + threads - 1) / threads * threads, 1,
                                              std::max<int64_t>((tiles + 3) / 4, blocks));
     const int64_t splits = std::clamp<int64_t>(4 * threads / even, 1, shape.panels());
-    return {tiles, even, steps, threads == 1 ? 1 : splits};
+    return {kWhole, tiles, even, steps, threads == 1 ? 1 : splits};
   }
-  int64_t first_row(int64_t block) const { return block * tiles / blocks * kRows; }
-  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
+  int64_t first_row(int64_t block) const { return block * tiles / blocks * tile_rows; }
+  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * tile_rows; }
 };
 
 // Calls work(next) on every thread; next() gives items 0, 1, ..., each once, and -1 after the
@@ -222,8 +248,9 @@ void multiply(const Shape& shape, const Operand* b, const RowsOf& rows_of, const
   const int64_t c_stride = parts > 1 ? kColumns : 0;
   const int64_t panel_size = parts > 1 ? cut.most_rows() * kColumns : 0;
   share(cut.blocks * cut.splits, [&](const auto& next) {
+    const Tiles<Operand> tiles;
     const std::unique_ptr<float[]> c(
-        new float[std::max(most_panels * panel_size, int64_t{kRows * kColumns})]);
+        new float[std::max(most_panels * panel_size, int64_t{kTileRows<Operand> * kColumns})]);
     const std::unique_ptr<Operand[]> scratch(new Operand[cut.most_rows() * cut.steps]);
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item / cut.splits, split = item % cut.splits;

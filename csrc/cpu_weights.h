@@ -99,6 +99,7 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
   const int64_t most_panels = (panels + cut.blocks - 1) / cut.blocks;
   const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
   share(cut.blocks * cut.splits, [&](const auto& next) {
+    const Tiles<Operand> tiles;
     const std::unique_ptr<Operand[]> packed(new Operand[most_panels * most_steps * kColumns]);
     const std::unique_ptr<Operand[]> scratch(new Operand[halves * kGroup * most_steps]);
     // Sums wait for the next part of K, if there is one.

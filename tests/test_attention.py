@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_with_library
 from torch import Tensor
 
 from sdfast import _library
@@ -24,7 +20,6 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES)
 HEAD_DIMS = (1, 8, 40, 64, 72, 80, 160, 512)
 LENGTHS = (1, 7, 64, 77, 130, 300)
-ROOT = pathlib.Path(__file__).parents[1]
 
 has_kernel = _library.has_kernel("attention_forward", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
@@ -279,16 +274,8 @@ def test_serves_the_call() -> None:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_lower_instruction_sets(isa: str) -> None:
     """The libraries of lesser CPUs, on this one."""
-    if isa not in _library._CPU_ISAS[_library._CPU_ISAS.index(_library.cpu_isa()) :]:
-        pytest.skip(f"this CPU has no {isa}")
-    code = f"""
-        import torch
-        torch.cpu._is_avx512_bf16_supported = lambda: False
+    run_with_library(isa, """
         import test_attention as t
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        from sdfast import _library
-        assert _library.load_cpu_library().name == "_C_cpu_{isa}", _library.status()
         for dtype in t.DTYPES:
             for head_dim in (1, 8, 40, 160):
                 t.test_against_fp64("cpu", dtype, head_dim)
@@ -297,10 +284,4 @@ def test_lower_instruction_sets(isa: str) -> None:
             t.test_large_logits(dtype)
             for value in (float("nan"), float("inf")):
                 t.test_non_finite_values(value, dtype)
-    """
-    capability = "default" if isa == "baseline" else isa
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ATEN_CPU_CAPABILITY": capability},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    """)  # fmt: skip

@@ -95,7 +95,7 @@ ALLOWED = {
     "sdfast.images": LEAVES,
     "sdfast.tokenizer": (),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.ops"),
-    "sdfast.packing": ("sdfast._library",),
+    "sdfast.packing": ("sdfast._library", "sdfast.dispatch"),
     "sdfast.models": ("sdfast.ops", "sdfast.models"),
     "sdfast.diffusion": ("sdfast.ops", "sdfast.diffusion"),
     "sdfast.conditioning": (*LEAVES, "sdfast.models"),
