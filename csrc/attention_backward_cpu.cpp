@@ -21,10 +21,12 @@ using attention::View;
 using gemm::kColumns;
 using gemm::OperandOf;
 
-constexpr int64_t kMostTiles = 128 / kColumns;  // of keys in a block
+constexpr int64_t kMostTiles = 256 / kColumns;  // of keys in a block
 constexpr int64_t kMostQueries = 96;            // in a block
+constexpr int64_t kKeyBytes = 640 << 10;        // of a block's operands and sums, in L2
+constexpr int64_t kQueryBytes = 384 << 10;      // beside them
 constexpr int64_t kWantedItems = 64;            // that threads share out in a phase
-constexpr int64_t kCacheBytes = 768 << 10;      // for a block of keys and one of queries
+constexpr int64_t kLeastRange = 256;            // shorter ranges are packed too often
 
 constexpr int64_t tiles_of(int64_t rows) { return (rows + kColumns - 1) / kColumns; }
 
@@ -42,27 +44,30 @@ struct AttentionBackward {
 
   Sizes sizes;
   View<const T> q, k, v, o, d_o;
-  const float* lse;  // (B, heads, L)
+  const float* lse;  // (B, heads, L), base 2
   View<T> dq, dk, dv;
   bool is_causal;
   double scale;
 
-  // Of both, in a block.
+  // In a block. A key takes three operands and two sums, a query four operands and a sum.
   int64_t block_tiles() const {
-    const int64_t tile_bytes = 5 * sizes.dim * kColumns * static_cast<int64_t>(sizeof(float));
-    return std::min(std::clamp<int64_t>(kCacheBytes / 2 / tile_bytes, 1, kMostTiles),
+    const int64_t operand = sizeof(Operand) / kDepth, sum = sizeof(float);
+    const int64_t tile_bytes = (3 * operand + 2 * sum) * sizes.dim * kColumns;
+    return std::min(std::clamp<int64_t>(kKeyBytes / tile_bytes, 1, kMostTiles),
                     tiles_of(sizes.keys));
   }
   int64_t block_queries() const {
-    const int64_t row_bytes = 3 * sizes.dim * static_cast<int64_t>(sizeof(float));
-    const int64_t most = std::clamp<int64_t>(kCacheBytes / 2 / row_bytes, kColumns, kMostQueries);
-    return std::min(most / kColumns, tiles_of(sizes.queries)) * kColumns;
+    const int64_t operand = sizeof(Operand) / kDepth, sum = sizeof(float);
+    const int64_t fit = kQueryBytes / ((2 * operand * kDepth + sum) * sizes.dim);
+    return std::min(std::clamp<int64_t>(fit, kColumns, kMostQueries) / kColumns,
+                    tiles_of(sizes.queries)) *
+           kColumns;
   }
   // Ranges of the keys of a head, and of its queries.
   int64_t cuts() const {
-    const int64_t most = std::min((sizes.queries + block_queries() - 1) / block_queries(),
-                                  (tiles_of(sizes.keys) + block_tiles() - 1) / block_tiles());
-    return std::clamp<int64_t>(kWantedItems / (sizes.batch * sizes.heads), 1, most);
+    const int64_t most = std::min(sizes.queries, sizes.keys) / kLeastRange;
+    return std::clamp<int64_t>(kWantedItems / (sizes.batch * sizes.heads), 1,
+                               std::max<int64_t>(most, 1));
   }
   static Block range_of(int64_t index, int64_t cuts, int64_t rows) {
     const int64_t first = index * tiles_of(rows) / cuts * kColumns;
@@ -81,7 +86,7 @@ struct AttentionBackward {
     Scratch<Operand> operands{2 * lanes_size + key_steps * dim + 2 * Rows::size(queries, dim) +
                               queries / kColumns * transposed_size +
                               (kPairs ? queries / 2 * kColumns : 0)};
-    Scratch<float> floats{2 * queries * kColumns + 2 * queries};
+    Scratch<float> floats{2 * queries * kColumns + 2 * queries + queries * dim};
     Operand *k_lanes = operands.get(), *v_lanes = k_lanes + lanes_size;
     Operand* transposed = v_lanes + lanes_size;
     Operand* pairs = transposed + queries / kColumns * transposed_size;
@@ -90,6 +95,7 @@ struct AttentionBackward {
     Rows d_o = Rows::in(q.along_dim + Rows::size(queries, dim), queries, dim);
     float *scores = floats.get(), *gradients = scores + queries * kColumns;
     float *lse = gradients + queries * kColumns, *delta = lse + queries;
+    float* dq = delta + queries;
   };
 
   // The sums of one head: tiles (D, kColumns) of queries and keys.
@@ -115,15 +121,21 @@ struct AttentionBackward {
                                work.k_along_rows);
   }
 
-  void pack_queries(int64_t batch, int64_t head, const Block& queries, const float* delta,
-                    Workspace& work) const {
+  // delta: (B, heads, L), computed with the first block of keys.
+  void pack_queries(int64_t batch, int64_t head, const Block& queries, bool first_keys,
+                    float* delta, Workspace& work) const {
     attention::pack_rows(q.row(batch, head, queries.first), q.row_stride, queries.count, sizes.dim,
                          work.q);
     attention::pack_rows(d_o.row(batch, head, queries.first), d_o.row_stride, queries.count,
                          sizes.dim, work.d_o);
     const int64_t from = (batch * sizes.heads + head) * sizes.queries + queries.first;
+    if (first_keys) {
+      attention::multiply_rowwise(o.row(batch, head, queries.first), o.row_stride,
+                                  d_o.row(batch, head, queries.first), d_o.row_stride,
+                                  queries.count, sizes.dim, delta + from);
+    }
     for (int64_t i = 0; i < queries.count; ++i) {
-      work.lse[i] = lse[from + i] * 1.44269504f;
+      work.lse[i] = lse[from + i];
       work.delta[i] = delta[from + i];
     }
     if (queries.count % 2) work.lse[queries.count] = work.delta[queries.count] = 0;
@@ -208,7 +220,7 @@ struct AttentionBackward {
 
   // A range of the keys of one head against a range of its queries.
   void add_range(int64_t head, const Block& keys, const Block& queries, const Turn& turn,
-                 const float* delta, const Sums& sums, Workspace& work) const {
+                 float* delta, const Sums& sums, Workspace& work) const {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     const int64_t most_keys = work.tiles * kColumns;
     for (int64_t key = 0; key < keys.count; key += most_keys) {
@@ -220,8 +232,8 @@ struct AttentionBackward {
       pack_keys(batch, h, key_block, work);
       for (int64_t query = 0; query < queries.count; query += work.queries) {
         const Block block{queries.first + query, std::min(work.queries, queries.count - query)};
-        pack_queries(batch, h, block, delta, work);
-        float* dq_sums = sums.dq + block.first * sizes.dim;
+        pack_queries(batch, h, block, first_keys, delta, work);
+        float* dq_sums = first_keys && last_keys ? work.dq : sums.dq + block.first * sizes.dim;
         add_block(key_block, block, first_keys, turn.first && query == 0,
                   {dq_sums, there.dk, there.dv}, work);
         if (last_keys) finish(dq_sums, batch, h, block, scale, dq);
@@ -235,17 +247,6 @@ struct AttentionBackward {
   void run() const {
     const int64_t all = sizes.batch * sizes.heads, ranges = cuts();
     Scratch<float> delta(all * sizes.queries);
-    constexpr int64_t kPart = 512;  // queries
-    const int64_t parts = (sizes.queries + kPart - 1) / kPart;
-    torch::stable::parallel_for(0, all * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t head = item / parts, first = item % parts * kPart;
-        const int64_t batch = head / sizes.heads, h = head % sizes.heads;
-        attention::multiply_rowwise(o.row(batch, h, first), o.row_stride, d_o.row(batch, h, first),
-                                    d_o.row_stride, std::min(kPart, sizes.queries - first),
-                                    sizes.dim, delta.get() + head * sizes.queries + first);
-      }
-    });
     const int64_t dq_size = sum_size(sizes.queries), dk_size = sum_size(sizes.keys);
     Scratch<float> memory(all * (dq_size + 2 * dk_size));
     for (int64_t phase = 0; phase < ranges; ++phase) {
@@ -264,8 +265,8 @@ struct AttentionBackward {
   }
 };
 
-// do, o, q: (B, heads, L, D). k, v: (B, heads, S, D). lse: (B, heads, L), fp32. Returns dq, dk, dv,
-// each a view of (B, rows, heads, D).
+// do, o, q: (B, heads, L, D). k, v: (B, heads, S, D). lse: (B, heads, L), fp32, base 2. Returns dq,
+// dk, dv, each a view of (B, rows, heads, D).
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor d_o, Tensor q, Tensor k, Tensor v,
                                                       Tensor o, Tensor lse, bool is_causal,
                                                       double scale) {

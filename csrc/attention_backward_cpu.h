@@ -26,6 +26,8 @@ struct Rows {
   }
 };
 
+constexpr int64_t kAhead = 12;  // rows that are prefetched: a head's do not lie side by side
+
 // The values of `rows` rows: (steps of rows, D).
 template <typename T, typename Operand>
 void pack_along_rows(const T* from, int64_t row_stride, int64_t rows, int64_t dim, Operand* to) {
@@ -40,6 +42,8 @@ void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t dim,
                const Rows<Operand>& to) {
   const int64_t steps = gemm::steps_of(Operand::kDepth, dim);
   for (int64_t row = 0; row < rows; ++row) {
+    const T* ahead = from + std::min(row + kAhead, rows - 1) * row_stride;
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) simd::prefetch(ahead + d);
     pack_key(from + row * row_stride, dim, to.along_dim + row * steps);
   }
   if (to.along_rows != to.along_dim) pack_along_rows(from, row_stride, rows, dim, to.along_rows);
@@ -86,7 +90,7 @@ inline void hide_later_keys(int64_t rows, float* scores, float* gradients) {
 
 // The statistics of a block's queries.
 struct Statistics {
-  const float *lse, *delta;  // lse in base 2; delta = rowsum(do * o)
+  const float *lse, *delta;  // lse: base 2; delta = rowsum(do * o)
 };
 
 // scores to weights P = 2^(scale score - lse), as operands in place; gradients dP to P (dP -

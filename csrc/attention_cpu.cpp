@@ -35,7 +35,7 @@ struct Attention {
   Sizes sizes;
   View<const T> q, k, v;
   View<T> o;
-  float* lse;  // (B, heads, L), or null
+  float* lse;  // (B, heads, L), base 2; or null
   bool is_causal;
   double scale;
 
@@ -115,8 +115,7 @@ struct Attention {
           [&](int64_t first) { return 1.0f / simd::load(sum + first); },
           o.row(batch, h, tile.first), o.row_stride);
       for (int64_t i = 0; lse && i < tile.count; ++i) {
-        lse[head * sizes.queries + tile.first + i] =
-            0.693147181f * (reference[i] + std::log2(sum[i]));
+        lse[head * sizes.queries + tile.first + i] = reference[i] + std::log2(sum[i]);
       }
     }
   }
@@ -201,7 +200,7 @@ Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double sc
   return attend(q, k, v, is_causal, scale, nullptr);
 }
 
-// Returns that and the logarithm of each query's sum of exp(scale q k), (B, heads, L) in fp32.
+// Returns that and the base-2 logarithm of each query's sum of exp(scale q k): (B, heads, L), fp32.
 std::tuple<Tensor, Tensor> attention_with_lse(Tensor q, Tensor k, Tensor v, bool is_causal,
                                               double scale) {
   const Sizes sizes = attention::sizes_of(q, k);

@@ -276,16 +276,18 @@ void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bo
     }
   }
   const Vecs<4> shifts{{shift.v[0], shift.v[1], shift.v[0], shift.v[1]}};
-  Vecs<4> total{{sums.v[0], sums.v[1], Vec{}, Vec{}}};
   Operand* weights = reinterpret_cast<Operand*>(scores);
-  for (int64_t key = 0; key < keys; key += 2) {
-    const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
-    total = total + weight;
-    store_row_pair<2>(weights + key / Operand::kDepth * kColumns, weight);
+  for (int64_t begin = 0; begin < keys; begin += kChain) {
+    Vecs<4> total{};
+    for (int64_t key = begin; key < std::min(begin + kChain, keys); key += 2) {
+      const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
+      total = total + weight;
+      store_row_pair<2>(weights + key / Operand::kDepth * kColumns, weight);
+    }
+    sums = sums + simd::make_vecs<2>([&](int i) { return total.v[i] + total.v[i + 2]; });
   }
   simd::for_each_of(shift, [&](int i, Vec v) { simd::store(reference + i * kLanes, v); });
-  simd::store(sum, total.v[0] + total.v[2]);
-  simd::store(sum + kLanes, total.v[1] + total.v[3]);
+  simd::for_each_of(sums, [&](int i, Vec v) { simd::store(sum + i * kLanes, v); });
 }
 
 // Hides the keys after each query's own position. scores: keys from `key` on.

@@ -7,7 +7,7 @@ A mask is torch's to serve.
 
 q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from the kernel a transposed view of
 (B, L, heads, D), so that the heads of a token are side by side for what follows; so are dq, dk and dv.
-lse, the logarithm of each query's sum of exponentials: (B, heads, L), fp32.
+lse, the base-2 logarithm of each query's sum of exponentials, which are powers of two: (B, heads, L), fp32.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
     return _by_token(q)
 
 
-def _with_lse_fake(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _with_lse_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     return _by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
