@@ -107,7 +107,7 @@ def attention_cpu(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The compiled CPU kernels, without a mask. Their gradient cannot be differentiated again; torch's can."""
+    """The compiled CPU kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
     assert mask is None
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
