@@ -115,7 +115,7 @@ def check_gradients(case: Case, backend: str = "cpu", do: Tensor | None = None) 
     results = zip("qkv", case.gradients(backend, do), case.gradients("torch", do), exact, strict=True)
     for (name, actual, eager, wanted), size in zip(results, gradient_terms(case, do), strict=True):
         assert actual.shape == getattr(case, name).shape
-        if case.q.shape[2] == 1:  # all that a head gets follows one rounded lse: its worst element is chance
+        if actual.dtype is torch.float32:  # the worst element follows the rounding of one lse: chance
             assert relative_error(actual, wanted, magnitude=size) <= error_budget(
                 eager, wanted, magnitude=size
             )
@@ -436,14 +436,16 @@ def test_lower_instruction_sets(isa: str) -> None:
         for dtype in t.DTYPES:
             for head_dim in (1, 8, 40, 160):
                 t.test_against_fp64("cpu", dtype, head_dim)
-                t.test_gradients_against_fp64("cpu", dtype, head_dim)
             t.test_layouts(dtype, "odd")
-            t.test_gradients_in_layouts(dtype, "odd")
-            t.test_gradients_over_several_ranges(dtype)
             t.test_causal(dtype)
-            t.test_causal_gradients(dtype)
             t.test_large_logits(dtype)
             for value in (float("nan"), float("inf")):
                 t.test_non_finite_values(value, dtype)
+        for dtype in t.DTYPES:
+            for head_dim in (1, 8, 40, 160):
+                t.test_gradients_against_fp64("cpu", dtype, head_dim)
+            t.test_gradients_in_layouts(dtype, "odd")
+            t.test_gradients_over_several_ranges(dtype)
+            t.test_causal_gradients(dtype)
     """
     run_with_library(isa, code)
