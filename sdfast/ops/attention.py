@@ -144,6 +144,11 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
 
 
+def _is_faster_in_torch(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """As measured: gradients of so little that Python decides."""
+    return q.numel() * k.shape[2] < 2**16 and _native.requires_grad(q, k, v)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -189,7 +194,9 @@ def attention(
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
-    serve = dispatch.choose("attention", q.device.type, _unavailable(q, k, v, mask), backend)
+    device_type = q.device.type
+    order = ("torch",) if device_type == "cpu" and _is_faster_in_torch(q, k, v) else None
+    serve = dispatch.choose("attention", device_type, _unavailable(q, k, v, mask), backend, order=order)
     run = _BACKENDS.get(serve, attention_torch)
     return run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
 
