@@ -56,7 +56,7 @@ def product_rows(record: Row) -> Iterator[Sequence[object]]:
     """conv2d, linear, attention: rates and shares of the peak."""
     for row in record["rows"]:
         details = [row[key] for key in ("kernel", "activation") if row.get(key)]
-        flags = [key for key in ("upsample", "residual", "is_causal") if row.get(key)]
+        flags = [key for key in ("upsample", "residual", "is_causal", "training") if row.get(key)]
         yield (
             row["shape"], ", ".join(map(str, details + flags)), row["dtype"],
             f"{row['eager_ms']:.2f}", f"{row['sdfast_ms']:.2f}", f"{row['ratio']:.2f}x",

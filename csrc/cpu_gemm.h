@@ -87,15 +87,16 @@ inline void set_operand(BFloat16Pair& operand, const simd::BFloat16* row, int64_
 constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / depth; }
 
 // c[r][j] (+)= sum over steps of a[r] * b[j]. a: rows `lda` operands apart, steps adjacent; with
-// kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense.
-template <int kR, typename Operand, bool kTransposed = false>
+// kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense. Of
+// the columns kV vectors are computed, from the left.
+template <int kR, typename Operand, bool kTransposed = false, int kV = kVecs>
 inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand* a, int64_t lda,
                                                     const Operand* b, float* c, bool accumulate) {
-  Vec sums[kR][kVecs];
+  Vec sums[kR][kV];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sums[r][v] = Vec{};
+    for (int v = 0; v < kV; ++v) sums[r][v] = Vec{};
   }
   const int64_t next_row = kTransposed ? 1 : lda, next_step = kTransposed ? lda : 1;
   // Rows are addressed from a pointer each three: base, base + lda, base + 2 lda.
@@ -103,16 +104,16 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
 #pragma GCC unroll 4
   for (int i = 0; i < (kR + 2) / 3; ++i) base[i] = a + 3 * i * next_row;
   for (int64_t step = 0; step < steps; ++step) {
-    Vec columns[kVecs];
+    Vec columns[kV];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kV; ++v) {
       std::memcpy(&columns[v], b + v * simd::kLanes, sizeof(Vec));
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
       const Vec row = broadcast(base[r / 3][(r % 3) * next_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < kV; ++v) {
         sums[r][v] = multiply_add(sums[r][v], row, columns[v], Operand());
       }
     }
@@ -123,7 +124,7 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kV; ++v) {
       float* to = c + r * kColumns + v * simd::kLanes;
       simd::store(to, accumulate ? simd::load(to) + sums[r][v] : sums[r][v]);
     }

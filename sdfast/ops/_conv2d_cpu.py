@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -80,7 +80,7 @@ def _forward(
     """The compiled kernel; `algorithm` None takes the best."""
     algorithm = algorithm or algorithm_for(x, weight, stride, upsample)
     packing.note(weight)
-    if upsample and not (list(padding) == [1] * 4 and (algorithm != "direct" or _folds(weight, stride))):
+    if upsample and not (weight.shape[2:] == (3, 3) and stride == 1 and list(padding) == [1] * 4):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     values = _values(
         weight, algorithm, upsample, worth=x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
@@ -106,13 +106,18 @@ def _values(weight: Tensor, algorithm: str, upsample: bool, worth: float) -> Ten
         kind = _kind(algorithm, upsample)
         return packing.packed(weight, kind, lambda values: _pack(values, algorithm, upsample), worth)
     if upsample:
-        return packing.packed(weight, "folded", lambda values: _fold(values).to(values.dtype))
+        return _kept(weight, "folded", weight.nbytes * 16 // 9, lambda w: _fold(w).to(w.dtype))
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
-    if not packing.is_lasting(weight) or not packing.affordable(weight, "rows", weight.nbytes, math.inf):
-        return rows.contiguous()
-    return packing.packed(weight, "rows", lambda values: values.permute(0, 2, 3, 1).contiguous())
+    return _kept(weight, "rows", weight.nbytes, lambda w: w.permute(0, 2, 3, 1).contiguous())
+
+
+def _kept(weight: Tensor, kind: str, nbytes: int, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy that is quickly made: kept where there is room for it, else made for this call."""
+    if packing.is_lasting(weight) and packing.affordable(weight, kind, nbytes, math.inf):
+        return packing.packed(weight, kind, make)
+    return make(weight)
 
 
 def _kind(algorithm: str, upsample: bool) -> str:
@@ -187,14 +192,6 @@ def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str
         if enough and packing.affordable(weight, kind, nbytes, worth=pixels):
             return algorithm
     return "direct"
-
-
-def _folds(weight: Tensor, stride: int) -> bool:
-    """Whether the direct algorithm serves a convolution after an upsample as four 2x2 ones."""
-    if weight.shape[2:] != (3, 3) or stride != 1:
-        return False
-    nbytes = weight.nbytes * 16 // 9
-    return packing.is_lasting(weight) and packing.affordable(weight, "folded", nbytes, math.inf)
 
 
 def suits_torch(weight: Tensor) -> bool:
