@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, packing
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
-from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size, suits_torch
+from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size, suits_torch, suits_torch_in_training
 from sdfast.ops._native import requires_grad, unavailable
 
 
@@ -97,8 +97,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or packing.can_pack(weight)):
         reason = "it packs weights that are plain tensors"
     else:
-        needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("conv2d_packed", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("conv2d_packed", "x", x.device.type, x.dtype)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 
@@ -167,7 +166,9 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    order = ("torch",) if x.device.type == "cpu" and suits_torch(x, weight, stride, upsample) else None
+    needs_gradient = requires_grad(x, weight, bias, time_embedding, residual, *parameters)
+    is_faster = suits_torch_in_training if needs_gradient else suits_torch
+    order = ("torch",) if x.device.type == "cpu" and is_faster(x, weight, stride, upsample) else None
     serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(

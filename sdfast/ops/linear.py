@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, packing
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._linear_training import linear_training
 from sdfast.ops._native import requires_grad, unavailable
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
@@ -129,9 +130,18 @@ def linear_cpu(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The compiled CPU kernel, for inference."""
+    """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
+    if requires_grad(x, weight, bias, residual):
+        return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation))
     run = _forward_op if torch.compiler.is_compiling() else _linear_kernel
     return cast(Tensor, run(x, weight, bias, activation=activation, residual=residual))
+
+
+def _is_faster_in_torch(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """As measured: gradients of so little that Python decides, and in half precision."""
+    if requires_grad(x, weight, *others):
+        return x.dtype != torch.float32 or x.numel() * weight.shape[0] < 2**18
+    return not packing.is_lasting(weight)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -149,8 +159,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or packing.can_pack(weight)):
         reason = "it packs weights that are plain tensors"
     else:
-        needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("linear_packed", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("linear_packed", "x", x.device.type, x.dtype)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 
@@ -195,7 +204,7 @@ def linear(
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
     reasons = _unavailable(x, weight, bias, residual)
-    order = None if packing.is_lasting(weight) else ("torch",)
+    order = ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
     serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)

@@ -1,0 +1,144 @@
+// conv2d on CPU for training: y, and the gradients of x and of the weight. Checks, launch and
+// registration; the algorithms are in conv2d_backward_direct_cpu.h.
+#include "conv2d_backward_direct_cpu.h"
+#include "cpu_tensors.h"
+
+namespace sdfast {
+namespace {
+
+using conv2d::Added;
+using conv2d::Shape;
+
+// padding: left, right, top, bottom.
+Shape shape_of(IntHeaderOnlyArrayRef x, IntHeaderOnlyArrayRef weight, int64_t stride,
+               const std::vector<int64_t>& padding, bool upsample) {
+  STD_TORCH_CHECK(x.size() == 4 && weight.size() == 4 && padding.size() == 4,
+                  "x, weight: expected 4 dimensions, padding 4 sides");
+  STD_TORCH_CHECK(x[1] == weight[1], "x: the channels do not fit the weight");
+  Shape s;
+  s.images = x[0];
+  s.channels = x[1];
+  s.upsample = upsample ? 1 : 0;
+  s.height = x[2] << s.upsample;
+  s.width = x[3] << s.upsample;
+  s.out_channels = weight[0];
+  s.kernel_height = weight[2];
+  s.kernel_width = weight[3];
+  s.stride = stride;
+  s.left = padding[0];
+  s.top = padding[2];
+  STD_TORCH_CHECK(stride >= 1 && *std::min_element(padding.begin(), padding.end()) >= 0,
+                  "stride, padding: out of range");
+  STD_TORCH_CHECK(std::min({s.images, s.channels, s.height, s.width, s.out_channels,
+                            s.kernel_height, s.kernel_width}) >= 1,
+                  "x, weight: expected at least one element");
+  const bool ones = std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 1; });
+  STD_TORCH_CHECK(!upsample || (ones && stride == 1 && s.kernel_height == 3 && s.kernel_width == 3),
+                  "weight: expected 3x3, stride 1 and padding 1 after an upsample");
+  s.out_height = (s.height + padding[2] + padding[3] - s.kernel_height) / stride + 1;
+  s.out_width = (s.width + padding[0] + padding[1] - s.kernel_width) / stride + 1;
+  STD_TORCH_CHECK(s.height + padding[2] + padding[3] >= s.kernel_height &&
+                      s.width + padding[0] + padding[1] >= s.kernel_width,
+                  "x: smaller than the kernel");
+  return s;
+}
+
+void check_image(const Tensor& t, const char* name, ScalarType dtype) {
+  check_cpu(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == dtype && has_layout(t, Layout::kChannelsLast), name,
+                  ": expected channels last, in the dtype of the others");
+}
+
+Tensor new_image(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  Tensor result = empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), dtype);
+  advise_huge_pages(result);
+  return result;
+}
+
+// x: (N, C, H, W). weight: (O, C, kernel_height, kernel_width). bias: (O). time_embedding: (N, O).
+// residual: as y. Images and the weight channels last. Returns y: (N, O, H', W').
+Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
+                       int64_t stride, std::vector<int64_t> padding, bool upsample) {
+  const ScalarType dtype = x.scalar_type();
+  check_image(x, "x", dtype);
+  check_image(weight, "weight", dtype);
+  const Shape s = shape_of(x.sizes(), weight.sizes(), stride, padding, upsample);
+  const auto check_dense = [&](const std::optional<Tensor>& t, const char* name,
+                               IntHeaderOnlyArrayRef shape) {
+    if (!t) return;
+    check_cpu(*t, name);
+    check_shape(*t, name, shape);
+    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == dtype, name,
+                    ": expected contiguous, in the dtype of x");
+  };
+  check_dense(bias, "bias", {s.out_channels});
+  check_dense(time_embedding, "time_embedding", {s.images, s.out_channels});
+  const std::vector<int64_t> sizes{s.images, s.out_channels, s.out_height, s.out_width};
+  if (residual) {
+    check_image(*residual, "residual", dtype);
+    check_shape(*residual, "residual", sizes);
+  }
+  Tensor y = new_image(sizes, dtype);
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+    };
+    const Added<T> added{data(bias), data(time_embedding), data(residual)};
+    conv2d::direct::forward(s, data(x), data(weight), added, static_cast<T*>(y.mutable_data_ptr()));
+  });
+  return y;
+}
+
+void check_result(const Tensor& dy, const Shape& s) {
+  check_shape(dy, "dy", {s.images, s.out_channels, s.out_height, s.out_width});
+}
+
+// dy: as y. weight as above. height, width: of x. Returns dx.
+Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width,
+                             int64_t stride, std::vector<int64_t> padding, bool upsample) {
+  const ScalarType dtype = dy.scalar_type();
+  check_image(dy, "dy", dtype);
+  check_image(weight, "weight", dtype);
+  const std::vector<int64_t> sizes{dy.size(0), weight.size(1), height, width};
+  const Shape s = shape_of(sizes, weight.sizes(), stride, padding, upsample);
+  check_result(dy, s);
+  Tensor dx = new_image(sizes, dtype);
+  if (std::min(s.kernel_height, s.kernel_width) < stride) torch::stable::zero_(dx);
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    conv2d::direct::input_gradient(s, static_cast<const T*>(dy.const_data_ptr()),
+                                   static_cast<const T*>(weight.const_data_ptr()),
+                                   static_cast<T*>(dx.mutable_data_ptr()));
+  });
+  return dx;
+}
+
+// dy: as y. x as above. Returns dW: (O, C, kernel_height, kernel_width), channels last.
+Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width,
+                              int64_t stride, std::vector<int64_t> padding, bool upsample) {
+  const ScalarType dtype = x.scalar_type();
+  check_image(dy, "dy", dtype);
+  check_image(x, "x", dtype);
+  const std::vector<int64_t> sizes{dy.size(1), x.size(1), kernel_height, kernel_width};
+  const Shape s = shape_of(x.sizes(), sizes, stride, padding, upsample);
+  check_result(dy, s);
+  Tensor dw = new_image(sizes, dtype);
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    conv2d::direct::weight_gradient(s, static_cast<const T*>(dy.const_data_ptr()),
+                                    static_cast<const T*>(x.const_data_ptr()),
+                                    static_cast<T*>(dw.mutable_data_ptr()));
+  });
+  return dw;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("conv2d_training", TORCH_BOX(&conv2d_training));
+  m.impl("conv2d_input_gradient", TORCH_BOX(&conv2d_input_gradient));
+  m.impl("conv2d_weight_gradient", TORCH_BOX(&conv2d_weight_gradient));
+}
+
+}  // namespace
+}  // namespace sdfast
