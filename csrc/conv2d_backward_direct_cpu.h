@@ -225,6 +225,12 @@ void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
     multiply_sweep(
         sweep, dy, s.images, s.out_height, s.out_width, s.out_channels, s.channels,
         [&](const Window& window, int64_t channel, int64_t column, int64_t count, float* to) {
+          if (window.bottom - window.top == 1 && window.right - window.left == 1) {
+            const int64_t tap = window.top * s.kernel_width + window.left;
+            const int64_t stride = s.kernel_height * s.kernel_width * s.channels;
+            return gemm::copy_panel(weight + channel * stride + tap * s.channels + column, stride,
+                                    count, s.channels - column, to);
+          }
           const int64_t end = std::min<int64_t>(column + gemm::kColumns, s.channels);
           for (int64_t o = channel; o < channel + count; ++o, to += gemm::kColumns) {
             simd::for_each_vector(column, end, [&](int64_t c, auto lanes) {

@@ -29,21 +29,24 @@ class Scratch {
 };
 
 // Steps of a panel from rows that hold its columns: to[step][j] = from[step * stride + j] for
-// j < columns, else 0.
+// j < columns, else 0. The rows may be pages apart, where nothing but this fetches them ahead.
 template <typename T>
 void copy_panel(const T* from, int64_t stride, int64_t steps, int64_t columns, float* to) {
+  constexpr int64_t kAhead = 24;
+  if (columns < kColumns) std::fill_n(to, steps * kColumns, 0.0f);
   for (int64_t step = 0; step < steps; ++step, from += stride, to += kColumns) {
     if (columns >= kColumns) {
+      simd::prefetch(from + kAhead * stride);
+      simd::prefetch(from + kAhead * stride + kColumns - 1);
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; j += simd::kLanes) {
         simd::store(to + j, simd::load(from + j, simd::FullVector()));
       }
-      continue;
+    } else {
+      simd::for_each_vector(0, columns, [&](int64_t j, auto lanes) {
+        simd::store(to + j, simd::load(from + j, lanes));
+      });
     }
-    std::fill_n(to, kColumns, 0.0f);
-    simd::for_each_vector(0, columns, [&](int64_t j, auto lanes) {
-      simd::store(to + j, simd::load(from + j, lanes));
-    });
   }
 }
 
