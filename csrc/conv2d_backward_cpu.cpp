@@ -1,6 +1,8 @@
 // conv2d on CPU for training: y, and the gradients of x and of the weight. Checks, launch and
-// registration; the algorithms are in conv2d_backward_direct_cpu.h.
+// registration; the algorithms are in conv2d_backward_direct_cpu.h and
+// conv2d_backward_winograd_cpu.h.
 #include "conv2d_backward_direct_cpu.h"
+#include "conv2d_backward_winograd_cpu.h"
 #include "cpu_tensors.h"
 
 namespace sdfast {
@@ -43,6 +45,12 @@ Shape shape_of(IntHeaderOnlyArrayRef x, IntHeaderOnlyArrayRef weight, int64_t st
   return s;
 }
 
+// Whether Winograd's algorithm, which the caller may allow, computes this convolution.
+void check_winograd(const Shape& s, bool winograd) {
+  STD_TORCH_CHECK(!winograd || (s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1),
+                  "winograd: expected a 3x3 kernel of stride 1");
+}
+
 void check_image(const Tensor& t, const char* name, ScalarType dtype) {
   check_cpu(t, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype && has_layout(t, Layout::kChannelsLast), name,
@@ -55,15 +63,23 @@ Tensor new_image(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return result;
 }
 
+// For the transform of a weight: four times its size, and written anew at every call.
+Tensor new_packed(int64_t out_channels, int64_t channels) {
+  Tensor packed = empty({conv2d::winograd::packed_size(out_channels, channels)}, ScalarType::Float);
+  advise_huge_pages(packed);
+  return packed;
+}
+
 // x: (N, C, H, W). weight: (O, C, kernel_height, kernel_width). bias: (O). time_embedding: (N, O).
 // residual: as y. Images and the weight channels last. Returns y: (N, O, H', W').
 Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
                        std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
-                       int64_t stride, std::vector<int64_t> padding, bool upsample) {
+                       int64_t stride, std::vector<int64_t> padding, bool upsample, bool winograd) {
   const ScalarType dtype = x.scalar_type();
   check_image(x, "x", dtype);
   check_image(weight, "weight", dtype);
   const Shape s = shape_of(x.sizes(), weight.sizes(), stride, padding, upsample);
+  check_winograd(s, winograd);
   const auto check_dense = [&](const std::optional<Tensor>& t, const char* name,
                                IntHeaderOnlyArrayRef shape) {
     if (!t) return;
@@ -86,7 +102,12 @@ Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
       return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
     };
     const Added<T> added{data(bias), data(time_embedding), data(residual)};
-    conv2d::direct::forward(s, data(x), data(weight), added, static_cast<T*>(y.mutable_data_ptr()));
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    if (!winograd) return conv2d::direct::forward(s, data(x), data(weight), added, to);
+    const Tensor packed = new_packed(s.out_channels, s.channels);
+    float* points = packed.mutable_data_ptr<float>();
+    conv2d::winograd::pack_weight(data(weight), s.out_channels, s.channels, points);
+    conv2d::winograd::run(s, data(x), points, added, to);
   });
   return y;
 }
@@ -97,39 +118,62 @@ void check_result(const Tensor& dy, const Shape& s) {
 
 // dy: as y. weight as above. height, width: of x. Returns dx.
 Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width,
-                             int64_t stride, std::vector<int64_t> padding, bool upsample) {
+                             int64_t stride, std::vector<int64_t> padding, bool upsample,
+                             bool winograd) {
   const ScalarType dtype = dy.scalar_type();
   check_image(dy, "dy", dtype);
   check_image(weight, "weight", dtype);
   const std::vector<int64_t> sizes{dy.size(0), weight.size(1), height, width};
   const Shape s = shape_of(sizes, weight.sizes(), stride, padding, upsample);
   check_result(dy, s);
+  check_winograd(s, winograd);
+  STD_TORCH_CHECK(!winograd || (!upsample && s.left <= 2 && s.top <= 2),
+                  "winograd: expected a padding of at most 2 and no upsample");
   Tensor dx = new_image(sizes, dtype);
   if (std::min(s.kernel_height, s.kernel_width) < stride) torch::stable::zero_(dx);
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    conv2d::direct::input_gradient(s, static_cast<const T*>(dy.const_data_ptr()),
-                                   static_cast<const T*>(weight.const_data_ptr()),
-                                   static_cast<T*>(dx.mutable_data_ptr()));
+    const T* from = static_cast<const T*>(dy.const_data_ptr());
+    const T* w = static_cast<const T*>(weight.const_data_ptr());
+    T* to = static_cast<T*>(dx.mutable_data_ptr());
+    if (!winograd) return conv2d::direct::input_gradient(s, from, w, to);
+    const Tensor packed = new_packed(s.channels, s.out_channels);
+    float* points = packed.mutable_data_ptr<float>();
+    conv2d::winograd::pack_turned_weight(w, s.out_channels, s.channels, points);
+    Shape turned = s;
+    std::swap(turned.channels, turned.out_channels);
+    std::swap(turned.height, turned.out_height);
+    std::swap(turned.width, turned.out_width);
+    turned.left = 2 - s.left;
+    turned.top = 2 - s.top;
+    conv2d::winograd::run(turned, from, points, Added<T>{}, to);
   });
   return dx;
 }
 
 // dy: as y. x as above. Returns dW: (O, C, kernel_height, kernel_width), channels last.
 Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width,
-                              int64_t stride, std::vector<int64_t> padding, bool upsample) {
+                              int64_t stride, std::vector<int64_t> padding, bool upsample,
+                              bool winograd) {
   const ScalarType dtype = x.scalar_type();
   check_image(dy, "dy", dtype);
   check_image(x, "x", dtype);
   const std::vector<int64_t> sizes{dy.size(1), x.size(1), kernel_height, kernel_width};
   const Shape s = shape_of(x.sizes(), sizes, stride, padding, upsample);
   check_result(dy, s);
+  check_winograd(s, winograd);
+  STD_TORCH_CHECK(!winograd || dtype == ScalarType::Float, "winograd: expected float32");
   Tensor dw = new_image(sizes, dtype);
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    conv2d::direct::weight_gradient(s, static_cast<const T*>(dy.const_data_ptr()),
-                                    static_cast<const T*>(x.const_data_ptr()),
-                                    static_cast<T*>(dw.mutable_data_ptr()));
+    const T* result = static_cast<const T*>(dy.const_data_ptr());
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(dw.mutable_data_ptr());
+    if (winograd) {
+      conv2d::winograd::weight_gradient(s, result, from, to);
+    } else {
+      conv2d::direct::weight_gradient(s, result, from, to);
+    }
   });
   return dw;
 }
