@@ -19,7 +19,7 @@ README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 _ORDER = (
-    "models", "conv2d", "linear", "attention", "group_norm", "layer_norm", "diffusion_step", "digits_quality",
+    "models", "training", "conv2d", "linear", "attention", "group_norm", "layer_norm", "diffusion_step", "digits_quality",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
@@ -49,6 +49,12 @@ def models_rows(record: Row) -> Iterator[Sequence[object]]:
             row["work"], row["dtype"], f"{row['best_eager_ms']:.0f} ms ({row['eager_layout']})",
             f"{row['sdfast_ms']:.0f} ms", f"**{row['ratio']:.2f}x**",
         )  # fmt: skip
+
+
+def _model_rows(records: dict[str, Row], device: str) -> Iterator[Sequence[object]]:
+    """Of inference, then of training."""
+    for kind in ("models", "training"):
+        yield from models_rows(records.get(f"{device}/{kind}.json", {"rows": []}))
 
 
 def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
@@ -121,7 +127,7 @@ def results_md(records: dict[str, Row]) -> list[str]:
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
         lines += ["", f"## {kind} on {device}", "", provenance(name, record), ""]
-        if kind == "models":
+        if kind in ("models", "training"):
             lines += markdown_table(
                 ("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record)
             )
@@ -199,7 +205,7 @@ def readme_block(records: dict[str, Row]) -> list[str]:
                 f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}),"
                 f" torch {machine['torch']}, beside eager torch in its faster memory format:",
                 "",
-                *markdown_table(("work", "dtype", "eager", "sdfast", "speed"), models_rows(record)),
+                *markdown_table(("work", "dtype", "eager", "sdfast", "speed"), _model_rows(records, device)),
             ]
             kernels = kernel_summaries(records, device)
             if kernels:

@@ -3,7 +3,8 @@
 // A weight changes at every step of an optimiser, and a packed copy of it would serve two products:
 // reading the weight, writing the copy and reading it again costs more than those. Here each thread
 // packs the part of a panel that it is about to multiply, into L2, which costs a few percent of the
-// multiplications; nothing lasts. Otherwise as cpu_gemm.h, with the same fixed chains of additions.
+// multiplications; nothing lasts. Otherwise as cpu_gemm.h, with shorter chains of additions: they
+// run over tokens or pixels here, which are many.
 #pragma once
 
 #include <new>
@@ -12,6 +13,8 @@
 #include "cpu_transpose.h"
 
 namespace sdfast::gemm {
+
+constexpr int64_t kShortChain = 64;
 
 // Floats on the boundaries of cache lines.
 class Scratch {
@@ -116,8 +119,12 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Pack& pac
         for (int64_t p = panel_begin; p < panel_end; ++p) {
           float* sums = c.get() + (parts > 1 ? p - panel_begin : 0) * sums_size;
           pack(p * kColumns, step, steps, panel.get());
-          multiply_panel(rows, steps, a, reinterpret_cast<const Float32*>(panel.get()), sums,
-                         part > 0);
+          for (int64_t done = 0; done < steps; done += kShortChain) {
+            const float* b = panel.get() + done * kColumns;
+            multiply_panel<Float32>(rows, std::min(kShortChain, steps - done),
+                                    {a.data + done, a.stride}, reinterpret_cast<const Float32*>(b),
+                                    sums, part > 0 || done > 0);
+          }
           if (part + 1 == parts) finish(first, rows, p * kColumns, sums);
         }
       }
