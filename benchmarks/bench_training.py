@@ -2,11 +2,11 @@
 
     python benchmarks/bench_training.py [--rounds 3]
 
-Real size, random weights, fp32, batch 2, 32x32 latent (256x256 images), 77 text tokens, the squared error of a
-predicted noise; no optimiser. Before anything is timed, the gradient of every 23rd parameter is checked against
-eager's: at most 1e-4 relative. Eager runs in both memory formats, and the ratio is against the faster; all take
-turns in one process, which keeps freed memory (`sdfast.memory.keep_freed_memory`): all are faster so. sdfast
-packs no weights to train, so nothing that one step computes serves the next.
+Real size, random weights, fp32, batch 2, 32x32 latent (256x256 images), 77 text tokens, the squared error of
+a predicted noise; no optimiser. Before anything is timed, the gradient of every 23rd parameter is checked
+against eager's: at most 1e-4 relative. Eager runs in both memory formats, and the ratio is against the
+faster; all take turns in one process, which keeps freed memory (`sdfast.memory.keep_freed_memory`): all are
+faster so. sdfast packs no weights to train, so nothing that one step computes serves the next.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 _ORDER = (
-    "models", "training", "conv2d", "linear", "attention", "group_norm", "layer_norm", "diffusion_step", "digits_quality",
+    "models", "training", "conv2d", "linear", "attention", "group_norm", "layer_norm", "diffusion_step",
+    "digits_quality",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}

@@ -173,8 +173,7 @@ def conv2d_cpu(
     if algorithm == 0 and upsample and (weight.shape[2:] != (3, 3) or stride != 1 or padding != (1, 1, 1, 1)):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     if training:
-        fused = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
-        return conv2d_training(x, weight, bias, stride, padding, **fused)
+        return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual)
     run = _forward_op if torch.compiler.is_compiling() else _forward
     return cast(
         Tensor,

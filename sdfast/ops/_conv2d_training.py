@@ -1,7 +1,8 @@
 """conv2d on CPU where a gradient is asked for.
 
-The kernels are csrc/conv2d_backward_cpu.cpp. They read the weight where it lies, channels_last: no packed copy
-lasts, which the next step of an optimiser would make stale. Images and gradients are channels_last throughout.
+The kernels are csrc/conv2d_backward_cpu.cpp. They read the weight where it lies, channels_last: no packed
+copy lasts, which the next step of an optimiser would make stale. Images and gradients are channels_last
+throughout.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ _weight_gradient_op = _library.define_native(
 )
 
 
-# Pixels of y from which Winograd was measured faster: where it transforms the weight, the same where the other
-# algorithm folds an upsample into it, and where it transforms sums to the weight's gradient.
+# Pixels of y from which Winograd was measured faster: where it transforms the weight, the same where the
+# other algorithm folds an upsample into it, and where it transforms sums to the weight's gradient.
 _WINOGRAD_PIXELS, _WINOGRAD_UPSAMPLED_PIXELS, _WINOGRAD_WEIGHT_PIXELS = 512, 2048, 128
 
 
@@ -139,7 +140,6 @@ def conv2d_training(
     bias: Tensor | None,
     stride: int,
     padding: tuple[int, int, int, int],
-    *,
     upsample: bool,
     time_embedding: Tensor | None,
     residual: Tensor | None,

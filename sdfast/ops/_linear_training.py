@@ -1,9 +1,10 @@
 """linear on CPU where a gradient is asked for.
 
-    h = x Wᵀ + b + residual,  y = act(h);   dh = dy act'(h),  dx = dh W,  dW = dhᵀ x,  db = Σ dh,  dresidual = dh
+    h = x Wᵀ + b + residual,  y = act(h)
+    dh = dy act'(h),  dx = dh W,  dW = dhᵀ x,  db = Σ dh,  dresidual = dh
 
-The kernels are csrc/linear_backward_cpu.cpp. They read the weight where it lies: no packed copy lasts, which the
-next step of an optimiser would make stale.
+The kernels are csrc/linear_backward_cpu.cpp. They read the weight where it lies: no packed copy lasts, which
+the next step of an optimiser would make stale.
 """
 
 from __future__ import annotations
