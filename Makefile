@@ -18,6 +18,7 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_models.py
+	$(RUN) benchmarks/bench_training.py
 	$(RUN) benchmarks/bench_peers.py
 	$(RUN) benchmarks/bench_profile.py
 	$(RUN) benchmarks/bench_conv2d.py

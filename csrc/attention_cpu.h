@@ -10,11 +10,13 @@
 
 #include "cpu_gemm.h"
 #include "cpu_math.h"
+#include "cpu_transpose.h"
 
 namespace sdfast::attention {
 
 using gemm::kColumns;
 using simd::kLanes;
+using simd::transpose;
 using simd::Vec;
 using simd::Vecs;
 
@@ -28,28 +30,6 @@ SDFAST_INLINE Vec larger(Vec a, Vec b) {
 #else
   return simd::select(a > b, a, b);
 #endif
-}
-
-// rows[i][j] to rows[j][i].
-SDFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
-  simd::Bits low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + (i % 2) * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-  // log2(kLanes) times row i is interleaved with row i + kLanes / 2.
-#pragma GCC unroll 4
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
 }
 
 // Operands [step, step + kLanes) of a row, of which `steps` exist, as the lanes of a vector.

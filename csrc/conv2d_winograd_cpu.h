@@ -251,8 +251,7 @@ inline void multiply(const Rounds& r, int points, int64_t tiles, int64_t channel
             std::min(rows, tiles - first), channels,
             {reinterpret_cast<const gemm::Float32*>(a), r.channels},
             reinterpret_cast<const gemm::Float32*>(b),
-            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns,
-            gemm::kColumns, false, [](int64_t, int64_t, const float*) {});
+            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns, false);
       }
     }
   });

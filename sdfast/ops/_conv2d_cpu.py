@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing
-from sdfast.ops.group_norm import group_norm
 
 # As csrc/conv2d_cpu.cpp counts them.
 ALGORITHMS = ("direct", "winograd4x4", "winograd2x2")
@@ -66,7 +65,7 @@ def _forward_fake(
     return _kernel_fake(x, weight, bias, time_embedding, residual, *more)
 
 
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -93,7 +92,7 @@ def _forward(
         bias = bias.contiguous()
     return cast(
         Tensor,
-        _kernel_op(
+        kernel_op(
             x, values, bias, time_embedding, residual, ALGORITHMS.index(algorithm),
             weight.shape[0], weight.shape[2], weight.shape[3], stride, padding, upsample,
         ),
@@ -106,7 +105,7 @@ def _values(weight: Tensor, algorithm: str, upsample: bool, worth: float) -> Ten
         kind = _kind(algorithm, upsample)
         return packing.packed(weight, kind, lambda values: _pack(values, algorithm, upsample), worth)
     if upsample:
-        return _kept(weight, "folded", weight.nbytes * 16 // 9, lambda w: _fold(w).to(w.dtype))
+        return _kept(weight, "folded", weight.nbytes * 16 // 9, lambda w: fold(w).to(w.dtype))
     rows = weight.permute(0, 2, 3, 1)
     if rows.is_contiguous():
         return rows
@@ -124,7 +123,7 @@ def _kind(algorithm: str, upsample: bool) -> str:
     return algorithm + ("_upsample" if upsample else "")
 
 
-def _fold(weight: Tensor) -> Tensor:
+def fold(weight: Tensor) -> Tensor:
     """3x3 after nearest-2x as four 2x2 convolutions: (4, out_channels, 2, 2, channels).
 
     Each pixel is repeated, so kernel rows -1, 0, 1 meet pixels -1, 0, 0 at even outputs, 0, 0, 1 at odd ones.
@@ -141,23 +140,23 @@ def _fold(weight: Tensor) -> Tensor:
 
 def _pack(weight: Tensor, algorithm: str, upsample: bool) -> Tensor:
     """The transformed weight, fp32."""
-    kernels = _fold(weight) if upsample else weight.float().permute(0, 2, 3, 1)[None]
+    kernels = fold(weight) if upsample else weight.float().permute(0, 2, 3, 1)[None]
     return cast(Tensor, _pack_op(kernels, ALGORITHMS.index(algorithm)))
 
 
 _pack_op = _library.define_native("conv2d_pack(Tensor weight, int algorithm) -> Tensor", _pack_fake)
-_kernel_op = _library.define_native(
+kernel_op = _library.define_native(
     "conv2d_kernel(Tensor x, Tensor weight, Tensor? bias, Tensor? time_embedding, Tensor? residual,"
     " int algorithm, int out_channels, int kernel_height, int kernel_width, int stride, int[] padding,"
     " bool upsample) -> Tensor",
     _kernel_fake,
 )
 # What torch.compile sees: the copy of the weight is looked up when it runs.
-_forward_op = _library.define_native(
+forward_op = _library.define_native(
     "conv2d_forward(Tensor x, Tensor weight, Tensor? bias, int stride, int[] padding, bool upsample,"
     " Tensor? time_embedding, Tensor? residual, str? algorithm) -> Tensor",
     _forward_fake,
-    _forward,
+    forward,
 )
 
 # The elements of a copy for each of the weight's; with an upsample, of four 2x2 kernels each.
@@ -194,31 +193,6 @@ def algorithm_for(x: Tensor, weight: Tensor, stride: int, upsample: bool) -> str
     return "direct"
 
 
-def suits_torch(weight: Tensor) -> bool:
+def suits_torch(x: Tensor, weight: Tensor, upsample: bool) -> bool:
     """Where torch was measured faster: so few channels that gathering them is most of the work."""
     return min(weight.shape[:2]) < 16
-
-
-def conv2d_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    *,
-    upsample: bool = False,
-    time_embedding: Tensor | None = None,
-    residual: Tensor | None = None,
-    norm_groups: int = 0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    norm_silu: bool = False,
-) -> Tensor:
-    """The compiled CPU kernels, for inference."""
-    if norm_groups:
-        activation = "silu" if norm_silu else None
-        normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
-        x = cast(Tensor, normed)
-    run = _forward_op if torch.compiler.is_compiling() else _forward
-    return cast(Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, None))

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from sdfast import _library, dispatch
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
-from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size, suits_torch
+from sdfast.ops._conv2d_cpu import forward, forward_op, output_size, suits_torch
+from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._native import requires_grad, unavailable
+from sdfast.ops.group_norm import group_norm
 
 
 class NormPrologue(NamedTuple):
@@ -82,6 +84,33 @@ _library.define(
 )
 
 
+def conv2d_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    upsample: bool = False,
+    time_embedding: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_silu: bool = False,
+) -> Tensor:
+    """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
+    if norm_groups:
+        activation = "silu" if norm_silu else None
+        normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
+        x = cast(Tensor, normed)
+    if requires_grad(x, weight, bias, time_embedding, residual):
+        return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual)
+    run = forward_op if torch.compiler.is_compiling() else forward
+    return cast(Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, None))
+
+
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": conv2d_cpu,
     "reference": cast(Callable[..., Tensor], conv2d_reference),
@@ -97,8 +126,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
     else:
-        needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 
@@ -167,7 +195,9 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    order = ("torch",) if x.device.type == "cpu" and suits_torch(weight) else None
+    needs_gradient = requires_grad(x, weight, bias, time_embedding, residual, *parameters)
+    is_faster = suits_torch_in_training if needs_gradient else suits_torch
+    order = ("torch",) if x.device.type == "cpu" and is_faster(x, weight, upsample) else None
     serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
     y = cast(
