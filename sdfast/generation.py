@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -110,10 +111,11 @@ class Generation:
         )
 
     def _texts(self, part: slice) -> tuple[tuple[str, str | None], ...]:
-        """Prompt and negative prompt of each image of `part`, or one pair where all have the same."""
+        """Prompt and negative prompt, once for as many consecutive images of `part` as all of them have."""
         request = self.request
         texts = tuple(zip(request.prompts[part], request.negative_prompts[part], strict=True))
-        return texts[:1] if len(set(texts)) == 1 else texts
+        runs = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
+        return tuple(text for text, _ in runs) if len({length for _, length in runs}) == 1 else texts
 
     def _encoded(self, texts: tuple[tuple[str, str | None], ...]) -> tuple[Context, list[TimeEmbedding]]:
         """What the U-Net is told in place of the text and, step by step, of the timestep."""

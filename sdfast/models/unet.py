@@ -76,7 +76,7 @@ class _UNet(nn.Module):
     def encode_time(
         self, timesteps: Tensor | Sequence[float], added_cond: Mapping[str, Tensor] | None = None
     ) -> list[TimeEmbedding]:
-        """What every ResNet block adds at each of T steps, all by one matrix product a layer.
+        """What every ResNet block adds at each of T timesteps: one matrix product a layer for all of them.
 
         Args:
             timesteps: (T,), on the training schedule's scale.
@@ -95,7 +95,7 @@ class _UNet(nn.Module):
         resnets = [module for module in self.modules() if isinstance(module, ResnetBlock2D)]
         by_layer = {resnet: resnet.time_emb_proj(emb).unflatten(0, (len(steps), batch)) for resnet in resnets}
         return [
-            TimeEmbedding(self, batch, weight.dtype, {resnet: all[i] for resnet, all in by_layer.items()})
+            TimeEmbedding(self, batch, weight.dtype, {resnet: rows[i] for resnet, rows in by_layer.items()})
             for i in range(len(steps))
         ]
 
@@ -237,7 +237,7 @@ class UNet2DCondition(_UNet):
             )
 
     def encode_context(self, encoder_hidden_states: Tensor) -> Context:
-        """The text (B, S, cross_attention_dim) as keys and values of each cross-attention, for the forward."""
+        """The text (B, S, cross_attention_dim) as every cross-attention reads it, for the forward."""
         blocks = [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
         return Context(
             self, encoder_hidden_states.shape[0], encoder_hidden_states.dtype,
