@@ -2,7 +2,8 @@
 
     python benchmarks/bench_profile.py [--work unet vae] [--dtype float32 bfloat16] [--tiny]
 
-torch.profiler over one call of a model that has run before. Arithmetic is that of the direct algorithms, two
+torch.profiler over one call of a model that has run before, the U-Net's as inside a sampling loop
+(`Work.loop_inputs`). Arithmetic is that of the direct algorithms, two
 a multiplication: Winograd and the folded upsample need less, so that their rate is an effective one and may
 exceed the peak. "other" is every operation below a percent, "outside" what the call took beyond operations.
 """
@@ -66,7 +67,8 @@ def flops_by_operation(step: Callable[[], object]) -> dict[str, int]:
 def measure(work: Work, dtype: torch.dtype) -> dict[str, object]:
     """The row of the record: the call as a whole, then its operations by the time that each took itself."""
     theirs = work.make_theirs().to(dtype).to(memory_format=torch.channels_last)
-    model, inputs = work.forward(work.make_ours(theirs)), work.inputs(dtype)
+    ours = work.make_ours(theirs)
+    model, inputs = work.forward(ours), work.loop_inputs(ours, dtype)
 
     def step() -> object:
         return model(*inputs)
