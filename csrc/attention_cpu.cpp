@@ -11,6 +11,7 @@
 #include "attention_cpu.h"
 
 #include <cmath>
+#include <memory>
 
 #include "attention_tensors_cpu.h"
 

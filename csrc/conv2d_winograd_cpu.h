@@ -12,6 +12,8 @@
 // it rounds more than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
 #pragma once
 
+#include <memory>
+
 #include "conv2d_cpu.h"
 
 namespace sdfast::conv2d::winograd {

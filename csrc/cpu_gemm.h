@@ -16,7 +16,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <type_traits>
 
 #include "cpu_amx.h"
 #include "cpu_simd.h"
@@ -128,12 +128,6 @@ struct Rows {
   int64_t stride;  // from one row to the next, in operands
 };
 
-// Rows and columns of c, and K in steps.
-struct Shape {
-  int64_t rows, columns, steps;
-  int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
-};
-
 // Rows of a whole tile: those of the micro-kernel, or two of AMX.
 template <typename Operand>
 constexpr int kTileRows = amx::kAvailable && Operand::kDepth == 2 ? 2 * amx::kTileRows : kRows;
@@ -145,6 +139,7 @@ using Tiles = std::conditional_t<(kTileRows<Operand> > kRows), amx::Tiles, amx::
 // A multiple of kRows, for `rows` rows of which any may be missing at the end.
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
+// multiply_tile, or AMX's for more rows than the registers hold sums of.
 template <int kR, typename Operand>
 void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
                        bool accumulate) {
@@ -179,30 +174,6 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
   for (; row + 4 <= rows;) tile(std::integral_constant<int, 4>());
   for (; row < rows;) tile(std::integral_constant<int, 1>());
 }
-
-// How a product is cut: rows in blocks that fit in L2, a multiple of the threads where there are
-// that many rows, K in parts that depend on the shape alone; columns in `splits` only where there
-// are too few blocks to keep all threads busy to the end.
-struct Blocking {
-  int64_t tile_rows, tiles, blocks, steps, splits;
-
-  template <typename Operand>
-  static Blocking of(const Shape& shape, int64_t threads) {
-    const int64_t parts = std::max<int64_t>(1, (shape.steps + kPartSteps - 1) / kPartSteps);
-    const int64_t steps = std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
-    const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
-    constexpr int64_t kWhole = kTileRows<Operand>;
-    const int64_t most_tiles = std::clamp<int64_t>(fit / kWhole, 1, 64);
-    const int64_t tiles = (shape.rows + kWhole - 1) / kWhole;
-    const int64_t blocks = (tiles + most_tiles - 1) / most_tiles;
-    const int64_t even = std::clamp<int64_t>((blocks + threads - 1) / threads * threads, 1,
-                                             std::max<int64_t>((tiles + 3) / 4, blocks));
-    const int64_t splits = std::clamp<int64_t>(4 * threads / even, 1, shape.panels());
-    return {kWhole, tiles, even, steps, threads == 1 ? 1 : splits};
-  }
-  int64_t first_row(int64_t block) const { return block * tiles / blocks * tile_rows; }
-  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * tile_rows; }
-};
 
 // Calls work(next) on every thread; next() gives items 0, 1, ..., each once, and -1 after the
 // last: a thread that is held up takes fewer.

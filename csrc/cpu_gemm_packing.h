@@ -16,6 +16,34 @@ namespace sdfast::gemm {
 
 constexpr int64_t kShortChain = 64;
 
+// Rows and columns of c, and K in steps.
+struct Shape {
+  int64_t rows, columns, steps;
+  int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
+};
+
+// How a product is cut: rows in blocks that fit in L2, a multiple of the threads where there are
+// that many rows, K in parts that depend on the shape alone; columns in `splits` only where there
+// are too few blocks to keep all threads busy to the end.
+struct Blocking {
+  int64_t tiles, blocks, steps, splits;
+
+  static Blocking of(const Shape& shape, int64_t threads) {
+    const int64_t parts = std::max<int64_t>(1, (shape.steps + kPartSteps - 1) / kPartSteps);
+    const int64_t steps = std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
+    const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(float)));
+    const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
+    const int64_t tiles = (shape.rows + kRows - 1) / kRows;
+    const int64_t blocks = (tiles + most_tiles - 1) / most_tiles;
+    const int64_t even = std::clamp<int64_t>((blocks + threads - 1) / threads * threads, 1,
+                                             std::max<int64_t>((tiles + 3) / 4, blocks));
+    const int64_t splits = std::clamp<int64_t>(4 * threads / even, 1, shape.panels());
+    return {tiles, even, steps, threads == 1 ? 1 : splits};
+  }
+  int64_t first_row(int64_t block) const { return block * tiles / blocks * kRows; }
+  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
+};
+
 // Floats on the boundaries of cache lines.
 class Scratch {
  public:
@@ -87,7 +115,7 @@ Rows<Float32> transposed_rows(const T* from, int64_t stride, int64_t count, int6
 template <typename RowsOf, typename Pack, typename Finish>
 void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Pack& pack,
                       const Finish& finish) {
-  const Blocking cut = Blocking::of<Float32>(shape, torch::stable::get_num_threads());
+  const Blocking cut = Blocking::of(shape, torch::stable::get_num_threads());
   const int64_t panels = shape.panels(), most_panels = (panels + cut.splits - 1) / cut.splits;
   const int64_t parts = (shape.steps + cut.steps - 1) / cut.steps;
   const int64_t sums_size = cut.most_rows() * kColumns;

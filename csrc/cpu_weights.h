@@ -8,6 +8,8 @@
 // on the number of threads.
 #pragma once
 
+#include <memory>
+
 #include "cpu_gemm.h"
 #include "cpu_transpose.h"
 

@@ -98,6 +98,9 @@ OPERATIONS = {
         t.test_layouts(bf16, "odd")
         t.test_causal(bf16)
         t.test_large_logits(bf16)
+        for head_dim in (40, 80):
+            t.test_gradients_against_fp64("cpu", bf16, head_dim)
+        t.test_causal_gradients(bf16)
     """,
     "guarded": """
         import test_guarded as t

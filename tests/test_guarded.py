@@ -68,10 +68,9 @@ def convolve(stride: int, padding: int, x: Tensor, weight: Tensor, *added: Tenso
     return [ops.conv2d(x, weight, stride=stride, padding=padding, **keywords, backend="cpu")]
 
 
+# Exact: Winograd, called below, does not serve the views that guards make.
 @on((2, 35, 7, 9), (37, 35, 3, 3), (37,), (2, 37), (2, 37, 7, 9))
-@dispatch.use_numerics(
-    "exact"
-)  # Winograd, which has a call of its own, does not serve the views that guards make
+@dispatch.use_numerics("exact")
 def conv2d(x: Tensor, *others: Tensor) -> Results:
     upsampled = ops.conv2d(x, others[0], others[1], padding=1, upsample=True, backend="cpu")
     return [*convolve(1, 1, x, *others), *convolve(2, 1, x, *others[:3]), upsampled]
@@ -136,7 +135,7 @@ def test_reads_and_writes_nothing_beside(name: str, dtype: torch.dtype) -> None:
             guards = Guards()
             results = call(*(guards.around(t, offset) for t in arranged))
             for actual, right in zip(results, expected, strict=True):
-                assert actual.isfinite().all() and torch.equal(actual, right), (arrangement, offset)
+                assert actual.isfinite().all() and torch.equal(actual, right), (name, arrangement, offset)
             guards.check()
 
 
