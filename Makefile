@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # On a GPU machine install the torch you want into .venv beforehand; it is kept.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test bench lint format native clean
+.PHONY: demo test bench lint format native sanitize clean
 
 demo: $(VENV)/.installed
 	$(RUN) benchmarks/demo.py
@@ -18,6 +18,7 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_models.py
+	$(RUN) benchmarks/bench_training.py
 	$(RUN) benchmarks/bench_peers.py
 	$(RUN) benchmarks/bench_profile.py
 	$(RUN) benchmarks/bench_conv2d.py
@@ -33,12 +34,22 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h
 
 format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*
+	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp tests/*.h
+
+# The operations' tests on libraries that report memory errors, in a copy of the package. Takes minutes.
+sanitize: $(VENV)/.installed-dev
+	mkdir -p build/sanitize
+	tar --exclude='_C_*.so' --exclude=__pycache__ -c sdfast | tar -x -C build/sanitize
+	$(VENV)/bin/cmake -S . -B build/cmake-sanitize -G Ninja -DSDFAST_SANITIZE=ON \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPython3_EXECUTABLE=$(abspath $(RUN)) \
+	    -DSDFAST_OUTPUT_DIR=$(abspath build/sanitize/sdfast)
+	$(VENV)/bin/cmake --build build/cmake-sanitize
+	$(RUN) tests/sanitize.py build/sanitize
 
 # Rebuilds the compiled libraries in place after a change under csrc/.
 native: $(VENV)/.installed

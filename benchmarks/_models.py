@@ -26,7 +26,7 @@ class Forward(nn.Module):
         self.model, self.method = model, method
         self.options = {"return_dict": False} if isinstance(model, diffusers.ModelMixin) else {}
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: object) -> Tensor:
         result = getattr(self.model, self.method)(*inputs, **self.options)
         return result[0] if self.options else result
 
@@ -77,6 +77,20 @@ class Work:
             torch.randn(shape, generator=generator).to(dtype) if shape else torch.tensor(500)
             for shape in self.shapes
         )
+
+    @torch.inference_mode()
+    def loop_inputs(self, model: nn.Module, dtype: torch.dtype) -> tuple[object, ...]:
+        """`inputs` as `model`, ours or diffusers', is called with inside a sampling loop, step after step.
+
+        Ours has computed what depends on the text alone, and on the timestep alone, before the loop: that is
+        in none of its steps. diffusers' U-Net takes text and timestep themselves and projects them anew in
+        every step, in eager mode and in every engine that compiles or imports it.
+        """
+        inputs = self.inputs(dtype)
+        if not isinstance(model, UNet2DCondition):
+            return inputs
+        latents, timestep, text = inputs
+        return latents, model.encode_time(timestep[None])[0], model.encode_context(text)
 
 
 def _unet(size: int, tokens: int, width: int, **config: Any) -> Work:

@@ -54,9 +54,11 @@ def _torch_model(work: Work, dtype: torch.dtype) -> nn.Module:
     return work.make_theirs().to(dtype).to(memory_format=torch.channels_last)
 
 
-def _torch_run(forward: Callable[..., Tensor], work: Work, dtype: torch.dtype) -> Run:
-    inputs = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in work.inputs(dtype)]
-    return torch.inference_mode()(lambda: forward(*inputs))
+def _torch_run(forward: Callable[..., Tensor], model: nn.Module, work: Work, dtype: torch.dtype) -> Run:
+    image, *others = work.loop_inputs(model, dtype)
+    assert isinstance(image, Tensor)
+    image = image.to(memory_format=torch.channels_last)
+    return torch.inference_mode()(lambda: forward(image, *others))
 
 
 def load_sdfast(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> Run:
@@ -65,14 +67,14 @@ def load_sdfast(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> R
     del theirs
     ready()
     keep_freed_memory()
-    return _torch_run(work.forward(ours), work, getattr(torch, dtype))
+    return _torch_run(work.forward(ours), ours, work, getattr(torch, dtype))
 
 
 def load_eager(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> Run:
     model = _torch_model(work, getattr(torch, dtype))
     ready()
     keep_freed_memory()
-    return _torch_run(work.forward(model), work, getattr(torch, dtype))
+    return _torch_run(work.forward(model), model, work, getattr(torch, dtype))
 
 
 def load_inductor(work: Work, dtype: str, folder: pathlib.Path, ready: Ready, mode: str | None = None) -> Run:
@@ -84,7 +86,7 @@ def load_inductor(work: Work, dtype: str, folder: pathlib.Path, ready: Ready, mo
     model = _torch_model(work, getattr(torch, dtype))
     ready()
     keep_freed_memory()
-    return _torch_run(torch.compile(work.forward(model), mode=mode), work, getattr(torch, dtype))
+    return _torch_run(torch.compile(work.forward(model), mode=mode), model, work, getattr(torch, dtype))
 
 
 def load_inductor_autotune(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> Run:

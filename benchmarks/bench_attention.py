@@ -4,7 +4,7 @@
     pytest benchmarks/bench_attention.py
 
 Every result is checked against fp64 before it is timed; the two take turns in one process. Rates count
-4 L S D operations. q, k, v are transposed views, as in a model.
+4 L S D operations, of forward and backward 14 L S D. q, k, v are transposed views, as in a model.
 """
 
 from __future__ import annotations
@@ -56,6 +56,16 @@ class Call:
         batch, heads, length, keys, head_dim = self.setting
         return 4 * batch * heads * length * keys * head_dim
 
+    def train(self) -> None:
+        """Let `eager` and `sdfast` be differentiated by `gradients`."""
+        for leaf in (self.q, self.k, self.v):
+            leaf.requires_grad_()
+        self.do = torch.randn_like(self.q)
+
+    def gradients(self, way: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(way(), (self.q, self.k, self.v), self.do)
+
     def eager(self) -> Tensor:
         return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.is_causal)
 
@@ -74,17 +84,39 @@ class Call:
 
         assert_within_budget(part.sdfast(), part.eager(), exact(v), magnitude=exact(v.abs()))
 
+    def check_gradients(self) -> None:
+        """As `check`, of one head with all its queries: each of them is a term of dk and dv."""
+        part, exact = Call.__new__(Call), Call.__new__(Call)
+        tensors = {name: getattr(self, name).detach()[:1, -1:] for name in ("q", "k", "v", "do")}
+        for call, dtype in ((part, self.q.dtype), (exact, torch.float64)):
+            call.__dict__ = {**self.__dict__, **{name: t.to(dtype) for name, t in tensors.items()}}
+            for leaf in (call.q, call.k, call.v):
+                leaf.requires_grad_()
+        for actual, eager, wanted in zip(
+            part.gradients(part.sdfast), part.gradients(part.eager), exact.gradients(exact.eager), strict=True
+        ):
+            assert_within_budget(actual, eager, wanted)
 
-def measure(setting: Setting, dtype: torch.dtype, rounds: int, is_causal: bool = False) -> dict[str, object]:
-    """Check and time one setting."""
+
+def measure(
+    setting: Setting, dtype: torch.dtype, rounds: int, is_causal: bool = False, training: bool = False
+) -> dict[str, object]:
+    """Check and time one setting; with `training` forward and backward."""
     call = Call(setting, dtype, is_causal)
     call.check()
-    ways = {"eager": call.eager, "sdfast": call.sdfast}
-    times = measure_products(ways, flops=call.flops, dtype=dtype, rounds=rounds)
+    ways: dict[str, Callable[[], object]] = {"eager": call.eager, "sdfast": call.sdfast}
+    flops = call.flops
+    if training:
+        call.train()
+        call.check_gradients()
+        ways = {"eager": lambda: call.gradients(call.eager), "sdfast": lambda: call.gradients(call.sdfast)}
+        flops = flops // 2 * 7  # two products forward, five backward
+    times = measure_products(ways, flops=flops, dtype=dtype, rounds=rounds)
     return {
         "shape": "x".join(map(str, setting)),
         "dtype": str(dtype).removeprefix("torch."),
         "is_causal": is_causal,
+        "training": training,
         **times,
     }
 
@@ -101,14 +133,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
-    for title, settings, is_causal in (
-        ("U-Net", UNET, False),
-        ("VAE", VAE, False),
-        ("text encoder", TEXT, True),
+    for title, settings, is_causal, training in (
+        ("U-Net", UNET, False, False),
+        ("VAE", VAE, False, False),
+        ("text encoder", TEXT, True, False),
+        ("U-Net, forward and backward", UNET, False, True),
+        ("VAE, forward and backward", VAE, False, True),
+        ("text encoder, forward and backward", TEXT, True, True),
     ):
         with torch.no_grad():
             part = [
-                measure(setting, dtype, options.rounds, is_causal)
+                measure(setting, dtype, options.rounds, is_causal, training)
                 for dtype in (torch.float32, torch.bfloat16)
                 for setting in settings
             ]

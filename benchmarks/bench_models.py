@@ -2,11 +2,12 @@
 
     python benchmarks/bench_models.py [--rounds 3] [--dtype float32 bfloat16]
 
-Real sizes, random weights, the same on both sides. U-Net: 64x64 latent, batch 2 (guidance); VAE: one latent
-to 512x512. Before anything is timed the result is checked: in fp32 against diffusers', in bf16 by its
-distance from diffusers' fp32 result, at most 1.5 times that of diffusers' own bf16. Eager runs in both
-memory formats, and the ratio is against the faster; all take turns in one process, which keeps freed memory
-(`sdfast.memory.keep_freed_memory`): all are faster so.
+Real sizes, random weights, the same on both sides. U-Net: 64x64 latent, batch 2 (guidance), a step inside a
+sampling loop: ours has projected text and timestep before the loop, diffusers does so in each step, as each
+is built (`Work.loop_inputs`). VAE: one latent to 512x512. Before anything is timed the result is checked: in
+fp32 against diffusers', in bf16 by its distance from diffusers' fp32 result, at most 1.5 times that of
+diffusers' own bf16. Eager runs in both memory formats, and the ratio is against the faster; all take turns in
+one process, which keeps freed memory (`sdfast.memory.keep_freed_memory`): all are faster so.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def make_runs(work: Work, dtype: torch.dtype) -> dict[str, Run]:
     """Ours and theirs on the same weights, after the check of the result."""
 
     def run(model: nn.Module, dtype: torch.dtype) -> Run:
-        forward, inputs = work.forward(model), work.inputs(dtype)
+        forward, inputs = work.forward(model), work.loop_inputs(model, dtype)
         return lambda: forward(*inputs)
 
     theirs = work.make_theirs()

@@ -5,7 +5,9 @@
 
 Beside diffusers in eager torch (channels_last, its faster layout): torch.compile with frozen weights,
 OpenVINO and ONNX Runtime, as `pip install sdfast[peers]` brings them; one that is not installed is left out,
-and said to be. All have the same random weights and inputs. Every engine runs in a process of its own
+and said to be. All have the same random weights and inputs. A U-Net step is one inside a sampling loop: ours
+has projected text and timestep before it, the others do in each step, as diffusers' model is built
+(`Work.loop_inputs`). Every engine runs in a process of its own
 (`_peers.py`); ours and one peer at a time are alive, so that only two models have to fit into memory, and
 take turns, so that a ratio is of neighbours in time. Errors are taken against eager's fp32 result, and
 recorded; ours may be 1e-4 in fp32, in bf16 1.5 times eager's own, or nothing is recorded at all.

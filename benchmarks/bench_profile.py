@@ -2,7 +2,8 @@
 
     python benchmarks/bench_profile.py [--work unet vae] [--dtype float32 bfloat16] [--tiny]
 
-torch.profiler over one call of a model that has run before. Arithmetic is that of the direct algorithms, two
+torch.profiler over one call of a model that has run before, the U-Net's as inside a sampling loop
+(`Work.loop_inputs`). Arithmetic is that of the direct algorithms, two
 a multiplication: Winograd and the folded upsample need less, so that their rate is an effective one and may
 exceed the peak. "other" is every operation below a percent, "outside" what the call took beyond operations.
 """
@@ -26,15 +27,12 @@ from sdfast.testing import peak_gflop_per_s
 Shape = Sequence[int]
 
 
-def _linear_flops(
-    x: Shape, packed: Shape, bias: Shape | None, residual: Shape | None, weight_rows: int, *_: object,
-    **__: object,
-) -> int:  # fmt: skip
-    return 2 * math.prod(x) * weight_rows
+def _linear_flops(x: Shape, weight: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0]
 
 
 def _conv2d_flops(
-    x: Shape, packed: Shape, bias: Shape | None, time_embedding: Shape | None, residual: Shape | None,
+    x: Shape, weight: Shape, bias: Shape | None, time_embedding: Shape | None, residual: Shape | None,
     algorithm: int, out_channels: int, kernel_height: int, kernel_width: int, *_: object,
     out_shape: Shape, **__: object,
 ) -> int:  # fmt: skip
@@ -46,8 +44,8 @@ def _attention_flops(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> 
 
 
 FLOPS: dict[str, Callable[..., int]] = {
-    "linear_packed": _linear_flops,
-    "conv2d_packed": _conv2d_flops,
+    "linear_rows": _linear_flops,
+    "conv2d_kernel": _conv2d_flops,
     "attention_forward": _attention_flops,
 }
 
@@ -69,7 +67,8 @@ def flops_by_operation(step: Callable[[], object]) -> dict[str, int]:
 def measure(work: Work, dtype: torch.dtype) -> dict[str, object]:
     """The row of the record: the call as a whole, then its operations by the time that each took itself."""
     theirs = work.make_theirs().to(dtype).to(memory_format=torch.channels_last)
-    model, inputs = work.forward(work.make_ours(theirs)), work.inputs(dtype)
+    ours = work.make_ours(theirs)
+    model, inputs = work.forward(ours), work.loop_inputs(ours, dtype)
 
     def step() -> object:
         return model(*inputs)

@@ -21,7 +21,7 @@ README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 _ORDER = (
-    "models", "peers", "profile", "conv2d", "linear", "attention", "group_norm", "layer_norm",
+    "models", "peers", "training", "profile", "conv2d", "linear", "attention", "group_norm", "layer_norm",
     "diffusion_step", "digits_quality",
 )  # fmt: skip
 
@@ -41,6 +41,13 @@ def provenance(name: str, record: Row) -> str:
     )
 
 
+def _model_rows(records: dict[str, Row], device: str) -> Row:
+    """The record of inference with the rows of training after its own."""
+    training = records.get(f"{device}/training.json", {"rows": []})
+    record = records[f"{device}/models.json"]
+    return {**record, "rows": [*record["rows"], *training["rows"]]}
+
+
 def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
     for row in record["rows"]:
         name = "GroupNorm + SiLU" if row["silu"] else "GroupNorm"
@@ -56,7 +63,7 @@ def product_rows(record: Row) -> Iterator[Sequence[object]]:
     """conv2d, linear, attention: rates and shares of the peak."""
     for row in record["rows"]:
         details = [row[key] for key in ("kernel", "activation") if row.get(key)]
-        flags = [key for key in ("upsample", "residual", "is_causal") if row.get(key)]
+        flags = [key for key in ("upsample", "residual", "is_causal", "training") if row.get(key)]
         yield (
             row["shape"], ", ".join(map(str, details + flags)), row["dtype"],
             f"{row['eager_ms']:.2f}", f"{row['sdfast_ms']:.2f}", f"{row['ratio']:.2f}x",
@@ -111,7 +118,7 @@ def results_md(records: dict[str, Row]) -> list[str]:
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
         lines += ["", f"## {_HEADINGS.get(kind, kind)} on {device}", "", provenance(name, record), ""]
-        if kind == "models":
+        if kind in ("models", "training"):
             lines += markdown_table(
                 ("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record)
             )
@@ -193,7 +200,7 @@ def readme_block(records: dict[str, Row]) -> list[str]:
                 f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}),"
                 f" torch {machine['torch']}, beside eager torch in its faster memory format:",
                 "",
-                *models_table(record, records.get(f"{device}/peers.json")),
+                *models_table(_model_rows(records, device), records.get(f"{device}/peers.json")),
             ]
             kernels = kernel_summaries(records, device)
             if kernels:

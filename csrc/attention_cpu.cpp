@@ -5,19 +5,23 @@
 // (keys, kColumns) = k qᵀ, weights = exp(scores - a maximum), o (D, kColumns) += vᵀ weights.
 // So maximum and sum need no reduction across lanes, and neither keys nor D are padded. k and v of
 // a head are copied once into the micro-kernel's operands and shared by all its tiles.
-// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
 // Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
 // The steps are in attention_cpu.h.
 #include "attention_cpu.h"
 
 #include <cmath>
+#include <memory>
 
-#include "cpu_tensors.h"
+#include "attention_tensors_cpu.h"
 
 namespace sdfast {
 namespace {
 
+using attention::Scratch;
+using attention::Sizes;
 using attention::Tile;
+using attention::View;
 using gemm::kColumns;
 using gemm::OperandOf;
 
@@ -26,57 +30,35 @@ constexpr int64_t kMostTiles = 4;   // of queries, that share a block of keys wh
 constexpr int64_t kFewQueries = 256;
 constexpr int64_t kScratchBytes = 24 << 20;  // of copied keys and values at a time
 
-// (B, heads, rows, D), unit stride in D.
-template <typename T>
-struct View {
-  T* data;
-  int64_t batch_stride, head_stride, row_stride;
-  T* row(int64_t batch, int64_t head, int64_t index) const {
-    return data + batch * batch_stride + head * head_stride + index * row_stride;
-  }
-};
-
-struct Sizes {
-  int64_t batch, heads, queries, keys, dim;
-
-  // Keys in a block, even: their operands and the tiles' share L2.
-  int64_t block_keys() const { return std::clamp<int64_t>(32768 / dim, 32, kMostKeys) / 2 * 2; }
-};
-
-// A new array whose beginning is aligned to a vector.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : lines_(new Line[(size * sizeof(T) + 63) / 64]) {}
-  T* get() { return reinterpret_cast<T*>(lines_.get()); }
-
- private:
-  struct alignas(64) Line {
-    unsigned char bytes[64];
-  };
-  std::unique_ptr<Line[]> lines_;
-};
-
 template <typename T>
 struct Attention {
   using Operand = typename OperandOf<T>::Type;
   Sizes sizes;
   View<const T> q, k, v;
   View<T> o;
+  float* lse;  // (B, heads, L), base 2; or null
   bool is_causal;
   double scale;
+
+  // Keys in a block, even: their operands and the tiles' share L2.
+  int64_t block_keys() const {
+    return std::clamp<int64_t>(32768 / sizes.dim, 32, kMostKeys) / 2 * 2;
+  }
 
   int64_t depth_steps() const { return gemm::steps_of(Operand::kDepth, sizes.dim); }
   int64_t key_steps() const { return gemm::steps_of(Operand::kDepth, sizes.keys); }
 
-  // Keys and values of one head: (keys, steps of D) and (steps of keys, D).
+  // AMX reads the left operand by rows: the values by D, not by keys.
+  static constexpr bool kByColumn = gemm::kTileRows<Operand> > gemm::kRows;
+
+  // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or (D, steps of keys).
   int64_t packed_keys() const { return sizes.keys * depth_steps(); }
   int64_t packed_head() const { return packed_keys() + key_steps() * sizes.dim; }
 
   // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
   bool in_place() const { return std::is_same_v<T, float> && sizes.queries <= kFewQueries; }
 
-  // The operands of one head; strides from one step to the next.
+  // The operands of one head; strides from one row in memory to the next.
   struct Head {
     const Operand *keys, *values;
     int64_t key_stride, value_stride;
@@ -87,7 +69,7 @@ struct Attention {
       return {reinterpret_cast<const Operand*>(k.row(batch, h, 0)),
               reinterpret_cast<const Operand*>(v.row(batch, h, 0)), k.row_stride, v.row_stride};
     }
-    return {packed, packed + packed_keys(), depth_steps(), sizes.dim};
+    return {packed, packed + packed_keys(), depth_steps(), kByColumn ? key_steps() : sizes.dim};
   }
 
   void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
@@ -96,6 +78,11 @@ struct Attention {
       attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
     }
     Operand* values = to + packed_keys();
+    if constexpr (kByColumn) {
+      return attention::pack_values_by_column(v.row(batch, h, first), v.row_stride, last - first,
+                                              sizes.dim, values + first / Operand::kDepth,
+                                              key_steps());
+    }
     for (int64_t key = first; key < last; key += Operand::kDepth) {
       attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
                             values + key / Operand::kDepth * sizes.dim);
@@ -110,7 +97,7 @@ struct Attention {
       attention::pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count,
                               sizes.dim, scale < 0, tiles[t].q);
     }
-    const int64_t most = sizes.block_keys();
+    const int64_t most = block_keys();
     const float to_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
     for (int64_t key = 0; key < sizes.keys; key += most) {
       for (int64_t t = 0; t < count; ++t) {
@@ -123,14 +110,23 @@ struct Attention {
                                                  operands.key_stride, tile.q, scores, false);
         if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
         attention::weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
-        attention::multiply_rows<Operand, true>(
+        const int64_t step = key / Operand::kDepth;
+        attention::multiply_rows<Operand, !kByColumn>(
             sizes.dim, gemm::steps_of(Operand::kDepth, keys),
-            operands.values + key / Operand::kDepth * operands.value_stride, operands.value_stride,
+            operands.values + step * (kByColumn ? 1 : operands.value_stride), operands.value_stride,
             reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
       }
     }
     for (int64_t t = 0; t < count; ++t) {
-      attention::finish(tiles[t], sizes.dim, o.row(batch, h, tiles[t].first), o.row_stride);
+      const Tile<Operand>& tile = tiles[t];
+      const float *reference = tile.stats, *sum = tile.stats + kColumns;
+      attention::store_rows(
+          tile.o, tile.count, sizes.dim,
+          [&](int64_t first) { return 1.0f / simd::load(sum + first); },
+          o.row(batch, h, tile.first), o.row_stride);
+      for (int64_t i = 0; lse && i < tile.count; ++i) {
+        lse[head * sizes.queries + tile.first + i] = reference[i] + std::log2(sum[i]);
+      }
     }
   }
 
@@ -158,9 +154,10 @@ struct Attention {
         });
       }
       torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+        const gemm::Tiles<Operand> held;
         const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
         Scratch<Operand> queries(most * q_size);
-        Scratch<float> floats(most * (o_size + 2 * kColumns) + sizes.block_keys() * kColumns);
+        Scratch<float> floats(most * (o_size + 2 * kColumns) + block_keys() * kColumns);
         Tile<Operand> tile[kMostTiles];
         for (int64_t t = 0; t < most; ++t) {
           float* at = floats.get() + t * (o_size + 2 * kColumns);
@@ -182,35 +179,26 @@ struct Attention {
   }
 };
 
-// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns a (B, heads, L, D) view of (B, L, heads, D).
-Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q, k: expected 4 dimensions");
-  const Sizes sizes{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3)};
+// lse: (B, heads, L), fp32, written; or null.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal, double scale,
+              float* lse) {
+  const Sizes sizes = attention::sizes_of(q, k);
   const ScalarType dtype = q.scalar_type();
-  const auto checked = [&](const Tensor& t, const char* name, int64_t rows) {
-    check_cpu(t, name);
-    check_shape(t, name, {sizes.batch, sizes.heads, rows, sizes.dim});
-    STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected the dtype of q");
-    return sizes.dim > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
-  };
-  const Tensor queries = checked(q, "q", sizes.queries), keys = checked(k, "k", sizes.keys),
-               values = checked(v, "v", sizes.keys);
-  const int64_t row = sizes.heads * sizes.dim;
-  Tensor o = empty_strided(q.sizes(), {{sizes.queries * row, sizes.dim, row, 1}}, dtype);
-  advise_huge_pages(o);
+  const Tensor queries = attention::checked(q, "q", sizes, sizes.queries, dtype),
+               keys = attention::checked(k, "k", sizes, sizes.keys, dtype),
+               values = attention::checked(v, "v", sizes, sizes.keys, dtype);
+  Tensor o = attention::new_by_token(sizes, sizes.queries, dtype);
   if (o.numel() == 0) return o;
   STD_TORCH_CHECK(sizes.keys > 0, "k: expected at least one key");
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto view = [](const Tensor& t) {
-      return View<const T>{static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1),
-                           t.stride(2)};
-    };
+    using attention::view_of;
     Attention<T>{sizes,
-                 view(queries),
-                 view(keys),
-                 view(values),
-                 {static_cast<T*>(o.mutable_data_ptr()), sizes.queries * row, sizes.dim, row},
+                 view_of<const T>(queries),
+                 view_of<const T>(keys),
+                 view_of<const T>(values),
+                 view_of<T>(o),
+                 lse,
                  is_causal,
                  scale}
         .run();
@@ -218,8 +206,24 @@ Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double sc
   return o;
 }
 
+// q: (B, heads, L, D). k, v: (B, heads, S, D). Returns a (B, heads, L, D) view of (B, L, heads, D).
+Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
+  return attend(q, k, v, is_causal, scale, nullptr);
+}
+
+// Returns that and the base-2 logarithm of each query's sum of exp(scale q k): (B, heads, L), fp32.
+std::tuple<Tensor, Tensor> attention_with_lse(Tensor q, Tensor k, Tensor v, bool is_causal,
+                                              double scale) {
+  const Sizes sizes = attention::sizes_of(q, k);
+  Tensor lse = empty({sizes.batch, sizes.heads, sizes.queries}, ScalarType::Float);
+  Tensor o = attend(q, k, v, is_causal, scale, lse.mutable_data_ptr<float>());
+  if (o.numel() == 0) std::fill_n(lse.mutable_data_ptr<float>(), lse.numel(), 0.0f);
+  return {o, lse};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_with_lse", TORCH_BOX(&attention_with_lse));
 }
 
 }  // namespace

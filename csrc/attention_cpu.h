@@ -10,11 +10,13 @@
 
 #include "cpu_gemm.h"
 #include "cpu_math.h"
+#include "cpu_transpose.h"
 
 namespace sdfast::attention {
 
 using gemm::kColumns;
 using simd::kLanes;
+using simd::transpose;
 using simd::Vec;
 using simd::Vecs;
 
@@ -28,28 +30,6 @@ SDFAST_INLINE Vec larger(Vec a, Vec b) {
 #else
   return simd::select(a > b, a, b);
 #endif
-}
-
-// rows[i][j] to rows[j][i].
-SDFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
-  simd::Bits low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + (i % 2) * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-  // log2(kLanes) times row i is interleaved with row i + kLanes / 2.
-#pragma GCC unroll 4
-  for (int distance = 1; distance < kLanes; distance *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
 }
 
 // Operands [step, step + kLanes) of a row, of which `steps` exist, as the lanes of a vector.
@@ -80,6 +60,14 @@ SDFAST_INLINE void for_each_group(int64_t size, const F& f) {
   }
 }
 
+// The same with how many lanes there are, of a row that is read and written as it lies: all of
+// them but where the row is shorter than a vector.
+template <typename F>
+SDFAST_INLINE void for_each_part(int64_t size, const F& f) {
+  if (size < kLanes) return f(0, static_cast<int>(size));
+  for_each_group(size, [&](int64_t i) { f(i, simd::FullVector()); });
+}
+
 // A tile of queries into (steps, kColumns) operands. Beyond `count` the last one is repeated.
 // With `negative`, -q.
 template <typename T, typename Operand>
@@ -107,7 +95,7 @@ void pack_queries(const T* q, int64_t row_stride, int64_t count, int64_t dim, bo
 // One row of keys: (steps) operands.
 template <typename T>
 void pack_key(const T* k, int64_t dim, gemm::Float32* to) {
-  simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
+  for_each_part(dim, [&](int64_t i, auto lanes) {
     simd::store(&to[i].value, simd::load(k + i, lanes), lanes);
   });
 }
@@ -116,61 +104,99 @@ template <typename T>
 void pack_value(const T* v, int64_t, int64_t, int64_t dim, gemm::Float32* to) {
   pack_key(v, dim, to);
 }
+// Never called: pairs alone are packed so.
+template <typename T>
+void pack_values_by_column(const T*, int64_t, int64_t, int64_t, gemm::Float32*, int64_t);
 #if defined(__AVX512BF16__)
 inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* to) {
   if (dim % 2) to[dim / 2].bits = 0;
   std::memcpy(static_cast<void*>(to), k, dim * sizeof *k);
 }
-// Of two rows, or of one and zeros.
+// Pairs of two rows, or of one and zeros.
+template <typename Lanes>
+SDFAST_INLINE Vec value_pairs(const simd::BFloat16* v, int64_t row_stride, int64_t rows,
+                              Lanes lanes) {
+  const Vec first = simd::load(v, lanes);
+  const Vec second = rows > 1 ? simd::load(v + row_stride, lanes) : Vec{};
+  return simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+}
 inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows, int64_t dim,
                        gemm::BFloat16Pair* to) {
-  simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
-    const Vec first = simd::load(v + i, lanes);
-    const Vec second = rows > 1 ? simd::load(v + row_stride + i, lanes) : Vec{};
-    const Vec pairs = simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+  for_each_part(dim, [&](int64_t i, auto lanes) {
+    const Vec pairs = value_pairs(v + i, row_stride, rows, lanes);
     std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
   });
+}
+// The values of all steps of `keys` rows, transposed: (D) rows `stride` operands apart.
+inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, int64_t keys,
+                                  int64_t dim, gemm::BFloat16Pair* to, int64_t stride) {
+  const int64_t steps = gemm::steps_of(2, keys);
+  for (int64_t step = 0; step < steps; step += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, steps - step);
+    simd::for_each_vector(0, dim, [&](int64_t d, auto lanes) {
+      Vec rows[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t key = 2 * (step + i);
+        rows[i] = value_pairs(v + key * row_stride + d, row_stride, keys - key, lanes);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < lanes; ++i) {
+        std::memcpy(static_cast<void*>(to + (d + i) * stride + step), &rows[i],
+                    count * sizeof(float));
+      }
+    });
+  }
 }
 #endif
 
 // c (rows, kColumns) (+)= a b, a as multiply_tile takes it: as few tiles as there can be, all of
-// nearly the same number of rows.
-template <typename Operand, bool kTransposed, int... kR>
+// nearly the same number of rows. Of the columns kV vectors are computed.
+template <typename Operand, bool kTransposed, int kV, int... kR>
 void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t steps, const Operand* a,
                    int64_t lda, const Operand* b, float* c, bool accumulate) {
   using Tile = void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool);
-  static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed>...};
-  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
-    const int64_t count = rows / tiles;
+  static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed, kV>...};
+  const auto multiply = [&](int64_t count, Tile tile) {
     int64_t step = 0;
     do {
-      kTiles[count - 1](std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
-                        b + step * kColumns, c, accumulate || step > 0);
+      tile(std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
+           b + step * kColumns, c, accumulate || step > 0);
       step += kChain;
     } while (step < steps);
     a += count * (kTransposed ? 1 : lda);
     c += count * kColumns;
     rows -= count;
+  };
+  if constexpr (gemm::kTileRows<Operand> > gemm::kRows && !kTransposed && kV == gemm::kVecs) {
+    constexpr int kWhole = gemm::kTileRows<Operand>;
+    while (rows >= kWhole) multiply(kWhole, &gemm::multiply_any_tile<kWhole, Operand>);
+    if (rows >= kWhole / 2) multiply(kWhole / 2, &gemm::multiply_any_tile<kWhole / 2, Operand>);
+  }
+  for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
+    multiply(rows / tiles, kTiles[rows / tiles - 1]);
   }
 }
-template <typename Operand, bool kTransposed>
+template <typename Operand, bool kTransposed, int kV = gemm::kVecs>
 void multiply_rows(int64_t rows, int64_t steps, const Operand* a, int64_t lda, const Operand* b,
                    float* c, bool accumulate) {
-  multiply_rows<Operand, kTransposed>(std::make_integer_sequence<int, gemm::kRows>(), rows, steps,
-                                      a, lda, b, c, accumulate);
+  multiply_rows<Operand, kTransposed, kV>(std::make_integer_sequence<int, gemm::kRows>(), rows,
+                                          steps, a, lda, b, c, accumulate);
 }
 
-// The weights of two keys, where their scores were: (2, kColumns) fp32, or (1, kColumns) pairs.
-SDFAST_INLINE void store_weights(gemm::Float32* to, const Vecs<4>& weights) {
-  simd::for_each_of(weights, [&](int i, Vec v) { simd::store(&to[i * kLanes].value, v); });
+// Two rows of kV vectors, (2, kColumns) fp32 or (1, kColumns) pairs.
+template <int kV>
+SDFAST_INLINE void store_row_pair(gemm::Float32* to, const Vecs<2 * kV>& rows) {
+  simd::for_each_of(
+      rows, [&](int i, Vec v) { simd::store(&to[i / kV * kColumns + i % kV * kLanes].value, v); });
 }
 #if defined(__AVX512BF16__)
-SDFAST_INLINE void store_weights(gemm::BFloat16Pair* to, const Vecs<4>& weights) {
+template <int kV>
+SDFAST_INLINE void store_row_pair(gemm::BFloat16Pair* to, const Vecs<2 * kV>& rows) {
   // Rounds half up, on integers: a tie is too rare to matter.
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const simd::Bits low = (simd::as_bits(weights.v[i]) + 0x8000u) >> 16;
-    const simd::Bits high = (simd::as_bits(weights.v[i + 2]) + 0x8000u) & 0xffff0000u;
+  for (int i = 0; i < kV; ++i) {
+    const simd::Bits low = (simd::as_bits(rows.v[i]) + 0x8000u) >> 16;
+    const simd::Bits high = (simd::as_bits(rows.v[i + kV]) + 0x8000u) & 0xffff0000u;
     const simd::Bits pairs = low | high;
     std::memcpy(static_cast<void*>(to + i * kLanes), &pairs, sizeof pairs);
   }
@@ -265,16 +291,18 @@ void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bo
     }
   }
   const Vecs<4> shifts{{shift.v[0], shift.v[1], shift.v[0], shift.v[1]}};
-  Vecs<4> total{{sums.v[0], sums.v[1], Vec{}, Vec{}}};
   Operand* weights = reinterpret_cast<Operand*>(scores);
-  for (int64_t key = 0; key < keys; key += 2) {
-    const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
-    total = total + weight;
-    store_weights(weights + key / Operand::kDepth * kColumns, weight);
+  for (int64_t begin = 0; begin < keys; begin += kChain) {
+    Vecs<4> total{};
+    for (int64_t key = begin; key < std::min(begin + kChain, keys); key += 2) {
+      const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
+      total = total + weight;
+      store_row_pair<2>(weights + key / Operand::kDepth * kColumns, weight);
+    }
+    sums = sums + simd::make_vecs<2>([&](int i) { return total.v[i] + total.v[i + 2]; });
   }
   simd::for_each_of(shift, [&](int i, Vec v) { simd::store(reference + i * kLanes, v); });
-  simd::store(sum, total.v[0] + total.v[2]);
-  simd::store(sum + kLanes, total.v[1] + total.v[3]);
+  simd::for_each_of(sums, [&](int i, Vec v) { simd::store(sum + i * kLanes, v); });
 }
 
 // Hides the keys after each query's own position. scores: keys from `key` on.
@@ -285,26 +313,22 @@ inline void hide_later_keys(int64_t query, int64_t key, int64_t keys, float* sco
   }
 }
 
-// o (D, kColumns) divided by the sums into rows of the result.
-template <typename Operand, typename T>
-void finish(const Tile<Operand>& tile, int64_t dim, T* to, int64_t row_stride) {
-  for (int64_t first = 0; first < tile.count; first += kLanes) {
-    const Vec factor = 1.0f / simd::load(tile.stats + kColumns + first);
-    const int64_t count = std::min<int64_t>(kLanes, tile.count - first);
-    for_each_group(dim, [&](int64_t d) {
+// A tile (D, kColumns) times factor(lane), a vector for the lanes from there on, into `count` rows.
+template <typename T, typename Factor>
+void store_rows(const float* tile, int64_t count, int64_t dim, const Factor& factor, T* to,
+                int64_t row_stride) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const Vec factors = factor(first);
+    const int64_t there = std::min<int64_t>(kLanes, count - first);
+    for_each_part(dim, [&](int64_t d, auto lanes) {
       Vec rows[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        rows[i] = simd::load(tile.o + std::min(d + i, dim - 1) * kColumns + first) * factor;
+        rows[i] = simd::load(tile + std::min(d + i, dim - 1) * kColumns + first) * factors;
       }
       transpose(rows);
-      for (int64_t i = 0; i < count; ++i) {
-        T* row = to + (first + i) * row_stride + d;
-        if (dim < kLanes) {
-          simd::store(row, rows[i], static_cast<int>(dim));
-        } else {
-          simd::store(row, rows[i], simd::FullVector());
-        }
+      for (int64_t i = 0; i < there; ++i) {
+        simd::store(to + (first + i) * row_stride + d, rows[i], lanes);
       }
     });
   }

@@ -11,52 +11,19 @@ namespace {
 
 using conv2d::Added;
 using conv2d::Shape;
+using conv2d::winograd::F2x2Of2x2;
+using conv2d::winograd::F2x2Of3x3;
+using conv2d::winograd::F4x4Of2x2;
+using conv2d::winograd::F4x4Of3x3;
 
 enum class Algorithm : int64_t { kDirect, kWinograd4x4, kWinograd2x2 };
 
-// A weight (out_channels, channels, kernel_height, kernel_width) of any strides, read one by one.
-template <typename T>
-struct Kernels {
-  const T* data;
-  IntHeaderOnlyArrayRef strides;
-  float operator()(int64_t o, int64_t c, int64_t a, int64_t b) const {
-    return simd::load(data + o * strides[0] + c * strides[1] + a * strides[2] + b * strides[3],
-                      1)[0];
-  }
-};
-
-template <typename F, typename T>
-Tensor pack_winograd(const Tensor& weight, const Kernels<T>& kernels) {
-  using gemm::kColumns;
-  const int64_t out_channels = weight.size(0), channels = weight.size(1);
-  const int64_t size = conv2d::winograd::packed_size<F>(out_channels, channels);
-  Tensor packed = empty({size}, ScalarType::Float);
-  float* to = packed.mutable_data_ptr<float>();
-  const int64_t panels = (out_channels + kColumns - 1) / kColumns;
-  torch::stable::parallel_for(0, panels * channels, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i / channels, c = i % channels;
-      for (int64_t j = 0; j < kColumns; ++j) {
-        const int64_t o = panel * kColumns + j;
-        double points[F::kPoints] = {};
-        if (o < out_channels) {
-          conv2d::winograd::transform_kernel<F>(
-              [&](int a, int b) { return static_cast<double>(kernels(o, c, a, b)); }, points);
-        }
-        for (int64_t p = 0; p < F::kPoints; ++p) {
-          to[((p * panels + panel) * channels + c) * kColumns + j] = static_cast<float>(points[p]);
-        }
-      }
-    }
-  });
-  return packed;
-}
-
-// Calls f with the transforms of a Winograd algorithm.
+// Calls body with the transforms of a Winograd algorithm.
 template <typename Body>
-void with_winograd(Algorithm algorithm, const Body& body) {
-  if (algorithm == Algorithm::kWinograd4x4) return body(conv2d::winograd::F4x4());
-  body(conv2d::winograd::F2x2());
+void with_winograd(int64_t algorithm, bool upsample, const Body& body) {
+  const bool large = algorithm == static_cast<int64_t>(Algorithm::kWinograd4x4);
+  if (upsample) return large ? body(F4x4Of2x2()) : body(F2x2Of2x2());
+  return large ? body(F4x4Of3x3()) : body(F2x2Of3x3());
 }
 
 Algorithm checked_algorithm(int64_t algorithm) {
@@ -64,20 +31,59 @@ Algorithm checked_algorithm(int64_t algorithm) {
   return static_cast<Algorithm>(algorithm);
 }
 
-// weight: (out_channels, channels, 3, 3). Returns what conv2d_kernel of this Winograd algorithm
-// takes.
+template <typename F>
+void pack_winograd(const Tensor& weight, float* to) {
+  using gemm::kColumns;
+  const int64_t out_channels = weight.size(1), channels = weight.size(4);
+  const int64_t panels = (out_channels + kColumns - 1) / kColumns;
+  const int64_t phase_size = conv2d::winograd::packed_size<F>(out_channels, channels);
+  const auto strides = weight.strides();
+  const auto* from = static_cast<const float*>(weight.const_data_ptr());
+  torch::stable::parallel_for(
+      0, weight.size(0) * panels * channels, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t phase = i / channels / panels, panel = i / channels % panels;
+          const int64_t c = i % channels;
+          float* packed = to + phase * phase_size;
+          for (int64_t j = 0; j < kColumns; ++j) {
+            const int64_t o = panel * kColumns + j;
+            double points[F::kPoints] = {};
+            if (o < out_channels) {
+              const float* kernel = from + phase * strides[0] + o * strides[1] + c * strides[4];
+              conv2d::winograd::transform_kernel<F>(
+                  [&](int a, int b) {
+                    return static_cast<double>(kernel[a * strides[2] + b * strides[3]]);
+                  },
+                  points);
+            }
+            for (int64_t p = 0; p < F::kPoints; ++p) {
+              packed[((p * panels + panel) * channels + c) * kColumns + j] =
+                  static_cast<float>(points[p]);
+            }
+          }
+        }
+      });
+}
+
+// weight: (phases, out_channels, kernel, kernel, channels), fp32; one phase of 3x3 kernels, or the
+// four of an upsampling convolution. Returns what conv2d_kernel of this Winograd algorithm takes.
 Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
   check_cpu(weight, "weight");
-  const Algorithm kind = checked_algorithm(algorithm);
-  STD_TORCH_CHECK(kind != Algorithm::kDirect, "algorithm: the direct one takes no packed weight");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
-                  "weight: expected (out_channels, channels, 3, 3)");
+  STD_TORCH_CHECK(checked_algorithm(algorithm) != Algorithm::kDirect,
+                  "algorithm: the direct one takes no packed weight");
+  STD_TORCH_CHECK(weight.dim() == 5 && weight.scalar_type() == ScalarType::Float,
+                  "weight: expected fp32, (phases, out_channels, kernel, kernel, channels)");
   STD_TORCH_CHECK(weight.numel() > 0, "weight: expected at least one element");
+  const bool upsample = weight.size(0) == 4;
   std::optional<Tensor> packed;
-  with_element_type(weight.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const Kernels<T> kernels{static_cast<const T*>(weight.const_data_ptr()), weight.strides()};
-    with_winograd(kind, [&](auto f) { packed = pack_winograd<decltype(f)>(weight, kernels); });
+  with_winograd(algorithm, upsample, [&](auto f) {
+    using F = decltype(f);
+    STD_TORCH_CHECK(weight.size(0) == (upsample ? 4 : 1) && weight.size(2) == F::kKernel &&
+                        weight.size(3) == F::kKernel,
+                    "weight: expected one phase of 3x3 kernels or four of 2x2");
+    const int64_t size = conv2d::winograd::packed_size<F>(weight.size(1), weight.size(4));
+    packed = empty({weight.size(0) * size}, ScalarType::Float);
+    pack_winograd<F>(weight, packed->mutable_data_ptr<float>());
   });
   return *packed;
 }
@@ -95,14 +101,13 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
   check_cpu(x, "x");
   check_cpu(weight, "weight");
   STD_TORCH_CHECK(x.dim() == 4 && padding.size() == 4, "x: expected 4 dimensions, padding 4 sides");
-  const Algorithm kind = checked_algorithm(algorithm);
-  const bool winograd = kind != Algorithm::kDirect;
+  const bool winograd = checked_algorithm(algorithm) != Algorithm::kDirect;
   Shape s;
   s.images = x.size(0);
   s.channels = x.size(1);
-  s.upsample = upsample ? 1 : 0;
-  s.height = x.size(2) << s.upsample;
-  s.width = x.size(3) << s.upsample;
+  s.upsample = upsample;
+  s.height = x.size(2);
+  s.width = x.size(3);
   s.out_channels = out_channels;
   s.kernel_height = kernel_height;
   s.kernel_width = kernel_width;
@@ -112,13 +117,13 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
   STD_TORCH_CHECK(stride >= 1 && std::min(s.left, s.top) >= 0 && s.channels >= 1 &&
                       std::min({out_channels, kernel_height, kernel_width}) >= 1,
                   "stride, padding, kernel, channels: out of range");
-  s.out_height = (s.height + padding[2] + padding[3] - kernel_height) / stride + 1;
-  s.out_width = (s.width + padding[0] + padding[1] - kernel_width) / stride + 1;
+  const int64_t scale = upsample ? 2 : 1;
+  s.out_height = (scale * s.height + padding[2] + padding[3] - kernel_height) / stride + 1;
+  s.out_width = (scale * s.width + padding[0] + padding[1] - kernel_width) / stride + 1;
   const bool is_3x3 = kernel_height == 3 && kernel_width == 3 && stride == 1;
   STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "kernel: expected 3x3, stride 1");
-  STD_TORCH_CHECK(
-      !upsample || winograd || (s.left == 1 && s.top == 1 && padding[1] == 1 && padding[3] == 1),
-      "padding: expected 1 after an upsample");
+  STD_TORCH_CHECK(!upsample || (s.left == 1 && s.top == 1 && padding[1] == 1 && padding[3] == 1),
+                  "padding: expected 1 after an upsample");
   STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0, "x: smaller than the kernel");
   const auto check_like = [&](const std::optional<Tensor>& t, const char* name) {
     if (!t) return;
@@ -153,13 +158,18 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
     const T* from = static_cast<const T*>(input.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
     if (winograd) {
-      return with_winograd(kind, [&](auto f) {
+      return with_winograd(algorithm, upsample, [&](auto f) {
         using F = decltype(f);
-        STD_TORCH_CHECK(
-            weight.numel() == conv2d::winograd::packed_size<F>(out_channels, s.channels) &&
-                weight.scalar_type() == ScalarType::Float,
-            "weight: expected conv2d_pack of a weight that fits x");
-        conv2d::winograd::run<F>(s, from, weight.const_data_ptr<float>(), added, to);
+        const auto phases = conv2d::phases_of(s);
+        const int64_t size = conv2d::winograd::packed_size<F>(out_channels, s.channels);
+        STD_TORCH_CHECK(weight.numel() == size * static_cast<int64_t>(phases.size()) &&
+                            weight.scalar_type() == ScalarType::Float,
+                        "weight: expected conv2d_pack of a weight that fits x");
+        const float* packed = weight.const_data_ptr<float>();
+        for (const conv2d::Phase& phase : phases) {
+          conv2d::winograd::run<F>(s, phase, from, packed, added, to);
+          packed += size;
+        }
       });
     }
     const int64_t taps = upsample ? 16 : kernel_height * kernel_width;  // of four phases

@@ -8,44 +8,10 @@
 // Limit: fused multiply-adds.
 #pragma once
 
-#include <vector>
-
 #include "conv2d_cpu.h"
 #include "cpu_weights.h"
 
 namespace sdfast::conv2d::direct {
-
-// The taps of one product, and which of y's pixels it gives.
-struct Phase {
-  struct Tap {
-    int64_t y, x;  // from the pixel of x under y's first one
-  };
-  std::vector<Tap> taps;
-  int64_t rows, columns;  // of its pixels, a step of `spread` apart in y
-  int64_t first_y, first_x, spread;
-};
-
-// One phase, or the four of an upsampling convolution (3x3, padding 1).
-inline std::vector<Phase> phases_of(const Shape& s) {
-  std::vector<Phase> phases;
-  if (!s.upsample) {
-    Phase whole{{}, s.out_height, s.out_width, 0, 0, 1};
-    for (int64_t a = 0; a < s.kernel_height; ++a) {
-      for (int64_t b = 0; b < s.kernel_width; ++b) whole.taps.push_back({a - s.top, b - s.left});
-    }
-    return {whole};
-  }
-  for (int64_t py = 0; py < 2; ++py) {
-    for (int64_t px = 0; px < 2; ++px) {
-      Phase phase{{}, s.out_height / 2, s.out_width / 2, py, px, 2};
-      for (int64_t a = 0; a < 2; ++a) {
-        for (int64_t b = 0; b < 2; ++b) phase.taps.push_back({a + py - 1, b + px - 1});
-      }
-      phases.push_back(phase);
-    }
-  }
-  return phases;
-}
 
 // From sums of pixels of one phase to y.
 template <typename T>
@@ -60,9 +26,7 @@ struct Epilogue {
     const int64_t pixels = phase.rows * phase.columns;
     for (int64_t t = 0; t < count; ++t) {
       const int64_t image = (token + t) / pixels, i = (token + t) % pixels;
-      const int64_t line = phase.first_y + i / phase.columns * phase.spread;
-      const int64_t column = phase.first_x + i % phase.columns * phase.spread;
-      const int64_t pixel = image * shape.pixels() + line * shape.out_width + column;
+      const int64_t pixel = phase.pixel(shape, image, i / phase.columns, i % phase.columns);
       simd::for_each_vector(row, row + rows, [&](int64_t o, auto lanes) {
         const Vec sum = simd::load(c + t * gemm::kGroup + (o - row));
         simd::store(y + pixel * shape.out_channels + o,
@@ -81,20 +45,17 @@ struct Pixels {
   const T* zeros;  // (channels)
 
   // Where the channels under a tap of output pixel `token` begin.
-  const T* under(int64_t token, const Phase::Tap& tap) const {
+  const T* under(int64_t token, int64_t tap) const {
     const int64_t pixels = phase.rows * phase.columns, image = token / pixels, i = token % pixels;
-    const int64_t row = i / phase.columns * shape.stride + tap.y;
-    const int64_t column = i % phase.columns * shape.stride + tap.x;
-    // The coordinates before the upsample, where there is one.
-    const int64_t height = shape.height >> shape.upsample, width = shape.width >> shape.upsample;
-    if (row < 0 || row >= height || column < 0 || column >= width) return zeros;
-    return x + ((image * height + row) * width + column) * shape.channels;
+    const int64_t row = i / phase.columns * shape.stride + phase.top + tap / phase.kernel_width;
+    const int64_t column = i % phase.columns * shape.stride + phase.left + tap % phase.kernel_width;
+    return shape.inside(row, column) ? x + shape.offset(image, row, column) : zeros;
   }
 
   template <typename Operand>
   void pack(int64_t token, int64_t count, gemm::Product::Piece piece, Operand* to) const {
     while (piece.count > 0) {
-      const Phase::Tap& tap = phase.taps[piece.begin / shape.channels];
+      const int64_t tap = piece.begin / shape.channels;
       const int64_t channel = piece.begin % shape.channels;
       const int64_t channels = std::min(shape.channels - channel, piece.count);
       gemm::pack_columns<T>([&](int64_t i) { return under(token + i, tap) + channel; }, count,
@@ -110,7 +71,7 @@ template <typename Operand, typename T>
 void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* y) {
   const std::vector<T> zeros(s.channels);
   for (const Phase& phase : phases_of(s)) {
-    const int64_t taps = static_cast<int64_t>(phase.taps.size()), dim = taps * s.channels;
+    const int64_t taps = phase.kernel_height * phase.kernel_width, dim = taps * s.channels;
     const int64_t chunk = gemm::even_part<Operand>(s.channels);
     const int64_t steps = gemm::steps_of(Operand::kDepth, s.channels);
     const int64_t fit = std::clamp<int64_t>(gemm::kPartSteps / steps, 1, taps);

@@ -1,29 +1,32 @@
-// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 3x3) in fp32.
+// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 3x3) in fp32; after a nearest-2x
+// upsample, four 2x2 ones by F(4x4, 2x2) or F(2x2, 2x2).
 //
 // Algorithm (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks"). (1) Each
-// patch of x, 6x6 or 4x4, is transformed into as many numbers ("points") a channel. (2) For each
-// point a matrix product over the channels, tiles x out_channels. (3) Its sums are transformed into
-// 4x4 or 2x2 pixels of y. Multiplications: 1/4 or 1/2.25 of the direct algorithm's. All threads
-// take a round of tiles through (1), (2) and (3); what lies between the steps stays in L3, and
-// where the weights are larger than L3 a round holds more, for they are read once a round. Bytes:
-// x, the packed weights once a round, y; the transforms written and read in L3. Limit: fused
-// multiply-adds; the weights' bytes where tiles are few. The transforms cancel, so it rounds more
-// than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
+// patch of x, 6x6 for F(4x4, 3x3), is transformed into as many numbers ("points") a channel. (2)
+// For each point a matrix product over the channels, tiles x out_channels. (3) Its sums are
+// transformed into 4x4 or 2x2 pixels of y. Multiplications: 1/4 or 1/2.25 of the direct
+// algorithm's. All threads take a round of tiles through (1), (2) and (3); what lies between the
+// steps stays in L3, and where the weights are larger than L3 a round holds more, for they are read
+// once a round. Bytes: x, the packed weights once a round, y; the transforms written and read in
+// L3. Limit: fused multiply-adds; the weights' bytes where tiles are few. The transforms cancel, so
+// it rounds more than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
 #pragma once
+
+#include <memory>
 
 #include "conv2d_cpu.h"
 
 namespace sdfast::conv2d::winograd {
 
 // F(4x4, 3x3): interpolation at 0, 1, -1, 2, -2 and infinity.
-struct F4x4 {
-  static constexpr int kTile = 4, kPatch = 6, kPoints = kPatch * kPatch;
-  static constexpr double kG[kPatch][3] = {{1.0 / 4, 0, 0},
-                                           {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                           {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                           {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                           {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                                           {0, 0, 1}};
+struct F4x4Of3x3 {
+  static constexpr int kTile = 4, kKernel = 3, kPatch = 6, kPoints = 36;
+  static constexpr double kG[kPatch][kKernel] = {{1.0 / 4, 0, 0},
+                                                 {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                                                 {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                                 {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                                                 {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                                                 {0, 0, 1}};
 
   // out = Bᵀ d.
   static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
@@ -49,9 +52,10 @@ struct F4x4 {
 };
 
 // F(2x2, 3x3): interpolation at 0, 1, -1 and infinity.
-struct F2x2 {
-  static constexpr int kTile = 2, kPatch = 4, kPoints = kPatch * kPatch;
-  static constexpr double kG[kPatch][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+struct F2x2Of3x3 {
+  static constexpr int kTile = 2, kKernel = 3, kPatch = 4, kPoints = 16;
+  static constexpr double kG[kPatch][kKernel] = {
+      {1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
 
   static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
     out[0] = d[0] - d[2];
@@ -66,51 +70,92 @@ struct F2x2 {
   }
 };
 
+// F(4x4, 2x2): interpolation at 0, 1, -1, 2 and infinity.
+struct F4x4Of2x2 {
+  static constexpr int kTile = 4, kKernel = 2, kPatch = 5, kPoints = 25;
+  static constexpr double kG[kPatch][kKernel] = {
+      {0.5, 0}, {-0.5, -0.5}, {-1.0 / 6, 1.0 / 6}, {1.0 / 6, 1.0 / 3}, {0, 1}};
+
+  static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
+    const Vec difference = d[3] - d[1];
+    out[0] = 2.0f * (d[0] - d[2]) + difference;
+    out[1] = d[3] - d[2] - 2.0f * d[1];
+    out[2] = d[3] - 3.0f * d[2] + 2.0f * d[1];
+    out[3] = difference;
+    out[4] = d[4] - d[2] - 2.0f * difference;
+  }
+
+  static SDFAST_INLINE void transform_output(const Vec (&m)[kPatch], Vec (&out)[kTile]) {
+    const Vec sum = m[1] + m[2], difference = m[1] - m[2];
+    out[0] = m[0] + sum + m[3];
+    out[1] = difference + 2.0f * m[3];
+    out[2] = sum + 4.0f * m[3];
+    out[3] = difference + 8.0f * m[3] + m[4];
+  }
+};
+
+// F(2x2, 2x2): interpolation at 0, 1 and infinity.
+struct F2x2Of2x2 {
+  static constexpr int kTile = 2, kKernel = 2, kPatch = 3, kPoints = 9;
+  static constexpr double kG[kPatch][kKernel] = {{1, 0}, {1, 1}, {0, 1}};
+
+  static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
+    out[0] = d[0] - d[1];
+    out[1] = d[1];
+    out[2] = d[2] - d[1];
+  }
+
+  static SDFAST_INLINE void transform_output(const Vec (&m)[kPatch], Vec (&out)[kTile]) {
+    out[0] = m[0] + m[1];
+    out[1] = m[1] + m[2];
+  }
+};
+
 // The transform of a kernel, G g Gᵀ, in fp64.
 template <typename F, typename Get>
 void transform_kernel(const Get& g, double (&out)[F::kPoints]) {
   for (int i = 0; i < F::kPatch; ++i) {
     for (int j = 0; j < F::kPatch; ++j) {
       double sum = 0;
-      for (int a = 0; a < 3; ++a) {
-        for (int b = 0; b < 3; ++b) sum += F::kG[i][a] * g(a, b) * F::kG[j][b];
+      for (int a = 0; a < F::kKernel; ++a) {
+        for (int b = 0; b < F::kKernel; ++b) sum += F::kG[i][a] * g(a, b) * F::kG[j][b];
       }
       out[i * F::kPatch + j] = sum;
     }
   }
 }
 
-// Packed weights: (points, panels, channels, kColumns).
+// Packed weights of one phase: (points, panels, channels, kColumns).
 template <typename F>
 int64_t packed_size(int64_t out_channels, int64_t channels) {
   const int64_t panels = (out_channels + gemm::kColumns - 1) / gemm::kColumns;
   return F::kPoints * panels * channels * gemm::kColumns;
 }
 
-// The tiles of all images, row by row.
+// The tiles of a phase in all images, row by row.
 struct Tiling {
   int64_t size, rows, columns, count;
-  Tiling(const Shape& s, int64_t size)
+  Tiling(const Shape& s, const Phase& phase, int64_t size)
       : size(size),
-        rows((s.out_height + size - 1) / size),
-        columns((s.out_width + size - 1) / size),
+        rows((phase.rows + size - 1) / size),
+        columns((phase.columns + size - 1) / size),
         count(s.images * rows * columns) {}
 };
 
 struct Position {
-  int64_t image, y, x;  // of the tile's first output pixel
+  int64_t image, row, column;  // of the tile's first pixel in its phase
   Position(const Tiling& t, int64_t tile)
       : image(tile / (t.rows * t.columns)),
-        y(tile / t.columns % t.rows * t.size),
-        x(tile % t.columns * t.size) {}
+        row(tile / t.columns % t.rows * t.size),
+        column(tile % t.columns * t.size) {}
 };
 
 // The points of one tile for all channels. v: from one point to the next `point_stride`.
 template <typename F, typename T>
-void transform_tile(const Shape& s, const T* x, const Position& at, int64_t point_stride,
-                    float* v) {
+void transform_tile(const Shape& s, const Phase& phase, const T* x, const Position& at,
+                    int64_t point_stride, float* v) {
   constexpr int kPatch = F::kPatch;
-  const int64_t top = at.y - s.top, left = at.x - s.left;
+  const int64_t top = at.row + phase.top, left = at.column + phase.left;
   const bool inside = s.inside(top, left) && s.inside(top + kPatch - 1, left + kPatch - 1);
   const auto transform = [&](auto load) {
     simd::for_each_vector(0, s.channels, [&](int64_t c, auto lanes) {
@@ -141,12 +186,12 @@ void transform_tile(const Shape& s, const T* x, const Position& at, int64_t poin
 
 // The pixels of one tile for one panel of channels. m: from one point to the next `point_stride`.
 template <typename F, typename T>
-void finish_tile(const Shape& s, const Position& at, int64_t first_channel, const float* m,
-                 int64_t point_stride, const Added<T>& added, T* y) {
+void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t first_channel,
+                 const float* m, int64_t point_stride, const Added<T>& added, T* y) {
   constexpr int kPatch = F::kPatch, kTile = F::kTile;
   const int64_t end = std::min<int64_t>(first_channel + gemm::kColumns, s.out_channels);
-  const int64_t rows = std::min<int64_t>(kTile, s.out_height - at.y);
-  const int64_t columns = std::min<int64_t>(kTile, s.out_width - at.x);
+  const int64_t rows = std::min<int64_t>(kTile, phase.rows - at.row);
+  const int64_t columns = std::min<int64_t>(kTile, phase.columns - at.column);
   simd::for_each_vector(first_channel, end, [&](int64_t c, auto lanes) {
     const float* from = m + (c - first_channel);
     Vec half[kTile][kPatch];
@@ -159,10 +204,11 @@ void finish_tile(const Shape& s, const Position& at, int64_t first_channel, cons
     for (int i = 0; i < rows; ++i) {
       Vec out[kTile];
       F::transform_output(half[i], out);
-      const int64_t pixel = at.image * s.pixels() + (at.y + i) * s.out_width + at.x;
+      const int64_t first = phase.pixel(s, at.image, at.row + i, at.column);
       for (int j = 0; j < columns; ++j) {
-        const Vec sum = finished(added, s, out[j], at.image, pixel + j, c, lanes);
-        simd::store(y + (pixel + j) * s.out_channels + c, sum, lanes);
+        const int64_t pixel = first + j * phase.spread;
+        const Vec sum = finished(added, s, out[j], at.image, pixel, c, lanes);
+        simd::store(y + pixel * s.out_channels + c, sum, lanes);
       }
     }
   });
@@ -207,17 +253,17 @@ inline void multiply(const Rounds& r, int points, int64_t tiles, int64_t channel
             std::min(rows, tiles - first), channels,
             {reinterpret_cast<const gemm::Float32*>(a), r.channels},
             reinterpret_cast<const gemm::Float32*>(b),
-            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns,
-            gemm::kColumns, false, [](int64_t, int64_t, const float*) {});
+            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns, false);
       }
     }
   });
 }
 
 template <typename F, typename T>
-void run(const Shape& s, const T* x, const float* packed, const Added<T>& added, T* y) {
+void run(const Shape& s, const Phase& phase, const T* x, const float* packed, const Added<T>& added,
+         T* y) {
   constexpr int64_t kPart = 8;  // tiles transformed by one thread at a time
-  const Tiling tiling(s, F::kTile);
+  const Tiling tiling(s, phase, F::kTile);
   const int64_t weight_bytes = packed_size<F>(s.out_channels, s.channels) * sizeof(float);
   const Rounds r(s, tiling, F::kPoints, weight_bytes);
   const std::unique_ptr<float[]> input(new float[F::kPoints * r.input_stride]);
@@ -233,7 +279,7 @@ void run(const Shape& s, const T* x, const float* packed, const Added<T>& added,
     };
     for_each_part([&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        transform_tile<F>(s, x, Position(tiling, first + t), r.input_stride,
+        transform_tile<F>(s, phase, x, Position(tiling, first + t), r.input_stride,
                           input.get() + t * r.channels);
       }
     });
@@ -241,7 +287,7 @@ void run(const Shape& s, const T* x, const float* packed, const Added<T>& added,
     for_each_part([&](int64_t begin, int64_t end) {
       for (int64_t panel = 0; panel < r.panels; ++panel) {
         for (int64_t t = begin; t < end; ++t) {
-          finish_tile<F>(s, Position(tiling, first + t), panel * gemm::kColumns,
+          finish_tile<F>(s, phase, Position(tiling, first + t), panel * gemm::kColumns,
                          sums.get() + (panel * r.tiles + t) * gemm::kColumns, r.sums_stride, added,
                          y);
         }

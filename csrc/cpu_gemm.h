@@ -1,9 +1,10 @@
-// Matrix products on CPU: c = a b for a of M rows and a packed b of N columns, fp32 accumulation.
+// The micro-kernel of matrix products on CPU: c = a b for rows of a and a panel of b, fp32
+// accumulation, and what products of different operands (cpu_weights.h, cpu_gemm_packing.h) share.
 //
-// Algorithm. b is packed once into panels of kColumns columns, so that each step of the inner loop
-// reads one contiguous piece. The micro-kernel keeps kRows x kColumns sums in registers and reads a
-// where it lies, row-major: broadcasting needs no packing. A thread takes a block of rows that fits
-// in L2 through all panels; of K, as much at a time as keeps a panel in L2 as well.
+// Algorithm. A panel holds kColumns columns of b, so that each step of the inner loop reads one
+// contiguous piece. The micro-kernel keeps kRows x kColumns sums in registers and reads a where it
+// lies, row-major: broadcasting needs no packing.
+// Tiles of pairs of bf16 are AMX's where it is (cpu_amx.h).
 // Limit: fused multiply-adds, 24 of them against 14 loads a step with AVX-512.
 // Every element is one chain of additions over K, cut at fixed places: the result does not depend
 // on the number of threads.
@@ -15,8 +16,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <type_traits>
 
+#include "cpu_amx.h"
 #include "cpu_simd.h"
 
 namespace sdfast::gemm {
@@ -72,28 +74,19 @@ struct OperandOf<simd::BFloat16> {
 };
 #endif
 
-// The operand of one step of a row of k values.
-template <typename T>
-inline void set_operand(Float32& operand, const T* row, int64_t step, int64_t) {
-  operand.value = simd::load(row + step, 1)[0];
-}
-inline void set_operand(BFloat16Pair& operand, const simd::BFloat16* row, int64_t step, int64_t k) {
-  const uint32_t low = row[2 * step].bits, high = 2 * step + 1 < k ? row[2 * step + 1].bits : 0;
-  operand.bits = low | high << 16;
-}
-
 constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / depth; }
 
 // c[r][j] (+)= sum over steps of a[r] * b[j]. a: rows `lda` operands apart, steps adjacent; with
-// kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense.
-template <int kR, typename Operand, bool kTransposed = false>
+// kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense. Of
+// the columns kV vectors are computed, from the left.
+template <int kR, typename Operand, bool kTransposed = false, int kV = kVecs>
 inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand* a, int64_t lda,
                                                     const Operand* b, float* c, bool accumulate) {
-  Vec sums[kR][kVecs];
+  Vec sums[kR][kV];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sums[r][v] = Vec{};
+    for (int v = 0; v < kV; ++v) sums[r][v] = Vec{};
   }
   const int64_t next_row = kTransposed ? 1 : lda, next_step = kTransposed ? lda : 1;
   // Rows are addressed from a pointer each three: base, base + lda, base + 2 lda.
@@ -101,16 +94,16 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
 #pragma GCC unroll 4
   for (int i = 0; i < (kR + 2) / 3; ++i) base[i] = a + 3 * i * next_row;
   for (int64_t step = 0; step < steps; ++step) {
-    Vec columns[kVecs];
+    Vec columns[kV];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kV; ++v) {
       std::memcpy(&columns[v], b + v * simd::kLanes, sizeof(Vec));
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
       const Vec row = broadcast(base[r / 3][(r % 3) * next_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < kV; ++v) {
         sums[r][v] = multiply_add(sums[r][v], row, columns[v], Operand());
       }
     }
@@ -121,7 +114,7 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kV; ++v) {
       float* to = c + r * kColumns + v * simd::kLanes;
       simd::store(to, accumulate ? simd::load(to) + sums[r][v] : sums[r][v]);
     }
@@ -135,67 +128,52 @@ struct Rows {
   int64_t stride;  // from one row to the next, in operands
 };
 
-// Rows and columns of c, and K in steps.
-struct Shape {
-  int64_t rows, columns, steps;
-  int64_t part = 0;  // steps that `rows_of` gives at a time, where not any number will do
-  int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
-};
+// Rows of a whole tile: those of the micro-kernel, or two of AMX.
+template <typename Operand>
+constexpr int kTileRows = amx::kAvailable && Operand::kDepth == 2 ? 2 * amx::kTileRows : kRows;
+
+// What a thread holds while it multiplies.
+template <typename Operand>
+using Tiles = std::conditional_t<(kTileRows<Operand> > kRows), amx::Tiles, amx::NoTiles>;
 
 // A multiple of kRows, for `rows` rows of which any may be missing at the end.
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
-template <typename Operand>
-int64_t packed_size(const Shape& shape) {
-  return shape.panels() * shape.steps * kColumns;
+// multiply_tile, or AMX's for more rows than the registers hold sums of.
+template <int kR, typename Operand>
+void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
+                       bool accumulate) {
+  if constexpr (kR > kRows) {
+    amx::multiply_tile<kR>(steps, a, lda, b, c, accumulate);
+  } else {
+    multiply_tile<kR>(steps, a, lda, b, c, accumulate);
+  }
 }
 
-// c for one block of rows and one panel, tile by tile, the last ones narrower where rows end. A
-// tile's sums are at c + row * c_stride, (count, kColumns), and finish(row, count, sums) follows
-// while they are in L1.
-template <typename Operand, typename Finish>
+// c (rows, kColumns) (+)= a b for one panel, tile by tile, the last ones narrower where rows end.
+template <typename Operand>
 void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
-                    float* c, int64_t c_stride, bool accumulate, const Finish& finish) {
+                    float* c, bool accumulate) {
   int64_t row = 0;
   const auto tile = [&](auto count) {
-    float* sums = c + row * c_stride;
     int64_t step = 0;
     do {
-      multiply_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step, a.stride,
-                           panel + step * kColumns, sums, accumulate || step > 0);
+      multiply_any_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step,
+                               a.stride, panel + step * kColumns, c + row * kColumns,
+                               accumulate || step > 0);
       step += kChain;
     } while (step < steps);
-    finish(row, static_cast<int64_t>(count), sums);
     row += count;
   };
-  while (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
+  constexpr int kWhole = kTileRows<Operand>;
+  while (row + kWhole <= rows) tile(std::integral_constant<int, kWhole>());
+  if constexpr (kWhole > kRows) {
+    if (row + kWhole / 2 <= rows) tile(std::integral_constant<int, kWhole / 2>());
+    if (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
+  }
   for (; row + 4 <= rows;) tile(std::integral_constant<int, 4>());
   for (; row < rows;) tile(std::integral_constant<int, 1>());
 }
-
-// How a product is cut: rows in blocks that fit in L2, a multiple of the threads where there are
-// that many rows, K in parts that depend on the shape alone; columns in `splits` only where there
-// are too few blocks to keep all threads busy to the end.
-struct Blocking {
-  int64_t tiles, blocks, steps, splits;
-
-  template <typename Operand>
-  static Blocking of(const Shape& shape, int64_t threads) {
-    const int64_t parts = std::max<int64_t>(1, (shape.steps + kPartSteps - 1) / kPartSteps);
-    const int64_t steps =
-        shape.part ? shape.part : std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
-    const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
-    const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
-    const int64_t tiles = (shape.rows + kRows - 1) / kRows;
-    const int64_t blocks = (tiles + most_tiles - 1) / most_tiles;
-    const int64_t even = std::clamp<int64_t>((blocks + threads - 1) / threads * threads, 1,
-                                             std::max<int64_t>((tiles + 3) / 4, blocks));
-    const int64_t splits = std::clamp<int64_t>(4 * threads / even, 1, shape.panels());
-    return {tiles, even, steps, threads == 1 ? 1 : splits};
-  }
-  int64_t first_row(int64_t block) const { return block * tiles / blocks * kRows; }
-  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
-};
 
 // Calls work(next) on every thread; next() gives items 0, 1, ..., each once, and -1 after the
 // last: a thread that is held up takes fewer.
@@ -208,43 +186,6 @@ void share(int64_t items, const Work& work) {
   };
   const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(next); });
-}
-
-// c = a b. `rows_of(begin, count, first_step, steps, scratch)` gives Rows of a; scratch holds
-// count * steps operands, for rows that do not lie in memory as they are needed.
-// `finish(begin, count, column, c)` takes c: (count, kColumns), columns from `column` on.
-template <typename Operand, typename RowsOf, typename Finish>
-void multiply(const Shape& shape, const Operand* b, const RowsOf& rows_of, const Finish& finish) {
-  const Blocking cut = Blocking::of<Operand>(shape, torch::stable::get_num_threads());
-  const int64_t panels = shape.panels(), most_panels = (panels + cut.splits - 1) / cut.splits;
-  const int64_t parts = std::max<int64_t>(1, (shape.steps + cut.steps - 1) / cut.steps);
-  // Sums wait for the next part of K, if there is one; else each tile is finished at once.
-  const int64_t c_stride = parts > 1 ? kColumns : 0;
-  const int64_t panel_size = parts > 1 ? cut.most_rows() * kColumns : 0;
-  share(cut.blocks * cut.splits, [&](const auto& next) {
-    const std::unique_ptr<float[]> c(
-        new float[std::max(most_panels * panel_size, int64_t{kRows * kColumns})]);
-    const std::unique_ptr<Operand[]> scratch(new Operand[cut.most_rows() * cut.steps]);
-    for (int64_t item; (item = next()) >= 0;) {
-      const int64_t block = item / cut.splits, split = item % cut.splits;
-      const int64_t first = cut.first_row(block);
-      const int64_t rows = std::min(cut.first_row(block + 1), shape.rows) - first;
-      const int64_t panel_begin = split * panels / cut.splits;
-      const int64_t panel_end = (split + 1) * panels / cut.splits;
-      for (int64_t step = 0; step < std::max<int64_t>(shape.steps, 1); step += cut.steps) {
-        const int64_t steps = std::min(cut.steps, shape.steps - step);
-        const Rows<Operand> a = rows_of(first, rows, step, steps, scratch.get());
-        const bool is_last = step + cut.steps >= shape.steps;
-        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-          multiply_panel(rows, steps, a, b + (panel * shape.steps + step) * kColumns,
-                         c.get() + (panel - panel_begin) * panel_size, c_stride, step > 0,
-                         [&](int64_t row, int64_t count, const float* sums) {
-                           if (is_last) finish(first + row, count, panel * kColumns, sums);
-                         });
-        }
-      }
-    }
-  });
 }
 
 }  // namespace sdfast::gemm

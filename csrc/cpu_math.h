@@ -207,14 +207,12 @@ SDFAST_INLINE V silu_gradient(const V& v) {
   return s + v * s * (1.0f - s);
 }
 
-// v * Phi(v), Phi the normal distribution function: the GELU through erf.
-// Phi(-|v|) = exp(-v^2 / 2) q(t) t with t = 1 / (1 + 0.35 |v|); q is minimax for |v| <= 14,
-// relative error 3e-8.
+// Phi(-size) / exp(-size^2 / 2) for size from 0 to 14, Phi the normal distribution function:
+// q(t) t with t = 1 / (1 + 0.35 size); q is minimax, relative error 3e-8.
+constexpr float kGeluRange = 14.0f;  // beyond, exp(-size^2 / 2) has vanished
 template <typename V>
-SDFAST_INLINE V gelu(const V& v) {
-  const V size =
-      at_most(each([](Vec x) { return absolute(x); }, v), 14.0f);  // beyond, exp has vanished
-  const V one = each([](Vec) { return broadcast(1.0f); }, v);
+SDFAST_INLINE V normal_tail_ratio(const V& size) {
+  const V one = each([](Vec) { return broadcast(1.0f); }, size);
   const V t = divide(one, size * 0.35f + 1.0f);
   V q = t * -0.0291471494f + 0.143977445f;
   q = q * t + -0.255725682f;
@@ -224,8 +222,26 @@ SDFAST_INLINE V gelu(const V& v) {
   q = q * t + 0.119832125f;
   q = q * t + 0.139861962f;
   q = q * t + 0.1396214f;
-  const V tail = size * exp_in_range(size * size * -0.5f) * (q * t);  // |v| Phi(-|v|)
+  return q * t;
+}
+
+// v * Phi(v): the GELU through erf.
+template <typename V>
+SDFAST_INLINE V gelu(const V& v) {
+  const V size = at_most(each([](Vec x) { return absolute(x); }, v), kGeluRange);
+  const V tail = size * exp_in_range(size * size * -0.5f) * normal_tail_ratio(size);
   return each([](Vec x, Vec y) { return select(x < 0.0f, -y, x - y); }, v, tail);
+}
+
+// d/dv of gelu: Phi(v) + v exp(-v^2 / 2) / sqrt(2 pi).
+template <typename V>
+SDFAST_INLINE V gelu_gradient(const V& v) {
+  const V x = at_most(at_least(v, -kGeluRange), kGeluRange);
+  const V size = each([](Vec a) { return absolute(a); }, x);
+  const V density = exp_in_range(size * size * -0.5f);
+  const V tail = density * normal_tail_ratio(size);  // Phi(-|v|)
+  const V phi = each([](Vec a, Vec b) { return select(a < 0.0f, b, 1.0f - b); }, x, tail);
+  return phi + x * density * 0.398942280f;
 }
 
 // v * sigmoid(1.702 v), the approximation CLIP was trained with.

@@ -1,15 +1,15 @@
-// Rows into the lanes of vectors: transposed operands for the micro-kernel.
+// Transposes of fp32 in registers, and of matrices in blocks of them.
 #pragma once
 
-#include "cpu_gemm.h"
+#include <algorithm>
 
-namespace sdfast::gemm {
+#include "cpu_simd.h"
 
-using simd::kLanes;
+namespace sdfast::simd {
 
 // rows[i][j] to rows[j][i].
 SDFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
-  simd::Bits low, high;
+  Bits low, high;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     low[i] = i / 2 + (i % 2) * kLanes;
@@ -29,57 +29,27 @@ SDFAST_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// Steps [step, step + kLanes) of a row of `dim` values, as the lanes of a vector.
-template <typename T>
-SDFAST_INLINE Vec load_steps(Float32, const T* row, int64_t step, int64_t dim) {
-  if (step + kLanes <= dim) return simd::load(row + step, simd::FullVector());
-  return simd::load(row + step, static_cast<int>(dim - step));
-}
-#if defined(__AVX512BF16__)
-SDFAST_INLINE Vec load_steps(BFloat16Pair, const simd::BFloat16* row, int64_t step, int64_t dim) {
-  Vec pairs{};
-  const int64_t there = std::min<int64_t>(2 * kLanes, dim - 2 * step);
-  std::memcpy(&pairs, row + 2 * step, there * sizeof *row);
-  return pairs;
-}
-#endif
-
-// `count` rows of `dim` values into columns: (steps, kColumns) operands. row_of(i) points to row i;
-// columns beyond `count` repeat the last row. What lies `ahead` values further on is fetched.
-template <typename T, typename Operand, typename RowOf>
-void pack_columns(const RowOf& row_of, int64_t count, int64_t dim, int64_t ahead, Operand* to) {
-  const int64_t steps = steps_of(Operand::kDepth, dim);
-  for (int64_t first = 0; first < kColumns; first += kLanes) {
-    const T* row[kLanes];
-    for (int i = 0; i < kLanes; ++i) row[i] = row_of(std::min(first + i, count - 1));
-    for (int64_t step = 0; step < steps; step += kLanes) {
+// to[j * to_stride + i] = element (i, j) for i < rows and j < columns; load(i, j, lanes) gives
+// elements (i, j), (i, j + 1), ...
+template <typename Load>
+void transpose(const Load& load, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int there = static_cast<int>(std::min<int64_t>(kLanes, rows - i));
+    for_each_vector(0, columns, [&](int64_t j, auto lanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = load_steps(Operand(), row[i], step, dim);
-        simd::prefetch(row[i] + step * Operand::kDepth + ahead);
-      }
+      for (int l = 0; l < kLanes; ++l) block[l] = l < there ? load(i + l, j, lanes) : Vec{};
       transpose(block);
-      const int64_t there = std::min<int64_t>(kLanes, steps - step);
-      for (int64_t i = 0; i < there; ++i) {
-        std::memcpy(static_cast<void*>(to + (step + i) * kColumns + first), &block[i], sizeof(Vec));
+      for (int l = 0; l < lanes; ++l) {
+        float* out = to + (j + l) * to_stride + i;
+        if (there == kLanes) {
+          store(out, block[l]);
+        } else {
+          store(out, block[l], there);
+        }
       }
-    }
+    });
   }
 }
 
-// c (rows, kColumns) to ct (kColumns, to_stride), `rows` rounded up to whole vectors.
-inline void transpose_sums(const float* c, int64_t rows, float* ct, int64_t to_stride) {
-  for (int64_t row = 0; row < rows; row += kLanes) {
-    for (int64_t column = 0; column < kColumns; column += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = simd::load(c + (row + i) * kColumns + column);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) simd::store(ct + (column + i) * to_stride + row, block[i]);
-    }
-  }
-}
-
-}  // namespace sdfast::gemm
+}  // namespace sdfast::simd

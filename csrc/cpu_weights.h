@@ -8,9 +8,14 @@
 // on the number of threads.
 #pragma once
 
+#include <memory>
+
+#include "cpu_gemm.h"
 #include "cpu_transpose.h"
 
 namespace sdfast::gemm {
+
+using simd::kLanes;
 
 constexpr int64_t kGroup = 4 * kRows;        // rows of W finished at a time: whole vectors
 constexpr int64_t kPackedBytes = 512 << 10;  // of tokens, beside a group of W in L2
@@ -38,6 +43,59 @@ Rows<Operand> rows_of(const T* from, int64_t stride, int64_t count, int64_t dim,
     }
   }
   return {scratch, steps};
+}
+
+// Steps [step, step + kLanes) of a row of `dim` values, as the lanes of a vector.
+template <typename T>
+SDFAST_INLINE Vec load_steps(Float32, const T* row, int64_t step, int64_t dim) {
+  if (step + kLanes <= dim) return simd::load(row + step, simd::FullVector());
+  return simd::load(row + step, static_cast<int>(dim - step));
+}
+#if defined(__AVX512BF16__)
+SDFAST_INLINE Vec load_steps(BFloat16Pair, const simd::BFloat16* row, int64_t step, int64_t dim) {
+  Vec pairs{};
+  const int64_t there = std::min<int64_t>(2 * kLanes, dim - 2 * step);
+  std::memcpy(&pairs, row + 2 * step, there * sizeof *row);
+  return pairs;
+}
+#endif
+
+// `count` rows of `dim` values into columns: (steps, kColumns) operands. row_of(i) points to row i;
+// columns beyond `count` repeat the last row. What lies `ahead` values further on is fetched.
+template <typename T, typename Operand, typename RowOf>
+void pack_columns(const RowOf& row_of, int64_t count, int64_t dim, int64_t ahead, Operand* to) {
+  const int64_t steps = steps_of(Operand::kDepth, dim);
+  for (int64_t first = 0; first < kColumns; first += kLanes) {
+    const T* row[kLanes];
+    for (int i = 0; i < kLanes; ++i) row[i] = row_of(std::min(first + i, count - 1));
+    for (int64_t step = 0; step < steps; step += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = load_steps(Operand(), row[i], step, dim);
+        simd::prefetch(row[i] + step * Operand::kDepth + ahead);
+      }
+      simd::transpose(block);
+      const int64_t there = std::min<int64_t>(kLanes, steps - step);
+      for (int64_t i = 0; i < there; ++i) {
+        std::memcpy(static_cast<void*>(to + (step + i) * kColumns + first), &block[i], sizeof(Vec));
+      }
+    }
+  }
+}
+
+// c (rows, kColumns) to ct (kColumns, to_stride), `rows` rounded up to whole vectors.
+inline void transpose_sums(const float* c, int64_t rows, float* ct, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t column = 0; column < kColumns; column += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = simd::load(c + (row + i) * kColumns + column);
+      simd::transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) simd::store(ct + (column + i) * to_stride + row, block[i]);
+    }
+  }
 }
 
 // Tokens, rows of W and the values of K, of which `part` are multiplied at a time and none across a
@@ -99,6 +157,7 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
   const int64_t most_panels = (panels + cut.blocks - 1) / cut.blocks;
   const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
   share(cut.blocks * cut.splits, [&](const auto& next) {
+    const Tiles<Operand> tiles;
     const std::unique_ptr<Operand[]> packed(new Operand[most_panels * most_steps * kColumns]);
     const std::unique_ptr<Operand[]> scratch(new Operand[halves * kGroup * most_steps]);
     // Sums wait for the next part of K, if there is one.
@@ -132,9 +191,9 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
           }
           for (int64_t panel = first; panel < end; ++panel) {
             for (int64_t half = 0; half < halves; ++half) {
-              multiply_panel(
-                  rows, steps, a[half], packed.get() + (panel - first) * steps * kColumns,
-                  sums_of(panel, half), kColumns, part > 0, [](int64_t, int64_t, const float*) {});
+              multiply_panel(rows, steps, a[half],
+                             packed.get() + (panel - first) * steps * kColumns,
+                             sums_of(panel, half), part > 0);
               if (part + 1 == parts) {
                 transpose_sums(sums_of(panel, half), rows, transposed.get() + half * kSums, kGroup);
               }

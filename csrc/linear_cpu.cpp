@@ -3,7 +3,7 @@
 // Algorithm. cpu_weights.h: W is read where it lies. A panel of tokens and a group of W's rows at a
 // time the sums are finished: bias and residual added, activated, rounded once. For GEGLU the sums
 // of the value and of its gate meet in L1 and the doubled intermediate is never written.
-// bf16 multiplies pairs with AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
 // Bytes: x, W and the residual read, y written. Limit: fused multiply-adds.
 #include "cpu_math.h"
 #include "cpu_tensors.h"

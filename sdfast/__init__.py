@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdfast import diffusion, models, ops, training
-    from sdfast.dispatch import use_backend, use_numerics, use_tuning
+    from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
@@ -36,6 +36,7 @@ __all__ = [
     "training",
     "tune",
     "use_backend",
+    "use_memory",
     "use_numerics",
     "use_tuning",
 ]
@@ -55,6 +56,7 @@ _HOMES = {
     "training": "sdfast.training",
     "tune": "sdfast.tuning",
     "use_backend": "sdfast.dispatch",
+    "use_memory": "sdfast.dispatch",
     "use_numerics": "sdfast.dispatch",
     "use_tuning": "sdfast.dispatch",
 }

@@ -24,7 +24,7 @@ _native_ops: list[str] = []
 _kernels: set[tuple[str, str]] = set()
 _cpu_status: LibraryStatus | None = None
 # The instruction sets a CPU library is built for, best first. Each runs on all CPUs of those before it.
-_CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+_CPU_ISAS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def cpu_isa() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # no public name yet
     if capability == "AVX512" and has_bf16():
-        return "avx512_bf16"
+        return "avx512_amx" if _can_use_amx() else "avx512_bf16"
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
 
 
@@ -85,6 +85,16 @@ def cpu_name() -> str:
         lines = []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return model or platform.processor() or platform.machine()
+
+
+def _can_use_amx() -> bool:
+    """Whether this CPU has AMX, and Linux grants it to this process, which has to ask first.
+
+    torch names the tiles only; every CPU that has them multiplies bf16 in them.
+    """
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # no public names yet
+    granted = getattr(torch.cpu, "_init_amx", lambda: False)
+    return supported() and granted()
 
 
 def load_cpu_library() -> LibraryStatus:
@@ -108,7 +118,7 @@ def _load_cpu_library() -> LibraryStatus:
         except OSError as error:
             problems.append(f"{path.name}: {error.__cause__ or error}")
             continue
-        if isa == "avx512_bf16":
+        if isa in ("avx512_amx", "avx512_bf16"):
             _kernels.add(("bf16_pairs", "cpu"))  # bf16 is multiplied as such, not widened
         return LibraryStatus(path.stem, True, f"loaded for {isa}")
     return LibraryStatus(

@@ -50,11 +50,12 @@ _numerics = "fast"
 
 @contextlib.contextmanager
 def use_numerics(name: str) -> Iterator[None]:
-    """How far kernels may reorder arithmetic in inference.
+    """How far kernels may reorder arithmetic.
 
     "fast", the default, allows Winograd convolutions in fp32 arithmetic: at most 5e-5 of relative error a
-    layer, and a NaN reaches the whole of its 4x4 tile. "exact" keeps every kernel within twice eager's error.
-    What gradients flow through is always exact. Process-wide, as `use_backend`.
+    layer in inference, 1e-5 in training, for the result and for each gradient, and a NaN reaches the whole
+    of its 4x4 tile. "exact" keeps every kernel within twice eager's error. Process-wide, as `use_backend`;
+    what is in force when the forward runs holds for its gradients.
 
     Raises:
         ValueError: `name` is not one of `NUMERICS`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, sample
 from sdfast.images import to_pil
 from sdfast.memory import peak_memory_bytes, reset_peak_memory
-from sdfast.models import AutoencoderKL, UNet2DCondition
+from sdfast.models import AutoencoderKL, Context, TimeEmbedding, UNet2DCondition
 from sdfast.request import Request
 
 # Image pixels that the VAE decodes at once: its memory grows with them, its speed hardly.
@@ -81,16 +82,18 @@ class Generation:
             if on_step is not None:
                 on_step(done, total)
 
+        encoded = functools.lru_cache(maxsize=1)(self._encoded)  # often all batches have one text
         outputs = []
         for part in batches:
             generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[part]]
             latents = start(part, generators)
-            denoiser = self._denoiser(part)
+            context, timesteps = encoded(self._texts(part))
             before = self._now()
             latents = sample(
                 self.plan,
-                denoiser,
+                functools.partial(self._denoise, context),
                 latents,
+                timesteps=timesteps,
                 guidance_scale=request.guidance_scale if request.guided else None,
                 draw_noise=functools.partial(_draw_like, generators),
                 on_step=step_done,
@@ -107,22 +110,27 @@ class Generation:
             settings=settings,
         )
 
-    def _denoiser(self, part: slice) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x, timestep) -> the U-Net's output for the images of `part`; if guided, unconditional first."""
+    def _texts(self, part: slice) -> tuple[tuple[str, str | None], ...]:
+        """Prompt and negative prompt, once for as many consecutive images of `part` as all of them have."""
         request = self.request
-        condition = self.text.batch(
-            request.prompts[part], request.negative_prompts[part], guided=request.guided
-        )
+        texts = tuple(zip(request.prompts[part], request.negative_prompts[part], strict=True))
+        runs = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
+        return tuple(text for text, _ in runs) if len({length for _, length in runs}) == 1 else texts
+
+    def _encoded(self, texts: tuple[tuple[str, str | None], ...]) -> tuple[Context, list[TimeEmbedding]]:
+        """What the U-Net is told in place of the text and, step by step, of the timestep."""
+        prompts, negatives = zip(*texts, strict=True)
+        condition = self.text.batch(prompts, negatives, guided=self.request.guided)
         added = None
         if condition.pooled is not None:
-            time_ids = torch.tensor([request.time_ids], dtype=torch.float32, device=self._device)
+            time_ids = torch.tensor([self.request.time_ids], dtype=torch.float32, device=self._device)
             added = {"text_embeds": condition.pooled, "time_ids": time_ids.expand(len(condition.pooled), -1)}
+        context = self.unet.encode_context(condition.hidden_states)
+        return context, self.unet.encode_time(self.plan.timesteps, added)
 
-        def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
-            doubled = torch.cat([x, x]) if request.guided else x
-            return self.unet(doubled, timestep, condition.hidden_states, added)
-
-        return denoiser
+    def _denoise(self, context: Context, x: Tensor, timestep: TimeEmbedding) -> Tensor:
+        """The U-Net's output for latents (N, c, h, w); if guided for both texts, unconditional first."""
+        return self.unet(torch.cat([x, x]) if self.request.guided else x, timestep, context)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (N, c, h, w) -> images (N, C, H, W) float32 in [0, 1]."""

@@ -24,7 +24,7 @@ from sdfast import _library, dispatch
 
 State = tuple[object, ...]
 
-# Copies of fewer bytes than these are made in any case: a decoder to 512x512 has more in activations.
+# Copies of fewer bytes are made in any case: less than the activations of a decoder to 512x512 take.
 FREE_BYTES = 1 << 30
 
 _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambda weight: 0)

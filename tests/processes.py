@@ -10,15 +10,17 @@ import textwrap
 
 import pytest
 
+import sdfast
 from sdfast import _library
 
-ROOT = pathlib.Path(__file__).parents[1]
+TESTS = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(sdfast.__file__).parents[1]  # what is tested here is tested there
 
 
 def run_python(code: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": f"{PACKAGE}:{TESTS}", **environment},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -30,7 +32,7 @@ def run_with_library(isa: str, code: str) -> None:
         pytest.skip(f"this CPU has no {isa}")
     before = f"""
         import torch
-        torch.cpu._is_avx512_bf16_supported = lambda: False
+        torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
         from sdfast import _library, ops
         torch.set_num_threads(1)
         torch.manual_seed(0)

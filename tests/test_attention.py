@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
+import math
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_with_library
 from torch import Tensor
 
 from sdfast import _library
 from sdfast.ops import attention
-from sdfast.testing import assert_within_budget
+from sdfast.testing import assert_within_budget, error_budget, relative_error
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF_DTYPES)
 HEAD_DIMS = (1, 8, 40, 64, 72, 80, 160, 512)
 LENGTHS = (1, 7, 64, 77, 130, 300)
-ROOT = pathlib.Path(__file__).parents[1]
 
 has_kernel = _library.has_kernel("attention_forward", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
@@ -57,6 +53,12 @@ class Case:
         return attention(
             self.q, self.k, self.v, is_causal=self.is_causal, scale=self.scale, backend=backend
         )  # fmt: skip
+
+    def gradients(self, backend: str, do: Tensor) -> tuple[Tensor, ...]:
+        """dq, dk and dv."""
+        leaves = [t.detach().requires_grad_() for t in (self.q, self.k, self.v)]
+        o = dataclasses.replace(self, **dict(zip("qkv", leaves, strict=True))).run(backend)
+        return torch.autograd.grad(o, leaves, do.to(o.dtype))
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
@@ -92,6 +94,35 @@ def check(case: Case, backend: str = "cpu") -> None:
     assert_within_budget(actual, eager, exact_case.run("torch"), magnitude=size, what="o")
 
 
+def gradient_terms(case: Case, do: Tensor) -> tuple[Tensor, ...]:
+    """The size of the terms that each element of dq, dk and dv sums up, in fp64."""
+    case = case.converted(torch.float64)
+    q, k, v, do = case.q, case.k, case.v, do.double()
+    scale = q.shape[-1] ** -0.5 if case.scale is None else case.scale
+    scores = scale * q @ k.mT
+    if case.is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -float("inf"))
+    weights = scores.softmax(-1)
+    d_weights = do.abs() @ v.abs().mT
+    d_scores = abs(scale) * weights * (d_weights + (weights * d_weights).sum(-1, keepdim=True))
+    return d_scores @ k.abs(), d_scores.mT @ q.abs(), weights.mT @ do.abs()
+
+
+def check_gradients(case: Case, backend: str = "cpu", do: Tensor | None = None) -> None:
+    """As `check`, of dq, dk and dv."""
+    do = torch.randn(case.q.shape).to(case.q.dtype) if do is None else do
+    exact = case.converted(torch.float64).gradients("torch", do)
+    results = zip("qkv", case.gradients(backend, do), case.gradients("torch", do), exact, strict=True)
+    for (name, actual, eager, wanted), size in zip(results, gradient_terms(case, do), strict=True):
+        assert actual.shape == getattr(case, name).shape
+        if actual.dtype is torch.float32:  # the worst element follows the rounding of one lse: chance
+            assert relative_error(actual, wanted, magnitude=size) <= error_budget(
+                eager, wanted, magnitude=size
+            )
+        else:
+            assert_within_budget(actual, eager, wanted, magnitude=size, what=f"d{name}")
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,6 +130,53 @@ def test_against_fp64(backend: str, dtype: torch.dtype, head_dim: int) -> None:
     for queries in LENGTHS:
         for keys in LENGTHS:
             check(make_case(queries, keys, head_dim, dtype), backend)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_against_fp64(backend: str, dtype: torch.dtype, head_dim: int) -> None:
+    for queries in (1, 7, 77, 130):
+        for keys in (1, 7, 77, 300):
+            heads = max(2, 64 // queries)  # of few queries the rounding of each one's lse would be chance
+            check_gradients(make_case(queries, keys, head_dim, dtype, heads=heads), backend)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_over_several_ranges(dtype: torch.dtype) -> None:
+    """Lengths at which a head's keys and queries are cut, and the cuts are no multiples of the blocks."""
+    for queries, keys in [(600, 780), (1100, 515)]:
+        for is_causal in (False, True):
+            check_gradients(make_case(queries, keys, 24, dtype, heads=1, is_causal=is_causal))
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "odd", "scattered"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_in_layouts(dtype: torch.dtype, layout: str) -> None:
+    for head_dim in (*range(1, 19), 33, 40, 41):
+        case = make_case(35, 79, head_dim, dtype, layout, batch=2)
+        do = in_layout(torch.randn(case.q.shape).to(dtype), layout)
+        check_gradients(case, do=do)
+        dense = Case(case.q.contiguous(), case.k.contiguous(), case.v.contiguous())
+        for actual, expected in zip(
+            case.gradients("cpu", do), dense.gradients("cpu", do.contiguous()), strict=True
+        ):
+            assert torch.equal(actual, expected)
+            assert actual.transpose(1, 2).is_contiguous()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_gradients(dtype: torch.dtype) -> None:
+    """What sums and means send back, and one key and value for all heads."""
+    case = make_case(40, 50, 40, dtype, heads=4)
+    for one in (torch.ones((), dtype=dtype), torch.randn(1, 1, 40, 1).to(dtype), torch.randn(40).to(dtype)):
+        check_gradients(case, do=one.expand(case.q.shape))
+    check_gradients(
+        dataclasses.replace(case, k=case.k[:, :1].expand_as(case.k), v=case.v[:, :1].expand_as(case.v))
+    )
 
 
 @needs_kernel
@@ -123,9 +201,19 @@ def test_causal(dtype: torch.dtype) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_causal_gradients(dtype: torch.dtype) -> None:
+    for queries, keys in [(77, 77), (1, 5), (130, 300), (300, 130), (64, 64), (7, 1), (520, 520)]:
+        check_gradients(make_case(queries, keys, 64, dtype, is_causal=True))
+        check_gradients(make_case(queries, keys, 41, dtype, is_causal=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0, -0.3])
 def test_scale(dtype: torch.dtype, scale: float) -> None:
-    check(make_case(70, 300, 40, dtype, scale=scale))
+    case = make_case(70, 300, 40, dtype, scale=scale)
+    check(case)
+    check_gradients(case)
 
 
 @needs_kernel
@@ -183,7 +271,38 @@ def test_non_finite_values(value: float, dtype: torch.dtype) -> None:
 def test_everything_is_written(dtype: torch.dtype) -> None:
     for queries, keys, head_dim in [(1, 1, 1), (33, 77, 40), (64, 7, 41), (130, 300, 80), (5, 193, 15)]:
         for is_causal in (False, True):
-            check(make_case(queries, keys, head_dim, dtype, "odd", is_causal=is_causal))
+            case = make_case(queries, keys, head_dim, dtype, "odd", is_causal=is_causal)
+            check(case)
+            check_gradients(case)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits_have_gradients(dtype: torch.dtype) -> None:
+    """Weights that are almost one and almost zero: everything stays finite and where it belongs."""
+    case = make_case(70, 300, 40, dtype, scale=1.0)
+    case.k *= 16
+    do = torch.randn(case.q.shape).to(dtype)
+    for actual, eager in zip(case.gradients("cpu", do), case.gradients("torch", do), strict=True):
+        assert actual.isfinite().all()
+        assert (actual - eager).double().norm() < 0.05 * eager.double().norm()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+def test_nan_gradients(dtype: torch.dtype, name: str) -> None:
+    """It stays in its head, and is not lost there."""
+    plain = make_case(40, 50, 40, dtype)
+    tensors = {"q": plain.q, "k": plain.k, "v": plain.v, "do": torch.randn(plain.q.shape).to(dtype)}
+    expected = plain.gradients("cpu", tensors["do"])
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 1, 20, 5] = float("nan")
+    do = tensors.pop("do")
+    gradients = dataclasses.replace(plain, **tensors).gradients("cpu", do)
+    for actual, before in zip(gradients, expected, strict=True):
+        assert torch.equal(actual[0, 0], before[0, 0])
+    assert gradients[0][0, 1, 20].isnan().all() and gradients[1][0, 1].isnan().any(-1).all()
 
 
 @needs_kernel
@@ -200,12 +319,15 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
         make_case(700, 1100, 40, dtype, heads=1),
         make_case(130, 77, 80, dtype, heads=3),
         make_case(300, 300, 64, dtype, heads=3, is_causal=True),
+        make_case(1030, 520, 40, dtype, heads=5, is_causal=True),
     ):
+        do = torch.randn_like(case.q)
         results = []
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
-            results.append(case.run("cpu"))
-        assert all(torch.equal(results[0], other) for other in results[1:])
+            results.append((case.run("cpu"), *case.gradients("cpu", do)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @needs_kernel
@@ -225,6 +347,29 @@ def test_opcheck(layout: str) -> None:
         for is_causal in (False, True):
             arguments = (case.q, case.k, case.v, is_causal, 0.3)
             torch.library.opcheck(torch.ops.sdfast.attention_forward, arguments)
+            torch.library.opcheck(torch.ops.sdfast.attention_with_lse, arguments)
+            o, lse = torch.ops.sdfast.attention_with_lse(*arguments)
+            assert torch.equal(torch.ops.sdfast.attention_forward(*arguments), o)
+            scores = 0.3 * case.q.double() @ case.k.double().mT
+            if is_causal:
+                scores = scores.masked_fill(torch.ones(5, 7).tril() == 0, -float("inf"))
+            expected = scores.logsumexp(-1) / math.log(2)
+            torch.testing.assert_close(lse.double(), expected, rtol=1e-4, atol=1e-4)
+            backward = (torch.randn_like(o), *arguments[:3], o, lse, is_causal, 0.3)
+            torch.library.opcheck(torch.ops.sdfast.attention_backward, backward)
+
+
+@needs_kernel
+def test_what_is_unsafe_is_refused_by_the_operation_itself() -> None:
+    case = make_case(5, 7, 8, torch.float32)
+    q, k, v = case.q, case.k, case.v
+    o, lse = torch.ops.sdfast.attention_with_lse(q, k, v, False, 0.3)
+    for wrong in [
+        (o[:, :, :4], q, k, v, o, lse), (o, q, k, v[:, :, :6], o, lse), (o, q, k, v, o[..., :7], lse),
+        (o, q, k, v, o, lse[..., :4]), (o.bfloat16(), q, k, v, o, lse), (o, q, k[:, :1], v, o, lse),
+    ]:  # fmt: skip
+        with pytest.raises(RuntimeError):
+            torch.ops.sdfast.attention_backward(*wrong, False, 0.3)
 
 
 @needs_kernel
@@ -237,7 +382,6 @@ def test_what_the_kernel_leaves_to_torch() -> None:
     none = case.q[:, :, :0]
     for call, reason in (
         (lambda backend: attention(case.q, case.k, case.v, mask=mask, backend=backend), "takes no mask"),
-        (lambda backend: attention(leaf, case.k, case.v, backend=backend), "has no backward"),
         (lambda backend: attention(wide.q, wide.k, wide.v, backend=backend), "float32, bfloat16"),
         (lambda backend: attention(none, case.k, case.v, backend=backend), "is empty"),
         (lambda backend: torch.vmap(lambda q: attention(q, case.k, case.v, backend=backend))(case.q[None]),
@@ -258,13 +402,21 @@ def backend_of_compiler() -> list[object]:
 @needs_kernel
 @pytest.mark.parametrize("compiler", backend_of_compiler())
 def test_compiles_to_one_graph(compiler: str) -> None:
-    case = make_case(12, 9, 8, torch.float32)
+    case = make_case(130, 77, 8, torch.float32)  # large enough for the kernel to serve its training
     torch._dynamo.reset()
 
     def call(q: Tensor) -> Tensor:
         return attention(q * 2, case.k, case.v).transpose(1, 2).flatten(2) + 1
 
-    torch.testing.assert_close(torch.compile(call, backend=compiler, fullgraph=True)(case.q), call(case.q))
+    compiled = torch.compile(call, backend=compiler, fullgraph=True)
+    torch.testing.assert_close(compiled(case.q), call(case.q))
+    results = []
+    for function in (call, compiled):
+        q = case.q.detach().requires_grad_()
+        y = function(q)
+        results.append((y, *torch.autograd.grad(y, q, torch.ones_like(y))))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @needs_kernel
@@ -279,16 +431,8 @@ def test_serves_the_call() -> None:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_lower_instruction_sets(isa: str) -> None:
     """The libraries of lesser CPUs, on this one."""
-    if isa not in _library._CPU_ISAS[_library._CPU_ISAS.index(_library.cpu_isa()) :]:
-        pytest.skip(f"this CPU has no {isa}")
-    code = f"""
-        import torch
-        torch.cpu._is_avx512_bf16_supported = lambda: False
+    code = """
         import test_attention as t
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        from sdfast import _library
-        assert _library.load_cpu_library().name == "_C_cpu_{isa}", _library.status()
         for dtype in t.DTYPES:
             for head_dim in (1, 8, 40, 160):
                 t.test_against_fp64("cpu", dtype, head_dim)
@@ -297,10 +441,11 @@ def test_lower_instruction_sets(isa: str) -> None:
             t.test_large_logits(dtype)
             for value in (float("nan"), float("inf")):
                 t.test_non_finite_values(value, dtype)
+        for dtype in t.DTYPES:
+            for head_dim in (1, 8, 40, 160):
+                t.test_gradients_against_fp64("cpu", dtype, head_dim)
+            t.test_gradients_in_layouts(dtype, "odd")
+            t.test_gradients_over_several_ranges(dtype)
+            t.test_causal_gradients(dtype)
     """
-    capability = "default" if isa == "baseline" else isa
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ATEN_CPU_CAPABILITY": capability},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_with_library(isa, code)

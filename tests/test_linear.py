@@ -151,12 +151,10 @@ def test_opcheck() -> None:
 
 def test_unavailable_says_why() -> None:
     x, weight, bias, _ = make(6, 34, 7, torch.float32)
-    with pytest.raises(ValueError, match="gradient"):
-        ops.linear(x, weight.requires_grad_(), bias, backend="cpu")
     with pytest.raises(ValueError, match="empty"):
-        ops.linear(x[:0], weight.detach(), bias, backend="cpu")
+        ops.linear(x[:0], weight, bias, backend="cpu")
     with pytest.raises(ValueError, match="float64"):
-        ops.linear(x.double(), weight.detach().double(), bias.double(), backend="cpu")
+        ops.linear(x.double(), weight.double(), bias.double(), backend="cpu")
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])

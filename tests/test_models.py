@@ -153,6 +153,95 @@ def test_gradients_equal_diffusers():
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
+def precomputed_case(dtype, **settings):
+    """A model, and for 3 steps and 2 texts everything that its forward takes but the latents."""
+    ours, _ = build(UNet2DCondition, diffusers.UNet2DConditionModel, **SMALL, **settings)
+    added = None
+    if settings.get("addition_embed_type"):
+        time_ids = torch.tensor([[16.0, 24, 0, 3, 16, 24]]).expand(2, -1)
+        added = {"text_embeds": torch.randn(2, 40).to(dtype), "time_ids": time_ids}
+    return ours.to(dtype), torch.tensor([999.0, 500.25, 3.0]), torch.randn(2, 7, 24).to(dtype), added
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images", [2, 6])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 40 + 6 * 8,
+        },
+    ],
+    ids=["plain", "scale_shift", "text_time"],
+)
+@torch.inference_mode()
+def test_encoded_text_and_time_give_the_bits_of_the_plain_call(settings, images, dtype):
+    """Beside one row of text for each image, for rows that are shared by images, too."""
+    ours, timesteps, text, added = precomputed_case(dtype, **settings)
+    sample = torch.randn(images, 4, 9, 13).to(dtype)
+    context, times = ours.encode_context(text), ours.encode_time(timesteps, added)
+    each = images // 2
+    per_image = added and {name: rows.repeat_interleave(each, 0) for name, rows in added.items()}
+    assert len(times) == 3
+    for time, timestep in zip(times, timesteps, strict=True):
+        expected = ours(sample, timestep, text.repeat_interleave(each, 0), per_image)
+        assert torch.equal(ours(sample, time, context), expected)
+        assert torch.equal(ours(sample, timestep, text, added), expected)
+
+
+@torch.inference_mode()
+def test_encoded_time_of_the_unconditional_unet():
+    ours, _ = build(UNet2D, diffusers.UNet2DModel, **DDPM_CIFAR)
+    sample = torch.randn(2, 3, 8, 8)
+    for time, timestep in zip(ours.encode_time([7, 500]), [7, 500], strict=True):
+        assert torch.equal(ours(sample, time), ours(sample, timestep))
+
+
+@torch.inference_mode()
+def test_encoded_text_and_time_compile_to_one_graph_for_all_steps():
+    ours, timesteps, text, _ = precomputed_case(torch.float32)
+    sample, graphs = torch.randn(2, 4, 8, 8), []
+    compiled = torch.compile(
+        ours, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    context = ours.encode_context(text)
+    for time, timestep in zip(ours.encode_time(timesteps), timesteps, strict=True):
+        assert torch.equal(compiled(sample, time, context), ours(sample, timestep, text))
+    assert len(graphs) == 1
+    assert torch.equal(compiled(sample, timesteps[:2], text), ours(sample, timesteps[:2], text))
+
+
+def test_gradients_reach_what_was_encoded():
+    ours, timesteps, text, _ = precomputed_case(torch.float32)
+    sample, text = torch.randn(2, 4, 8, 8), text.requires_grad_()
+    expected = torch.autograd.grad(ours(sample, timesteps[0], text).square().mean(), text)[0]
+    encoded = ours(sample, ours.encode_time(timesteps)[0], ours.encode_context(text))
+    assert relative_error(torch.autograd.grad(encoded.square().mean(), text)[0], expected) <= 1e-5
+
+
+@torch.inference_mode()
+def test_encoded_text_and_time_are_refused_where_they_do_not_belong():
+    ours, timesteps, text, added = precomputed_case(torch.float32)
+    other, *_ = precomputed_case(torch.float32)
+    sample, context, time = torch.randn(2, 4, 8, 8), ours.encode_context(text), ours.encode_time(timesteps)[0]
+    with pytest.raises(ValueError, match="encoder_hidden_states: was encoded by another UNet2DCondition"):
+        other(sample, 3, context)
+    with pytest.raises(ValueError, match="timesteps: was encoded by another UNet2DCondition"):
+        other(sample, time, text)
+    with pytest.raises(ValueError, match="added_cond: is part of"):
+        ours(sample, time, context, {})
+    for rows in (context, text):
+        with pytest.raises(ValueError, match="encoder_hidden_states: got 2 rows for 3 images"):
+            ours(torch.randn(3, 4, 8, 8), time, rows)
+    ours.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="was encoded in torch.float32, but sample is torch.bfloat16"):
+        ours(sample.bfloat16(), 3, context)
+
+
 def test_config_survives_a_round_trip_and_names_what_it_cannot_do():
     with torch.device("meta"):
         model = UNet2DCondition(config_from_dict(UNet2DCondition, SDXL_CUT))

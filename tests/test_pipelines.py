@@ -158,6 +158,39 @@ def test_diffusers_loads_the_digits_and_draws_the_same(sampler):
 # Seeds, batches, results
 
 
+@pytest.mark.parametrize(
+    ("prompts", "options", "rows"),
+    [
+        pytest.param("seven", {"num_images": 2}, [2], id="images of one prompt share its rows"),
+        pytest.param("seven", {"num_images": 3, "batch_size": 1}, [2], id="and so do batches"),
+        pytest.param(["seven", "and"], {"num_images": 2}, [4], id="two prompts"),
+        pytest.param(
+            ["seven", "and"], {"num_images": 2, "batch_size": 3}, [6, 2], id="that end inside a batch"
+        ),
+        pytest.param("seven", {"guidance_scale": 1.0}, [1], id="no guidance"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_text_and_time_are_projected_before_the_steps(folders, kind, prompts, options, rows):
+    """Rows of text in each call of a cross-attention's `to_k`, and rows of time in each of a ResNet block."""
+    pipe = sdfast.StableDiffusion.from_pretrained(folders[kind])
+    texts, times = [], []
+    block = pipe.unet.mid_block
+    watched = [
+        (block.attentions[0].transformer_blocks[0].attn2.to_k, texts),
+        (block.resnets[0].time_emb_proj, times),
+    ]
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])))
+        for layer, seen in watched
+    ]
+    pipe.text_to_image(prompts, steps=STEPS, seed=0, **options)
+    for hook in hooks:
+        hook.remove()
+    assert texts == rows
+    assert times == [STEPS * (n if kind == "sdxl" else 1) for n in rows]
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_a_seed_is_a_picture_whatever_the_batch(pipe, sampler):
     def draw(**options):

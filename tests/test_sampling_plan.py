@@ -116,6 +116,15 @@ def test_on_step_may_replace_the_latents():
     assert not torch.allclose(result[..., 3:], free[..., 3:])
 
 
+def test_the_denoiser_may_be_given_something_else_than_timesteps():
+    plan = diffusion.euler(NoiseSchedule.scaled_linear(), 4)
+    timesteps = [(t,) for t in plan.timesteps.float()]
+    actual = sample(plan, lambda x, time: denoiser(x, time[0]), start(), timesteps=timesteps)
+    assert torch.equal(actual, sample(plan, denoiser, start()))
+    with pytest.raises(ValueError, match="timesteps: got 3, expected 4, one for each step"):
+        sample(plan, denoiser, start(), timesteps=timesteps[1:])
+
+
 def test_inpainting_noise_equals_diffusers():
     for name, class_name in CLASSES.items():
         plan = plan_from_config(config_of(name), 10)

@@ -12,7 +12,7 @@ import torch
 
 import sdfast
 from sdfast import _library, _tuning_file, ops, tuning
-from sdfast.ops._conv2d_cpu import Shape, shape_of
+from sdfast.ops._conv2d_choice import Shape, shape_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "tuning_file"),

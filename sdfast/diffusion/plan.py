@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +65,10 @@ class SamplingPlan:
 @torch.no_grad()
 def sample(
     plan: SamplingPlan,
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Callable[[Tensor, Any], Tensor],
     latents: Tensor,
     *,
+    timesteps: Sequence[object] | None = None,
     guidance_scale: float | None = None,
     draw_noise: Callable[[Tensor], Tensor] | None = None,
     on_step: Callable[[int, int, Tensor], Tensor | None] | None = None,
@@ -80,6 +82,8 @@ def sample(
             unconditional half first: the denoiser itself duplicates its batch.
         latents: where to start, (N, ...), fp32, bf16, fp16 or fp64: noise times `plan.initial_sigma`, or
             `plan.add_noise(x0, noise)`.
+        timesteps: n of what the denoiser takes instead of the plan's timesteps, such as what a U-Net made of
+            them (`encode_time`).
         guidance_scale: weight of classifier-free guidance, or None for an output without guidance.
         draw_noise: latents -> standard normal noise of the same shape, dtype and device; called once in each
             step that `plan.draws_noise`. None: `torch.randn_like`.
@@ -94,10 +98,11 @@ def sample(
     """
     check_tensor("latents", latents)
     draw_noise = draw_noise or torch.randn_like
-    timesteps = plan.timesteps
-    if timesteps.is_floating_point():
-        timesteps = timesteps.float()
-    timesteps = timesteps.to(latents.device)
+    if timesteps is None:
+        dtype = torch.float32 if plan.timesteps.is_floating_point() else torch.int64
+        timesteps = plan.timesteps.to(latents.device, dtype).unbind()
+    elif len(timesteps) != len(plan):
+        raise ValueError(f"timesteps: got {len(timesteps)}, expected {len(plan)}, one for each step")
     # Read once as Python numbers: nothing in the loop waits for the device.
     input_scale, draws_noise = plan.input_scale.tolist(), plan.draws_noise.tolist()
     x0: Tensor | None = None

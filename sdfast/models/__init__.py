@@ -1,5 +1,6 @@
 """Thin torch models with diffusers' parameter names."""
 
+from sdfast.models.precomputed import Context, TimeEmbedding
 from sdfast.models.text_encoder import CLIPTextConfig, CLIPTextEncoder
 from sdfast.models.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from sdfast.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
@@ -9,7 +10,9 @@ __all__ = [
     "AutoencoderKLConfig",
     "CLIPTextConfig",
     "CLIPTextEncoder",
+    "Context",
     "DiagonalGaussian",
+    "TimeEmbedding",
     "UNet2D",
     "UNet2DCondition",
     "UNet2DConditionConfig",

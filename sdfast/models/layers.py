@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdfast import ops
+from sdfast.models.precomputed import Context, TimeEmbedding, each_repeated
 
 
 class Conv2d(nn.Conv2d):
@@ -166,9 +167,13 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TimeEmbedding | None = None) -> Tensor:
         """x (N, C_in, H, W), emb (N, time_channels) already SiLU'd -> (N, C_out, H, W)."""
-        time = None if emb is None else self.time_emb_proj(emb)
+        time: Tensor | None = None
+        if isinstance(emb, TimeEmbedding):
+            time = each_repeated(emb.by_layer[self], x.shape[0])
+        elif emb is not None:
+            time = self.time_emb_proj(emb)
         scale, shift = time.chunk(2, dim=1) if self.scale_shift and time is not None else (None, None)
         h = self.norm1(x, activation="silu")
         h = self.conv1(h, time_embedding=None if self.scale_shift else time)
@@ -178,7 +183,10 @@ class ResnetBlock2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (N, L, C) over `context` (N, S, E), or over itself."""
+    """Multi-head attention of x (N, L, C) over `context` (B, S, E), or over itself.
+
+    B divides N: the keys of one row serve N/B consecutive rows of x.
+    """
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -188,15 +196,26 @@ class Attention(nn.Module):
         self.to_v = Linear(context_dim, dim, bias=qkv_bias)
         self.to_out = nn.ModuleList([Linear(dim, dim)])  # a list, as in checkpoints: index 1 was a dropout
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
-        """-> (N, L, C), with `residual` (N, L, C) added."""
-        context = x if context is None else context
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, D)
-            for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, E) -> k and v, (B, heads, S, D) both."""
+        k, v = (
+            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for tokens in (self.to_k(context), self.to_v(context))
         )
-        o = ops.attention(q, k, v)
-        return self.to_out[0](o.transpose(1, 2).flatten(2), residual=residual)
+        return k, v
+
+    def forward(
+        self, x: Tensor, context: Tensor | Context | None = None, *, residual: Tensor | None = None
+    ) -> Tensor:
+        """-> (N, L, C), with `residual` (N, L, C) added."""
+        if isinstance(context, Context):
+            k, v = context.by_layer[self]
+        else:
+            k, v = self.keys_values(x if context is None else context)
+        # Queries do not see each other: rows of x with the same keys are one longer row, no key is repeated.
+        q = self.to_q(x).reshape(k.shape[0], -1, self.heads, k.shape[-1]).transpose(1, 2)
+        o = ops.attention(q, k, v)  # (B, heads, N/B * L, D)
+        return self.to_out[0](o.transpose(1, 2).reshape(x.shape), residual=residual)
 
 
 class GEGLU(nn.Module):
@@ -235,8 +254,8 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (N, L, C), context (N, S, E) -> (N, L, C)."""
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
+        """x (N, L, C), context (B, S, E) -> (N, L, C)."""
         x = self.attn1(self.norm1(x), residual=x)
         x = self.attn2(self.norm2(x), context, residual=x)
         return self.ff(self.norm3(x), residual=x)
@@ -257,8 +276,8 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (N, C, H, W), context (N, S, E) -> (N, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
+        """x (N, C, H, W), context (B, S, E) -> (N, C, H, W)."""
         h = self.proj_in(to_tokens(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
@@ -272,7 +291,7 @@ class SelfAttention2D(Attention):
         super().__init__(channels, channels, heads, qkv_bias=True)
         self.group_norm = GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: object = None) -> Tensor:  # type: ignore[override]
         """x (N, C, H, W) -> (N, C, H, W); `context` is ignored, so that it can stand for a Transformer2D."""
         tokens = super().forward(to_tokens(self.group_norm(x)), residual=to_tokens(x))
         return to_image(tokens, *x.shape[2:])

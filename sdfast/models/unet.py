@@ -7,109 +7,29 @@ of the way up reading what the same level left on the way down.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sdfast.models.layers import (
+    BasicTransformerBlock,
     Conv2d,
-    Downsample2D,
     GroupNorm,
     ResnetBlock2D,
     SelfAttention2D,
     TimestepEmbedding,
     Transformer2D,
-    Upsample2D,
     timestep_embedding,
 )
-
-# Makes the attention of one layer at one level, or nothing where the level has none.
-MakeAttention = Callable[[], nn.Module] | None
-MakeResnet = Callable[[int, int], ResnetBlock2D]
-
-
-class DownBlock2D(nn.Module):
-    """`layers` ResNet blocks, each followed by attention if there is any, then a downsampler."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, layers: int, resnet: MakeResnet, attention: MakeAttention,
-        downsample_padding: int | None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)
-        )
-        self.attentions = nn.ModuleList(attention() for _ in range(layers)) if attention else None
-        self.downsamplers = (
-            None
-            if downsample_padding is None
-            else nn.ModuleList([Downsample2D(out_channels, downsample_padding)])
-        )
-
-    def forward(
-        self, x: Tensor, emb: Tensor | None, context: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """x (N, C, H, W) -> the downsampled image and what each layer leaves for the way up."""
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
-            if self.attentions is not None:
-                x = self.attentions[i](x, context)
-            skips.append(x)
-        if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        return x, skips
-
-
-class MidBlock2D(nn.Module):
-    """ResNet block, attention, ResNet block."""
-
-    def __init__(self, channels: int, resnet: MakeResnet, attention: MakeAttention) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList([resnet(channels, channels), resnet(channels, channels)])
-        self.attentions = nn.ModuleList([attention()]) if attention else None
-
-    def forward(self, x: Tensor, emb: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        x = self.resnets[0](x, emb)
-        if self.attentions is not None:
-            x = self.attentions[0](x, context)
-        return self.resnets[1](x, emb)
-
-
-class UpBlock2D(nn.Module):
-    """The mirror of `DownBlock2D`: each ResNet block reads a skip beside its input, then an upsampler."""
-
-    def __init__(
-        self, in_channels: int, skip_channels: list[int], out_channels: int, resnet: MakeResnet,
-        attention: MakeAttention, upsample: bool,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            resnet((in_channels if i == 0 else out_channels) + skip, out_channels)
-            for i, skip in enumerate(skip_channels)
-        )
-        self.attentions = nn.ModuleList(attention() for _ in skip_channels) if attention else None
-        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)]) if upsample else None
-
-    def forward(
-        self, x: Tensor, skips: list[Tensor], emb: Tensor | None, context: Tensor | None = None
-    ) -> Tensor:
-        """Takes its skips off the list's end; (N, C, H, W) -> (N, C', 2H, 2W), or the next skip's size."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-            if self.attentions is not None:
-                x = self.attentions[i](x, context)
-        if self.upsamplers is not None:
-            height, width = skips[-1].shape[2:]
-            x = self.upsamplers[0](x, (height, width))
-        return x
+from sdfast.models.precomputed import Context, TimeEmbedding, check_rows, each_repeated
+from sdfast.models.unet_blocks import DownBlock2D, MakeAttention, MidBlock2D, Text, Time, UpBlock2D
 
 
 class _UNet(nn.Module):
     """What both U-Nets share: the blocks and their order."""
+
+    config: UNet2DConditionConfig | UNet2DConfig
 
     def _build(
         self, config: UNet2DConditionConfig | UNet2DConfig, layers: tuple[int, ...], dropout: float,
@@ -153,7 +73,69 @@ class _UNet(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[0], eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def _denoise(self, sample: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def encode_time(
+        self, timesteps: Tensor | Sequence[float], added_cond: Mapping[str, Tensor] | None = None
+    ) -> list[TimeEmbedding]:
+        """What every ResNet block adds at each of T timesteps: one matrix product a layer for all of them.
+
+        Args:
+            timesteps: (T,), on the training schedule's scale.
+            added_cond: as `UNet2DCondition.forward` takes it, B rows; SDXL only.
+
+        Returns:
+            T of them; the forward takes one in place of its timesteps (and `added_cond`).
+        """
+        weight = self.conv_in.weight
+        steps = torch.as_tensor(timesteps, device=weight.device)  # (T,)
+        added = self._added_embedding(added_cond, weight.dtype)  # (B, time_channels)
+        batch = 1
+        if added is not None:  # each step with each row
+            batch, added = len(added), added.repeat(len(steps), 1)
+        emb = self._embed(steps.repeat_interleave(batch), weight.dtype, added)
+        resnets = [module for module in self.modules() if isinstance(module, ResnetBlock2D)]
+        by_layer = {resnet: resnet.time_emb_proj(emb).unflatten(0, (len(steps), batch)) for resnet in resnets}
+        return [
+            TimeEmbedding(self, batch, weight.dtype, {resnet: rows[i] for resnet, rows in by_layer.items()})
+            for i in range(len(steps))
+        ]
+
+    def _time(
+        self,
+        sample: Tensor,
+        timesteps: Tensor | float | TimeEmbedding,
+        added_cond: Mapping[str, Tensor] | None = None,
+    ) -> Time:
+        """What the blocks are told of the timesteps, for each of N images."""
+        if isinstance(timesteps, TimeEmbedding):
+            if added_cond is not None:
+                raise ValueError("added_cond: is part of timesteps that were encoded; give it to encode_time")
+            timesteps.check("timesteps", self, sample)
+            return timesteps
+        images = sample.shape[0]
+        added = self._added_embedding(added_cond, sample.dtype)
+        if added is not None:
+            check_rows("added_cond", len(added), sample)
+            added = each_repeated(added, images)
+        return self._embed(
+            torch.as_tensor(timesteps, device=sample.device).expand(images), sample.dtype, added
+        )
+
+    def _embed(self, timesteps: Tensor, dtype: torch.dtype, added: Tensor | None) -> Tensor:
+        """Timesteps (M,) and `added` (M, time_channels) -> (M, time_channels), SiLU'd.
+
+        Every ResNet block projects the SiLU of the embedding: one here instead of one in each.
+        """
+        sinusoid = timestep_embedding(
+            timesteps, self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift,
+        ).to(dtype)  # fmt: skip
+        return self.time_embedding(sinusoid, activation="silu", residual=added)
+
+    def _added_embedding(self, added_cond: Mapping[str, Tensor] | None, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the time embedding, (B, time_channels); nothing but in SDXL."""
+        return None
+
+    def _denoise(self, sample: Tensor, emb: Time, context: Text) -> Tensor:
         x = self.conv_in(sample)
         skips = [x]
         for down_block in self.down_blocks:
@@ -171,11 +153,6 @@ def _as_levels(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
     if len(values) != levels:
         raise ValueError(f"got {values}, expected {levels} numbers as there are block_out_channels")
     return values
-
-
-def _timesteps(timesteps: Tensor | float, sample: Tensor) -> Tensor:
-    """One timestep for each image: (N,)."""
-    return torch.as_tensor(timesteps, device=sample.device).expand(sample.shape[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +186,7 @@ class UNet2DConditionConfig:
 class UNet2DCondition(_UNet):
     """ε_θ(x_t, t, text): the U-Net of Stable Diffusion (Rombach et al. 2022; SDXL: Podell et al. 2023)."""
 
+    config: UNet2DConditionConfig
     config_class = UNet2DConditionConfig
     diffusers_class = "UNet2DConditionModel"
     fixed_config: Mapping[str, object] = {
@@ -258,47 +236,57 @@ class UNet2DCondition(_UNet):
                 f"addition_embed_type: got {config.addition_embed_type!r}, expected None or 'text_time'"
             )
 
+    def encode_context(self, encoder_hidden_states: Tensor) -> Context:
+        """The text (B, S, cross_attention_dim) as every cross-attention reads it, for the forward."""
+        blocks = [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
+        return Context(
+            self, encoder_hidden_states.shape[0], encoder_hidden_states.dtype,
+            {block.attn2: block.attn2.keys_values(encoder_hidden_states) for block in blocks},
+        )  # fmt: skip
+
     def forward(
         self,
         sample: Tensor,
-        timesteps: Tensor | float,
-        encoder_hidden_states: Tensor,
+        timesteps: Tensor | float | TimeEmbedding,
+        encoder_hidden_states: Tensor | Context,
         added_cond: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predict the noise (or v, or x_0, as trained) in a batch of noisy latents.
 
+        Of what has B rows, B a divisor of N, each row serves N/B consecutive images.
+
         Args:
             sample: (N, in_channels, H, W), in the model's dtype.
-            timesteps: (N,) or one number, on the training schedule's scale (0 … T-1).
-            encoder_hidden_states: (N, S, cross_attention_dim), the text.
-            added_cond: SDXL only: "text_embeds" (N, E) and "time_ids" (N, 6).
+            timesteps: (N,) or one number, on the training schedule's scale (0 … T-1); or from `encode_time`.
+            encoder_hidden_states: (B, S, cross_attention_dim), the text; or from `encode_context`.
+            added_cond: SDXL only: "text_embeds" (B, E) and "time_ids" (B, 6); not beside encoded timesteps.
 
         Returns:
             (N, out_channels, H, W).
 
         Raises:
-            ValueError: `added_cond` is absent where the model needs it.
+            ValueError: `added_cond` is absent where the model needs it, something was encoded by another
+                model or in another dtype, or B does not divide N.
         """
-        config = self.config
-        sinusoid = timestep_embedding(
-            _timesteps(timesteps, sample), config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
-        ).to(sample.dtype)  # fmt: skip
-        added = self._added_embedding(sample, added_cond) if config.addition_embed_type else None
-        # Every ResNet block projects silu(emb): one SiLU here instead of one in each.
-        emb = self.time_embedding(sinusoid, activation="silu", residual=added)
-        return self._denoise(sample, emb, encoder_hidden_states)
+        emb, text = self._time(sample, timesteps, added_cond), encoder_hidden_states
+        if isinstance(text, Context):
+            text.check("encoder_hidden_states", self, sample)
+        else:
+            check_rows("encoder_hidden_states", text.shape[0], sample)
+        return self._denoise(sample, emb, text)
 
-    def _added_embedding(self, sample: Tensor, added_cond: Mapping[str, Tensor] | None) -> Tensor:
-        """SDXL's pooled text and picture sizes, (N, time_channels)."""
+    def _added_embedding(self, added_cond: Mapping[str, Tensor] | None, dtype: torch.dtype) -> Tensor | None:
+        """SDXL's pooled text and picture sizes, (B, time_channels)."""
+        if self.config.addition_embed_type is None:
+            return None
         if added_cond is None or not {"text_embeds", "time_ids"} <= added_cond.keys():
-            raise ValueError("added_cond: this U-Net needs 'text_embeds' (N, E) and 'time_ids' (N, 6)")
+            raise ValueError("added_cond: this U-Net needs 'text_embeds' (B, E) and 'time_ids' (B, 6)")
         time_ids = added_cond["time_ids"]
         sizes = timestep_embedding(
             time_ids.flatten(), self.config.addition_time_embed_dim or 0,
             flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift,
         ).reshape(time_ids.shape[0], -1)  # fmt: skip
-        return self.add_embedding(torch.cat([added_cond["text_embeds"], sizes.to(sample.dtype)], dim=-1))
+        return self.add_embedding(torch.cat([added_cond["text_embeds"], sizes.to(dtype)], dim=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +316,7 @@ class UNet2DConfig:
 class UNet2D(_UNet):
     """ε_θ(x_t, t): the unconditional U-Net of Ho et al. 2020."""
 
+    config: UNet2DConfig
     config_class = UNet2DConfig
     diffusers_class = "UNet2DModel"
     fixed_config: Mapping[str, object] = {
@@ -358,13 +347,9 @@ class UNet2D(_UNet):
         mid = attention(levels - 1, mid_groups) if config.add_attention else None
         self._build(config, _as_levels(config.layers_per_block, levels), config.dropout, down, mid, up)
 
-    def forward(self, sample: Tensor, timesteps: Tensor | float) -> Tensor:
-        """sample (N, in_channels, H, W), timesteps (N,) or one number -> (N, out_channels, H, W)."""
-        sinusoid = timestep_embedding(
-            _timesteps(timesteps, sample), self.config.block_out_channels[0],
-            flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift,
-        ).to(sample.dtype)  # fmt: skip
-        return self._denoise(sample, self.time_embedding(sinusoid, activation="silu"), None)
+    def forward(self, sample: Tensor, timesteps: Tensor | float | TimeEmbedding) -> Tensor:
+        """sample (N, in_channels, H, W), timesteps (N,), one number or one of `encode_time` -> its shape."""
+        return self._denoise(sample, self._time(sample, timesteps), None)
 
 
 def _attention_by_level(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdfast import ops
 from sdfast.models.layers import Conv2d, GroupNorm, ResnetBlock2D, SelfAttention2D, Upsample2D
-from sdfast.models.unet import DownBlock2D, MakeResnet, MidBlock2D
+from sdfast.models.unet_blocks import DownBlock2D, MakeResnet, MidBlock2D
 
 _EPS = 1e-6  # of every GroupNorm in the VAE
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sdfast import tuning
-from sdfast.ops._conv2d_cpu import Shape, _forward, candidates, output_size
+from sdfast.ops._conv2d_choice import Shape, candidates
+from sdfast.ops._conv2d_cpu import forward, output_size
 from sdfast.testing import time_alternating
 
 # What `use_numerics("fast")` allows a layer; a result in fewer bits is off by its own rounding.
@@ -35,7 +36,7 @@ def measure(shape: tuning.Shape, seconds: float) -> tuning.Times:
         return values.contiguous(memory_format=torch.channels_last) if len(size) == 4 else values
 
     def candidate(name: str) -> Callable[[], Tensor]:
-        return lambda: _forward(x, weight, bias, stride, padding, upsample, *extras, name)
+        return lambda: forward(x, weight, bias, stride, padding, upsample, *extras, name)
 
     with torch.no_grad():
         x, weight, bias = random(*x_shape), random(*weight_shape), random(weight_shape[0])

@@ -2,23 +2,27 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; scale defaults to 1/sqrt(D).
 The (L, S) scores are never held in fp32 for the whole batch: torch's SDPA streams over the keys
-wherever it can, and so does the CPU kernel, csrc/attention_cpu.cpp. A mask is torch's to serve.
+wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp.
+A mask is torch's to serve.
 
 q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from the kernel a transposed view of
-(B, L, heads, D), so that the heads of a token are side by side for what follows.
+(B, L, heads, D), so that the heads of a token are side by side for what follows; so are dq, dk and dv.
+lse, the base-2 logarithm of each query's sum of exponentials, which are powers of two: (B, heads, L), fp32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
+from sdfast.ops import _native
 from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_transformed, widened
 
 
@@ -44,14 +48,54 @@ _library.define(
 )
 
 
+def _by_token(t: Tensor) -> Tensor:
+    """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
+    batch, heads, rows, head_dim = t.shape
+    return t.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
+
+
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
-    batch, heads, queries, head_dim = q.shape
-    return q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+    return _by_token(q)
+
+
+def _with_lse_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return _by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward_fake(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_token(q), _by_token(k), _by_token(v)
 
 
 _forward_op = _library.define_native(
     "attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> Tensor", _forward_fake
 )
+_with_lse_op = _library.define_native(
+    "attention_with_lse(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> (Tensor, Tensor lse)",
+    _with_lse_fake,
+)
+_backward_op = _library.define_native(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool is_causal, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    """The native forward with the native backward, which computes the weights again from q, k and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+        o, lse = _with_lse_op(q, k, v, is_causal, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return cast(Tensor, o)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward_op(do, *ctx.saved_tensors, ctx.is_causal, ctx.scale), None, None)
 
 
 def attention_cpu(
@@ -63,11 +107,13 @@ def attention_cpu(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The compiled CPU kernel, for inference and without a mask."""
+    """The compiled CPU kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
     assert mask is None
-    return cast(
-        Tensor, _forward_op(q, k, v, is_causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    )
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if _native.requires_grad(q, k, v):
+        return cast(Tensor, _Attention.apply(q, k, v, is_causal, scale))
+    return cast(Tensor, _forward_op(q, k, v, is_causal, scale))
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -89,8 +135,6 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
         reason = "it takes no mask; use torch or reference"
     elif q.numel() == 0 or k.numel() == 0:
         reason = "q or k is empty"
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        reason = "it has no backward; use torch or reference, or torch.no_grad()"
     elif is_transformed():
         reason = "torch.func transforms and forward-mode AD need torch or reference"
     elif not _library.has_kernel("attention_forward", "cpu"):
@@ -98,6 +142,11 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     else:
         return _NO_KERNEL_BUT_CPU
     return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+
+
+def _is_faster_in_torch(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """As measured: gradients of so little that Python decides."""
+    return q.numel() * k.shape[2] < 2**16 and _native.requires_grad(q, k, v)
 
 
 def attention(
@@ -145,7 +194,9 @@ def attention(
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
-    serve = dispatch.choose("attention", q.device.type, _unavailable(q, k, v, mask), backend)
+    device_type = q.device.type
+    order = ("torch",) if device_type == "cpu" and _is_faster_in_torch(q, k, v) else None
+    serve = dispatch.choose("attention", device_type, _unavailable(q, k, v, mask), backend, order=order)
     run = _BACKENDS.get(serve, attention_torch)
     return run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
 

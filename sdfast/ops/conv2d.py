@@ -20,9 +20,12 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
-from sdfast.ops._conv2d_cpu import conv2d_cpu, output_size
+from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
+from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
+from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
 from sdfast.ops._native import requires_grad, unavailable
+from sdfast.ops.group_norm import group_norm
 
 
 class NormPrologue(NamedTuple):
@@ -85,6 +88,41 @@ _library.define(
 
 tuning.register("conv2d", measure)
 
+
+def conv2d_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    upsample: bool = False,
+    time_embedding: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_silu: bool = False,
+    or_torch: bool = True,
+) -> Tensor:
+    """The compiled CPU kernels, or torch's where `or_torch` and that was measured here to be faster.
+
+    Their gradient cannot be differentiated again; torch's can.
+    """
+    if norm_groups:
+        activation = "silu" if norm_silu else None
+        normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
+        x = cast(Tensor, normed)
+    if requires_grad(x, weight, bias, time_embedding, residual):
+        return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual)
+    run = forward_op if torch.compiler.is_compiling() else forward
+    algorithm = None if or_torch else "compiled"
+    return cast(
+        Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, algorithm)
+    )
+
+
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": conv2d_cpu,
     "reference": cast(Callable[..., Tensor], conv2d_reference),
@@ -100,8 +138,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
     else:
-        needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 
@@ -170,9 +207,17 @@ def conv2d(
 
     parameters = (norm.weight, norm.bias) if norm else ()
     reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    serve = dispatch.choose("conv2d", x.device.type, reasons, backend)
+    named = dispatch.is_named(backend)
+    order = None
+    if "cpu" not in reasons and not named:
+        if requires_grad(x, weight, bias, time_embedding, residual, *parameters):
+            to_torch = suits_torch_in_training(x, weight, upsample)
+        else:
+            to_torch = _suits_torch(x, weight, stride, sides, upsample, time_embedding, residual)
+        order = ("torch",) if to_torch else None
+    serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, conv2d_torch)
-    if serve == "cpu" and dispatch.is_named(backend):
+    if serve == "cpu" and named:
         run = functools.partial(conv2d_cpu, or_torch=False)
     y = cast(
         Tensor,
@@ -196,6 +241,27 @@ def conv2d(
         return y
     mean, rstd = group_statistics(y, stats_groups, stats_eps)
     return y, mean, rstd
+
+
+def _suits_torch(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    sides: tuple[int, ...],
+    upsample: bool,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+) -> bool:
+    """Whether the built-in rule leaves the whole call to torch. Measured times have precedence, where asked.
+
+    A compiled model cannot ask while it is traced, and is served by the rule.
+    """
+    if not suits_torch(x, weight, upsample):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    added = (time_embedding is not None) + (residual is not None)
+    return times_of(shape_of(x, weight, stride, sides, upsample, added)) is None
 
 
 def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, packing
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._linear_rows import ACTIVATIONS, rows_op
+from sdfast.ops._linear_training import linear_training
 from sdfast.ops._native import requires_grad, unavailable
-
-ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
 
 
 def linear_torch(
@@ -54,19 +54,6 @@ _library.define(
 )
 
 
-def _rows_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
-) -> Tensor:
-    width = weight.shape[0] // 2 if ACTIVATIONS[activation] == "geglu" else weight.shape[0]
-    return x.new_empty((x.shape[0], width))
-
-
-_rows_op = _library.define_native(
-    "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
-    _rows_fake,
-)
-
-
 def linear_cpu(
     x: Tensor,
     weight: Tensor,
@@ -75,7 +62,9 @@ def linear_cpu(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The compiled CPU kernel, for inference. The weight is read where it lies."""
+    """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
+    if requires_grad(x, weight, bias, residual):
+        return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation))
     if not torch.compiler.is_compiling():
         packing.note(weight)
     tokens = x.reshape(-1, x.shape[-1])
@@ -85,9 +74,15 @@ def linear_cpu(
         residual = residual.reshape(-1, weight.shape[0]).contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    weight = weight.flatten(1).contiguous()
-    y = _rows_op(tokens, weight, bias, residual, ACTIVATIONS.index(activation))
-    return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
+    y = rows_op(tokens, weight.flatten(1).contiguous(), bias, residual, ACTIVATIONS.index(activation))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _is_faster_in_torch(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Gradients of so little that Python decides, and in half precision, where they are widened."""
+    if not requires_grad(x, weight, *others):
+        return False
+    return x.dtype != torch.float32 or x.numel() * weight.shape[0] < 2**18
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -105,8 +100,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
     else:
-        needs_gradient = requires_grad(x, weight, *others)
-        return unavailable("linear_rows", "x", x.device.type, x.dtype, needs_gradient=needs_gradient)
+        return unavailable("linear_rows", "x", x.device.type, x.dtype)
     return {**NO_KERNEL_YET, "cpu": reason}
 
 
@@ -151,6 +145,7 @@ def linear(
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
     reasons = _unavailable(x, weight, bias, residual)
-    serve = dispatch.choose("linear", x.device.type, reasons, backend)
+    order = ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
+    serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)

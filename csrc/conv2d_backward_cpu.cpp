@@ -1,0 +1,186 @@
+// conv2d on CPU for training: the gradients of x and of the weight, and the transform of a weight
+// that the next step changes. Checks, launch and registration; the algorithms are in
+// conv2d_backward_direct_cpu.h and conv2d_backward_winograd_cpu.h.
+#include "conv2d_backward_direct_cpu.h"
+#include "conv2d_backward_winograd_cpu.h"
+#include "cpu_tensors.h"
+
+namespace sdfast {
+namespace {
+
+using conv2d::Shape;
+
+// padding: left, right, top, bottom.
+Shape shape_of(IntHeaderOnlyArrayRef x, IntHeaderOnlyArrayRef weight, int64_t stride,
+               const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(x.size() == 4 && weight.size() == 4 && padding.size() == 4,
+                  "x, weight: expected 4 dimensions, padding 4 sides");
+  STD_TORCH_CHECK(x[1] == weight[1], "x: the channels do not fit the weight");
+  Shape s;
+  s.images = x[0];
+  s.channels = x[1];
+  s.upsample = false;
+  s.height = x[2];
+  s.width = x[3];
+  s.out_channels = weight[0];
+  s.kernel_height = weight[2];
+  s.kernel_width = weight[3];
+  s.stride = stride;
+  s.left = padding[0];
+  s.top = padding[2];
+  STD_TORCH_CHECK(stride >= 1 && *std::min_element(padding.begin(), padding.end()) >= 0,
+                  "stride, padding: out of range");
+  STD_TORCH_CHECK(std::min({s.images, s.channels, s.height, s.width, s.out_channels,
+                            s.kernel_height, s.kernel_width}) >= 1,
+                  "x, weight: expected at least one element");
+  s.out_height = (s.height + padding[2] + padding[3] - s.kernel_height) / stride + 1;
+  s.out_width = (s.width + padding[0] + padding[1] - s.kernel_width) / stride + 1;
+  STD_TORCH_CHECK(s.height + padding[2] + padding[3] >= s.kernel_height &&
+                      s.width + padding[0] + padding[1] >= s.kernel_width,
+                  "x: smaller than the kernel");
+  return s;
+}
+
+// Whether Winograd's algorithm, which the caller may allow, computes this convolution.
+void check_winograd(const Shape& s, bool winograd) {
+  STD_TORCH_CHECK(!winograd || (s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1),
+                  "winograd: expected a 3x3 kernel of stride 1");
+}
+
+void check_image(const Tensor& t, const char* name, ScalarType dtype) {
+  check_cpu(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == dtype && has_layout(t, Layout::kChannelsLast), name,
+                  ": expected channels last, in the dtype of the others");
+}
+
+Tensor new_image(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  Tensor result = empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), dtype);
+  advise_huge_pages(result);
+  return result;
+}
+
+// For the transform of a weight: four times its size, and written anew at every call.
+Tensor new_packed(int64_t out_channels, int64_t channels) {
+  using conv2d::winograd::F4x4Of3x3;
+  const int64_t size = conv2d::winograd::packed_size<F4x4Of3x3>(out_channels, channels);
+  Tensor packed = empty({size}, ScalarType::Float);
+  advise_huge_pages(packed);
+  return packed;
+}
+
+// x: (N, C, H, W). weight: (O, C, 3, 3). bias: (O). time_embedding: (N, O). residual: as y. Images
+// and the weight channels last. Returns y: (N, O, H', W') by F(4x4, 3x3), whose transform of the
+// weight is in fp32 here, as fast as memory, and not kept.
+Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
+                       std::vector<int64_t> padding) {
+  const ScalarType dtype = x.scalar_type();
+  check_image(x, "x", dtype);
+  check_image(weight, "weight", dtype);
+  const Shape s = shape_of(x.sizes(), weight.sizes(), 1, padding);
+  check_winograd(s, true);
+  const auto check_dense = [&](const std::optional<Tensor>& t, const char* name,
+                               IntHeaderOnlyArrayRef shape) {
+    if (!t) return;
+    check_cpu(*t, name);
+    check_shape(*t, name, shape);
+    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == dtype, name,
+                    ": expected contiguous, in the dtype of x");
+  };
+  check_dense(bias, "bias", {s.out_channels});
+  check_dense(time_embedding, "time_embedding", {s.images, s.out_channels});
+  const std::vector<int64_t> sizes{s.images, s.out_channels, s.out_height, s.out_width};
+  if (residual) {
+    check_image(*residual, "residual", dtype);
+    check_shape(*residual, "residual", sizes);
+  }
+  Tensor y = new_image(sizes, dtype);
+  const Tensor packed = new_packed(s.out_channels, s.channels);
+  float* points = packed.mutable_data_ptr<float>();
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+    };
+    conv2d::winograd::pack_weight(data(weight), s.out_channels, s.channels, points);
+    conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(
+        s, conv2d::phases_of(s).front(), data(x), points,
+        conv2d::Added<T>{data(bias), data(time_embedding), data(residual)},
+        static_cast<T*>(y.mutable_data_ptr()));
+  });
+  return y;
+}
+
+void check_result(const Tensor& dy, const Shape& s) {
+  check_shape(dy, "dy", {s.images, s.out_channels, s.out_height, s.out_width});
+}
+
+// dy: as y. weight as above. height, width: of x. Returns dx.
+Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width,
+                             int64_t stride, std::vector<int64_t> padding, bool winograd) {
+  const ScalarType dtype = dy.scalar_type();
+  check_image(dy, "dy", dtype);
+  check_image(weight, "weight", dtype);
+  const std::vector<int64_t> sizes{dy.size(0), weight.size(1), height, width};
+  const Shape s = shape_of(sizes, weight.sizes(), stride, padding);
+  check_result(dy, s);
+  check_winograd(s, winograd);
+  STD_TORCH_CHECK(!winograd || (s.left <= 2 && s.top <= 2),
+                  "winograd: expected a padding of at most 2");
+  Tensor dx = new_image(sizes, dtype);
+  if (std::min(s.kernel_height, s.kernel_width) < stride) torch::stable::zero_(dx);
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(dy.const_data_ptr());
+    const T* w = static_cast<const T*>(weight.const_data_ptr());
+    T* to = static_cast<T*>(dx.mutable_data_ptr());
+    if (!winograd) return conv2d::direct::input_gradient(s, from, w, to);
+    const Tensor packed = new_packed(s.channels, s.out_channels);
+    float* points = packed.mutable_data_ptr<float>();
+    conv2d::winograd::pack_turned_weight(w, s.out_channels, s.channels, points);
+    Shape turned = s;
+    std::swap(turned.channels, turned.out_channels);
+    std::swap(turned.height, turned.out_height);
+    std::swap(turned.width, turned.out_width);
+    turned.left = 2 - s.left;
+    turned.top = 2 - s.top;
+    conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(turned, conv2d::phases_of(turned).front(),
+                                                       from, points, conv2d::Added<T>{}, to);
+  });
+  return dx;
+}
+
+// dy: as y. x as above. Returns dW: (O, C, kernel_height, kernel_width), channels last.
+Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width,
+                              int64_t stride, std::vector<int64_t> padding, bool winograd) {
+  const ScalarType dtype = x.scalar_type();
+  check_image(dy, "dy", dtype);
+  check_image(x, "x", dtype);
+  const std::vector<int64_t> sizes{dy.size(1), x.size(1), kernel_height, kernel_width};
+  const Shape s = shape_of(x.sizes(), sizes, stride, padding);
+  check_result(dy, s);
+  check_winograd(s, winograd);
+  STD_TORCH_CHECK(!winograd || dtype == ScalarType::Float, "winograd: expected float32");
+  Tensor dw = new_image(sizes, dtype);
+  with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* result = static_cast<const T*>(dy.const_data_ptr());
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(dw.mutable_data_ptr());
+    if (winograd) {
+      conv2d::winograd::weight_gradient(s, result, from, to);
+    } else {
+      conv2d::direct::weight_gradient(s, result, from, to);
+    }
+  });
+  return dw;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("conv2d_training", TORCH_BOX(&conv2d_training));
+  m.impl("conv2d_input_gradient", TORCH_BOX(&conv2d_input_gradient));
+  m.impl("conv2d_weight_gradient", TORCH_BOX(&conv2d_weight_gradient));
+}
+
+}  // namespace
+}  // namespace sdfast

@@ -1,0 +1,125 @@
+// Products of pairs of bf16 on AMX tiles, for the CPUs that have them.
+//
+// Algorithm. A tile register holds 16 rows of 64 bytes. Two of a (16 rows of 16 pairs) meet two of
+// b (16 steps of 16 columns; a packed panel is laid out so already) in four of c (16 rows of 16
+// columns, fp32): four products a step of K for four loads. What is left of K is completed with
+// zeros. Limit: TDPBF16PS, one in 16 cycles: 16 x 16 x 32 multiply-adds. Its sums are rounded in
+// another order than VDPBF16PS's, so that which rows are served here must depend on the shape
+// alone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu_simd.h"
+
+#if defined(SDFAST_EMULATE_AMX)
+#include "emulated_amx.h"
+#endif
+
+namespace sdfast::amx {
+
+struct NoTiles {
+  NoTiles() {}  // so that it does not count as an unused variable
+};
+
+#if defined(__AMX_BF16__) || defined(SDFAST_EMULATE_AMX)
+constexpr bool kAvailable = true;
+
+constexpr int kTileRows = 16, kTileSteps = 16, kTileColumns = 16, kColumns = 2 * kTileColumns;
+
+struct Configuration {
+  uint8_t palette, first_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+static_assert(sizeof(Configuration) == 64);
+alignas(64) inline constexpr Configuration kAllTilesWhole = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// The calling thread can use tiles while this lives.
+class Tiles {
+ public:
+  Tiles() { _tile_loadconfig(&kAllTilesWhole); }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+// Tiles 0 to 3 are c, 4 and 5 a, 6 and 7 b. Strides in bytes.
+template <int kR>
+SDFAST_INLINE void multiply_step(const void* a, int64_t a_stride, const void* b) {
+  constexpr int64_t kStride = kColumns * 4;
+  _tile_loadd(6, b, kStride);
+  _tile_loadd(4, a, a_stride);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, static_cast<const char*>(b) + 64, kStride);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kR > kTileRows) {
+    _tile_loadd(5, static_cast<const char*>(a) + kTileRows * a_stride, a_stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <int kR>
+SDFAST_INLINE void store_tiles(float* c) {
+  constexpr int64_t kStride = kColumns * sizeof(float);
+  _tile_stored(0, c, kStride);
+  _tile_stored(1, c + kTileColumns, kStride);
+  if constexpr (kR > kTileRows) {
+    _tile_stored(2, c + kTileRows * kColumns, kStride);
+    _tile_stored(3, c + kTileRows * kColumns + kTileColumns, kStride);
+  }
+}
+
+// c (kR, kColumns) (+)= a b; as gemm::multiply_tile, whose operands are pairs here. kR: 16 or 32.
+template <int kR>
+__attribute__((noinline)) void multiply_tile(int64_t steps, const void* a, int64_t lda,
+                                             const void* b, float* c, bool accumulate) {
+  static_assert(kR == kTileRows || kR == 2 * kTileRows);
+  struct alignas(4) Pair {
+    char bytes[4];
+  };
+  const Pair *rows = static_cast<const Pair*>(a), *columns = static_cast<const Pair*>(b);
+  Pair last_rows[kR][kTileSteps], last_columns[kTileSteps][kColumns];
+  const int64_t left = steps % kTileSteps, whole = steps - left;
+  if (left > 0) {
+    std::memset(last_rows, 0, sizeof last_rows);
+    std::memset(last_columns, 0, sizeof last_columns);
+    for (int r = 0; r < kR; ++r) {
+      std::memcpy(last_rows[r], rows + r * lda + whole, left * sizeof(Pair));
+    }
+    std::memcpy(last_columns, columns + whole * kColumns, left * kColumns * sizeof(Pair));
+  }
+  // GCC's tile loads do not say that they read memory.
+  __asm__ volatile("" ::"r"(last_rows), "r"(last_columns) : "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kR > kTileRows) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < whole; step += kTileSteps) {
+    multiply_step<kR>(rows + step, lda * sizeof(Pair), columns + step * kColumns);
+  }
+  if (left > 0) multiply_step<kR>(last_rows, sizeof last_rows[0], last_columns);
+  if (!accumulate) return store_tiles<kR>(c);
+  float sums[kR * kColumns];
+  store_tiles<kR>(sums);
+  for (int i = 0; i < kR * kColumns; i += simd::kLanes) {
+    simd::store(c + i, simd::load(c + i) + simd::load(sums + i));
+  }
+}
+
+#else
+constexpr bool kAvailable = false;
+constexpr int kTileRows = 16;
+
+using Tiles = NoTiles;
+
+template <int kR>
+void multiply_tile(int64_t steps, const void* a, int64_t lda, const void* b, float* c,
+                   bool accumulate);
+#endif
+
+}  // namespace sdfast::amx

@@ -1,0 +1,204 @@
+// Matrix products of operands that lie as tensors do, for training: c = a b in fp32.
+//
+// A weight changes at every step of an optimiser, and a packed copy of it would serve two products:
+// reading the weight, writing the copy and reading it again costs more than those. Here each thread
+// packs the part of a panel that it is about to multiply, into L2, which costs a few percent of the
+// multiplications; nothing lasts. Otherwise as cpu_gemm.h, with shorter chains of additions: they
+// run over tokens or pixels here, which are many.
+#pragma once
+
+#include <new>
+
+#include "cpu_gemm.h"
+#include "cpu_transpose.h"
+
+namespace sdfast::gemm {
+
+constexpr int64_t kShortChain = 64;
+
+// Rows and columns of c, and K in steps.
+struct Shape {
+  int64_t rows, columns, steps;
+  int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
+};
+
+// How a product is cut: rows in blocks that fit in L2, a multiple of the threads where there are
+// that many rows, K in parts that depend on the shape alone; columns in `splits` only where there
+// are too few blocks to keep all threads busy to the end.
+struct Blocking {
+  int64_t tiles, blocks, steps, splits;
+
+  static Blocking of(const Shape& shape, int64_t threads) {
+    const int64_t parts = std::max<int64_t>(1, (shape.steps + kPartSteps - 1) / kPartSteps);
+    const int64_t steps = std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
+    const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(float)));
+    const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
+    const int64_t tiles = (shape.rows + kRows - 1) / kRows;
+    const int64_t blocks = (tiles + most_tiles - 1) / most_tiles;
+    const int64_t even = std::clamp<int64_t>((blocks + threads - 1) / threads * threads, 1,
+                                             std::max<int64_t>((tiles + 3) / 4, blocks));
+    const int64_t splits = std::clamp<int64_t>(4 * threads / even, 1, shape.panels());
+    return {tiles, even, steps, threads == 1 ? 1 : splits};
+  }
+  int64_t first_row(int64_t block) const { return block * tiles / blocks * kRows; }
+  int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
+};
+
+// Floats on the boundaries of cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* data_;
+};
+
+// Steps of a panel from rows that hold its columns: to[step][j] = from[step * stride + j] for
+// j < columns, else 0. The rows may be pages apart, where nothing but this fetches them ahead.
+template <typename T>
+void copy_panel(const T* from, int64_t stride, int64_t steps, int64_t columns, float* to) {
+  constexpr int64_t kAhead = 24;
+  if (columns < kColumns) std::fill_n(to, steps * kColumns, 0.0f);
+  for (int64_t step = 0; step < steps; ++step, from += stride, to += kColumns) {
+    if (columns >= kColumns) {
+      simd::prefetch(from + kAhead * stride);
+      simd::prefetch(from + kAhead * stride + kColumns - 1);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; j += simd::kLanes) {
+        simd::store(to + j, simd::load(from + j, simd::FullVector()));
+      }
+    } else {
+      simd::for_each_vector(0, columns, [&](int64_t j, auto lanes) {
+        simd::store(to + j, simd::load(from + j, lanes));
+      });
+    }
+  }
+}
+
+// Rows of a as they lie in a matrix of T, or widened in scratch.
+template <typename T>
+Rows<Float32> plain_rows(const T* from, int64_t stride, int64_t count, int64_t steps,
+                         Float32* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {reinterpret_cast<const Float32*>(from), stride};
+  } else {
+    for (int64_t r = 0; r < count; ++r) {
+      simd::for_each_vector(0, steps, [&](int64_t i, auto lanes) {
+        simd::store(&scratch[r * steps + i].value, simd::load(from + r * stride + i, lanes), lanes);
+      });
+    }
+    return {scratch, steps};
+  }
+}
+
+// Rows of a that are columns of a matrix of T: transposed into scratch.
+template <typename T>
+Rows<Float32> transposed_rows(const T* from, int64_t stride, int64_t count, int64_t steps,
+                              Float32* scratch) {
+  const auto load = [&](int64_t i, int64_t j, auto lanes) __attribute__((always_inline)) {
+    return simd::load(from + i * stride + j, lanes);
+  };
+  simd::transpose(load, steps, count, &scratch->value, steps);
+  return {scratch, steps};
+}
+
+// c = a b. rows_of(begin, count, first_step, steps, scratch) gives Rows of a; scratch holds count *
+// steps operands, for rows that do not lie in memory as they are needed. pack(column, step, steps,
+// to) writes steps of the panel of b that begins with this column. finish(begin, count, column, c)
+// takes c: (count, kColumns), columns from `column` on.
+template <typename RowsOf, typename Pack, typename Finish>
+void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Pack& pack,
+                      const Finish& finish) {
+  const Blocking cut = Blocking::of(shape, torch::stable::get_num_threads());
+  const int64_t panels = shape.panels(), most_panels = (panels + cut.splits - 1) / cut.splits;
+  const int64_t parts = (shape.steps + cut.steps - 1) / cut.steps;
+  const int64_t sums_size = cut.most_rows() * kColumns;
+  share(cut.blocks * cut.splits, [&](const auto& next) {
+    const Scratch c(sums_size * (parts > 1 ? most_panels : 1));
+    const Scratch rows_scratch(cut.most_rows() * cut.steps), panel(cut.steps * kColumns);
+    auto* a_scratch = reinterpret_cast<Float32*>(rows_scratch.get());
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t block = item / cut.splits, split = item % cut.splits;
+      const int64_t first = cut.first_row(block);
+      const int64_t rows = std::min(cut.first_row(block + 1), shape.rows) - first;
+      const int64_t panel_begin = split * panels / cut.splits;
+      const int64_t panel_end = (split + 1) * panels / cut.splits;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t step = part * cut.steps;
+        const int64_t steps = std::min(cut.steps, shape.steps - step);
+        const Rows<Float32> a = rows_of(first, rows, step, steps, a_scratch);
+        for (int64_t p = panel_begin; p < panel_end; ++p) {
+          float* sums = c.get() + (parts > 1 ? p - panel_begin : 0) * sums_size;
+          pack(p * kColumns, step, steps, panel.get());
+          for (int64_t done = 0; done < steps; done += kShortChain) {
+            const float* b = panel.get() + done * kColumns;
+            multiply_panel<Float32>(rows, std::min(kShortChain, steps - done),
+                                    {a.data + done, a.stride}, reinterpret_cast<const Float32*>(b),
+                                    sums, part > 0 || done > 0);
+          }
+          if (part + 1 == parts) finish(first, rows, p * kColumns, sums);
+        }
+      }
+    }
+  });
+}
+
+// Writes c to y: (rows, columns), rounded; `add(row, column, lanes)` is added before.
+template <typename T, typename Add>
+auto store_to(T* y, int64_t columns, const Add& add) {
+  return [=](int64_t begin, int64_t count, int64_t column, const float* c) {
+    const int64_t end = std::min<int64_t>(column + kColumns, columns);
+    for (int64_t r = 0; r < count; ++r) {
+      simd::for_each_vector(column, end, [&](int64_t j, auto lanes) {
+        const Vec sum = simd::load(c + r * kColumns + (j - column));
+        simd::store(y + (begin + r) * columns + j, add(sum, begin + r, j, lanes), lanes);
+      });
+    }
+  };
+}
+
+template <typename T>
+auto store_to(T* y, int64_t columns) {
+  return store_to(y, columns, [](Vec sum, int64_t, int64_t, auto) __attribute__((always_inline)) {
+    return sum;
+  });
+}
+
+// Sums over the rows of each group: x (groups, rows, columns) to sums (groups, columns).
+template <typename T>
+void sum_rows(const T* x, int64_t groups, int64_t rows, int64_t columns, T* sums) {
+  constexpr int64_t kChunk = 4 * simd::kLanes, kAddends = 16;  // in fp32, then in fp64
+  const int64_t chunks = (columns + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / chunks, first = item % chunks * kChunk;
+      const int64_t last = std::min(first + kChunk, columns);
+      double total[kChunk] = {};
+      for (int64_t row = 0; row < rows; row += kAddends) {
+        float sum[kChunk] = {};
+        const int64_t stop = std::min(row + kAddends, rows);
+        for (int64_t r = row; r < stop; ++r) {
+          const T* from = x + (group * rows + r) * columns;
+          simd::for_each_vector(first, last, [&](int64_t j, auto lanes) {
+            float* to = sum + (j - first);
+            simd::store(to, simd::load(to) + simd::load(from + j, lanes));
+          });
+        }
+        for (int64_t j = 0; j < kChunk; ++j) total[j] += sum[j];
+      }
+      float rounded[kChunk];
+      for (int64_t j = 0; j < kChunk; ++j) rounded[j] = static_cast<float>(total[j]);
+      simd::for_each_vector(first, last, [&](int64_t j, auto lanes) {
+        simd::store(sums + group * columns + j, simd::load(rounded + (j - first)), lanes);
+      });
+    }
+  });
+}
+
+}  // namespace sdfast::gemm

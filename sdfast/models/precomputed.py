@@ -1,0 +1,62 @@
+"""What a U-Net's layers make of the text and of a timestep, computed before the loop over the steps.
+
+Every step would project the same text to keys and values in each cross-attention; what a ResNet block adds
+for the time depends on the step alone. `encode_context` and `encode_time` of a U-Net compute both once, and
+its forward takes the results in place of text and timestep. They hold for the weights as they were: whoever
+changes weights makes them anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Values = TypeVar("Values")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Precomputed(Generic[Values]):
+    """
+    Attributes:
+        model: whose layers these are; no other takes them.
+        batch: B, rows of what was encoded. N images take them if B divides N, N/B consecutive images each.
+        dtype: of the values.
+        by_layer: what each layer made.
+    """
+
+    model: nn.Module
+    batch: int
+    dtype: torch.dtype
+    by_layer: Mapping[nn.Module, Values]
+
+    def check(self, name: str, model: nn.Module, sample: Tensor) -> None:
+        """Raise ValueError unless `model` can take it as its argument `name` beside `sample`."""
+        if self.model is not model:
+            raise ValueError(f"{name}: was encoded by another {type(self.model).__name__}, not by this one")
+        if self.dtype != sample.dtype:
+            raise ValueError(f"{name}: was encoded in {self.dtype}, but sample is {sample.dtype}")
+        check_rows(name, self.batch, sample)
+
+
+class Context(_Precomputed[tuple[Tensor, Tensor]]):
+    """A text as each cross-attention reads it: keys and values, (B, heads, S, D) both."""
+
+
+class TimeEmbedding(_Precomputed[Tensor]):
+    """One timestep as each ResNet block adds it, (B, C)."""
+
+
+def check_rows(name: str, rows: int, sample: Tensor) -> None:
+    """Raise ValueError unless each row can serve as many consecutive images of `sample`."""
+    images = sample.shape[0]
+    if rows == 0 or images % rows:
+        raise ValueError(f"{name}: got {rows} rows for {images} images, expected a number that divides these")
+
+
+def each_repeated(rows: Tensor, images: int) -> Tensor:
+    """(B, C) -> (N, C), each row for N/B consecutive images; a view where B is 1 or N."""
+    return rows[:, None].expand(-1, images // len(rows), -1).flatten(0, 1)

@@ -1,0 +1,22 @@
+"""The operation of linear's compiled kernel, csrc/linear_cpu.cpp: matrices in, matrix out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sdfast import _library
+
+ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
+
+
+def _rows_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> Tensor:
+    width = weight.shape[0] // 2 if ACTIVATIONS[activation] == "geglu" else weight.shape[0]
+    return x.new_empty((x.shape[0], width))
+
+
+rows_op = _library.define_native(
+    "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
+    _rows_fake,
+)

@@ -1,0 +1,89 @@
+"""linear on CPU where a gradient is asked for.
+
+    h = x Wᵀ + b + residual,  y = act(h)
+    dh = dy act'(h),  dx = dh W,  dW = dhᵀ x,  db = Σ dh,  dresidual = dh
+
+The forward's kernel is that of inference, the others are csrc/linear_backward_cpu.cpp. All read the weight
+where it lies: no packed copy lasts, which the next step of an optimiser would make stale.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdfast import _library
+from sdfast.ops._linear_rows import rows_op
+
+
+def _activate_fake(h: Tensor, activation: int) -> Tensor:
+    return h.new_empty((h.shape[0], h.shape[1] // 2 if activation == _GEGLU else h.shape[1]))
+
+
+_GEGLU = 4  # its place in linear.ACTIVATIONS
+_input_gradient_op = _library.define_native(
+    "linear_input_gradient(Tensor dh, Tensor weight) -> Tensor",
+    lambda dh, weight: dh.new_empty((dh.shape[0], weight.shape[1])),
+)
+_weight_gradient_op = _library.define_native(
+    "linear_weight_gradient(Tensor dh, Tensor x) -> Tensor",
+    lambda dh, x: dh.new_empty((dh.shape[1], x.shape[1])),
+)
+_activate_op = _library.define_native("linear_activate(Tensor h, int activation) -> Tensor", _activate_fake)
+_activation_gradient_op = _library.define_native(
+    "linear_activation_gradient(Tensor dy, Tensor h, int activation) -> Tensor",
+    lambda dy, h, activation: torch.empty_like(h),
+)
+_sum_rows_op = _library.define_native(
+    "sum_rows(Tensor x) -> Tensor", lambda x: x.new_empty((x.shape[0], x.shape[2]))
+)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """(groups, rows, columns) -> (groups, columns)."""
+    return cast(Tensor, _sum_rows_op(x.contiguous()))
+
+
+class _Linear(torch.autograd.Function):
+    """x: (tokens, K), its rows contiguous. weight: (M, K). bias: (M,). residual: (tokens, M)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+    ) -> Tensor:
+        h = rows_op(x, weight, bias, residual, 0)
+        ctx.save_for_backward(x, weight, h if activation else None)
+        ctx.activation = activation
+        return cast(Tensor, _activate_op(h, activation) if activation else h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h = ctx.saved_tensors
+        dy = dy.contiguous()
+        dh = dy if h is None else _activation_gradient_op(dy, h, ctx.activation)
+        for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
+        return (
+            _input_gradient_op(dh, weight) if for_x else None,
+            _weight_gradient_op(dh, x) if for_weight else None,
+            sum_rows(dh[None])[0] if for_bias else None,
+            dh if for_residual else None,
+            None,
+        )
+
+
+def linear_training(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> Tensor:
+    """As `linear.linear`, with a gradient that cannot be differentiated again; torch's can."""
+    tokens, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1).contiguous()
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    if residual is not None:
+        residual = residual.reshape(-1, weight.shape[0]).contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    y = cast(Tensor, _Linear.apply(tokens, matrix, bias, residual, activation))
+    return y.view(*x.shape[:-1], y.shape[-1])
