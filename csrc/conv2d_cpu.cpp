@@ -163,7 +163,7 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
         const auto phases = conv2d::phases_of(s);
         const int64_t size = conv2d::winograd::packed_size<F>(out_channels, s.channels);
         STD_TORCH_CHECK(weight.numel() == size * static_cast<int64_t>(phases.size()) &&
-                            weight.scalar_type() == ScalarType::Float,
+                            weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
                         "weight: expected conv2d_pack of a weight that fits x");
         const float* packed = weight.const_data_ptr<float>();
         for (const conv2d::Phase& phase : phases) {

@@ -46,6 +46,8 @@ Tensor linear_input_gradient(Tensor dh, Tensor weight) {
   check_matrix(dh, "dh", dh.scalar_type());
   check_matrix(weight, "weight", dh.scalar_type());
   check_shape(weight, "weight", {dh.size(1), weight.size(1)});
+  STD_TORCH_CHECK(dh.numel() > 0 && weight.numel() > 0,
+                  "dh, weight: expected at least one element");
   Tensor dx = new_matrix(dh.size(0), weight.size(1), dh.scalar_type());
   with_element_type(dh.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -70,6 +72,7 @@ Tensor linear_weight_gradient(Tensor dh, Tensor x) {
   check_matrix(dh, "dh", x.scalar_type());
   check_matrix(x, "x", x.scalar_type());
   check_shape(dh, "dh", {x.size(0), dh.size(1)});
+  STD_TORCH_CHECK(dh.numel() > 0 && x.numel() > 0, "dh, x: expected at least one element");
   Tensor dw = new_matrix(dh.size(1), x.size(1), x.scalar_type());
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -118,6 +118,7 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
                   "x: expected (tokens, K), its rows contiguous");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.is_contiguous(),
                   "weight: expected contiguous, (rows, K) to fit x");
+  STD_TORCH_CHECK(x.size(1) > 0, "x: expected at least one value in a row");
   STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation: expected 0 to 4");
   const auto kind = static_cast<Activation>(activation);
   const int64_t tokens = x.size(0), k = x.size(1), weight_rows = weight.size(0);

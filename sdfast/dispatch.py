@@ -83,8 +83,11 @@ _memory = "default"
 def use_memory(name: str) -> Iterator[None]:
     """How much memory kernels may spend on copies of weights in their own layouts.
 
-    "default": at most 1.0 times the weights; "low": none, at the price of speed; "high": whatever makes a
-    layer fastest, up to 4 times a 3x3 convolution's weight (8 times in bf16). Process-wide, as `use_backend`.
+    "default": at most 1.0 times the weights, or 1 GiB where that is more; "low": makes none, at the price of
+    speed (`sdfast.packing.clear` drops those that are there); "high": whatever makes a layer fastest, up to 4
+    times a 3x3 convolution's weight, 11 times after an upsample, and twice that in bf16. Which layers have a
+    copy decides their last bits: with "default" that is settled by a model's first two calls. Process-wide,
+    as `use_backend`.
 
     Raises:
         ValueError: `name` is not one of `MEMORY`.

@@ -2,8 +2,9 @@
 
 Most kernels read a weight where it lies. A Winograd convolution needs it transformed, and that copy is
 larger than the weight: together the copies stay within a budget, by default 1.0 times the weights that
-kernels have read (`sdfast.dispatch.use_memory`). Where it is used up, a copy that is worth more a byte takes
-the place of those worth less, so a model's first two calls settle which layers have one.
+kernels have read, or `FREE_BYTES` where that is more (`sdfast.dispatch.use_memory`). Where it is used up, a
+copy that is worth more a byte takes the place of those worth less, so a model's first two calls settle which
+layers have one; until then a layer's bits may change from one call to the next.
 
 A copy belongs to the weight tensor and dies with it. It is made anew when the weight's version counter has
 moved (an optimiser's step, `load_state_dict`), its storage is another, or the values at a few places differ:
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
 
 from torch import Tensor
@@ -51,14 +53,19 @@ class _Copies:
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # The bytes of every living weight that a kernel has read.
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Where a copy was refused: not asked again before more weights are known.
+# Where a copy was refused, by kind: how many weights were known, and its worth. Not asked again before one of
+# them has grown.
 _refused: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Held wherever these are changed or gone through: two threads may run two models.
+_lock = threading.RLock()
 
 
 def note(weight: Tensor) -> None:
     """Count a weight that a kernel reads; the budget grows with it."""
-    if weight not in _read:
-        _read[weight] = weight.numel() * weight.element_size()
+    nbytes = weight.numel() * weight.element_size()
+    with _lock:
+        if _read.get(weight) != nbytes:  # a module's `to` changes the dtype of the same parameter
+            _read[weight] = nbytes
 
 
 def affordable(weight: Tensor, kind: str, nbytes: int, worth: float) -> bool:
@@ -68,29 +75,36 @@ def affordable(weight: Tensor, kind: str, nbytes: int, worth: float) -> bool:
         worth: the milliseconds it saves a byte at each call, measured or estimated; inf for one that is
             not to be given up.
     """
-    copies = _copies.get(weight)
-    if copies is not None and kind in copies.by_kind:
-        return dispatch.memory() != "low"
     if dispatch.memory() != "default":
         return dispatch.memory() == "high"
-    note(weight)
-    question = (kind, len(_read))
-    if _refused.get(weight) == question:
+    with _lock:
+        copies = _copies.get(weight)
+        if copies is not None and kind in copies.by_kind:
+            return True
+        note(weight)
+        known, refused_worth = _refused.get(weight, {}).get(kind, (-1, -math.inf))
+        if known == len(_read) and worth <= refused_worth:
+            return False
+        if _make_room(packed_bytes() + nbytes - max(FREE_BYTES, sum(_read.values())), worth):
+            return True
+        _refused[weight] = {**_refused.get(weight, {}), kind: (len(_read), worth)}
         return False
-    excess = packed_bytes() + nbytes - max(FREE_BYTES, sum(_read.values()))
+
+
+def _make_room(excess: int, worth: float) -> bool:
+    """Drop copies that are worth less until `excess` bytes are free, those worth least first; or none."""
     lesser = sorted(
         (copy.worth, -copy.nbytes, id(of), name, of)
-        for of, copies in list(_copies.items())
-        for name, copy in list(copies.by_kind.items())
+        for of, copies in _copies.items()
+        for name, copy in copies.by_kind.items()
         if copy.worth < worth
     )
     if excess > -sum(size for _, size, *_ in lesser):
-        _refused[weight] = question
         return False
     for _, size, _, name, of in lesser:
         if excess <= 0:
             break
-        _copies[of].by_kind.pop(name, None)
+        del _copies[of].by_kind[name]
         excess += size
     return True
 
@@ -101,14 +115,15 @@ def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor], worth: f
     Threads that ask at the same time may both make one; either serves.
     """
     state = _state_of(weight)
-    copies = _copies.get(weight)
-    if copies is None or copies.state != state:
-        copies = _Copies(state, {})
-        _copies[weight] = copies
-    copy = copies.by_kind.get(kind)
+    with _lock:
+        copies = _copies.get(weight)
+        if copies is None or copies.state != state:
+            copies = _copies[weight] = _Copies(state, {})
+        copy = copies.by_kind.get(kind)
     if copy is None:
         copy = _Copy(pack(weight.detach()), worth)
-        copies.by_kind[kind] = copy
+        with _lock:
+            copies.by_kind[kind] = copy
     return copy.values
 
 
@@ -125,10 +140,12 @@ def _state_of(weight: Tensor) -> State:
 
 def packed_bytes() -> int:
     """Memory that copies of living weights hold."""
-    return sum(copy.nbytes for copies in list(_copies.values()) for copy in list(copies.by_kind.values()))
+    with _lock:
+        return sum(copy.nbytes for copies in _copies.values() for copy in copies.by_kind.values())
 
 
 def clear() -> None:
     """Drop every copy; the next call makes those it needs."""
-    _copies.clear()
-    _refused.clear()
+    with _lock:
+        _copies.clear()
+        _refused.clear()

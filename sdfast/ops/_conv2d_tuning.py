@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sdfast import tuning
+from sdfast import dispatch, tuning
 from sdfast.ops._conv2d_choice import Shape, candidates
 from sdfast.ops._conv2d_cpu import forward, output_size
 from sdfast.testing import time_alternating
@@ -29,16 +29,17 @@ def measure(shape: tuning.Shape, seconds: float) -> tuning.Times:
     shape = Shape(*cast(Any, shape))
     _, dtype_name, x_shape, weight_shape, stride, padding, upsample, added = shape
     dtype = getattr(torch, dtype_name)
-    generator = torch.Generator().manual_seed(0)  # torch's own one belongs to the user
+    generator = torch.Generator("cpu").manual_seed(0)  # torch's own one belongs to the user
 
     def random(*size: int) -> Tensor:
-        values = torch.randn(size, generator=generator).to(dtype)
+        values = torch.randn(size, generator=generator, device="cpu").to(dtype)
         return values.contiguous(memory_format=torch.channels_last) if len(size) == 4 else values
 
     def candidate(name: str) -> Callable[[], Tensor]:
         return lambda: forward(x, weight, bias, stride, padding, upsample, *extras, name)
 
-    with torch.no_grad():
+    # Copies are kept while they are timed, and nobody else's make room for them.
+    with torch.no_grad(), dispatch.use_memory("high"):
         x, weight, bias = random(*x_shape), random(*weight_shape), random(weight_shape[0])
         weight /= (weight[0].numel()) ** 0.5  # results of the inputs' size
         size = output_size(x, (weight_shape[2], weight_shape[3]), stride, padding, upsample)
