@@ -94,7 +94,7 @@ ALLOWED = {
     "sdfast.memory": (),
     "sdfast.images": LEAVES,
     "sdfast.tokenizer": (),
-    "sdfast.ops._conv2d_tuning": ("sdfast.tuning", "sdfast.testing", "sdfast.ops"),
+    "sdfast.ops._conv2d_tuning": ("sdfast.dispatch", "sdfast.tuning", "sdfast.testing", "sdfast.ops"),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.tuning", "sdfast.ops"),
     "sdfast.packing": ("sdfast._library", "sdfast.dispatch"),
     "sdfast.tuning": (
