@@ -104,8 +104,7 @@ Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
     };
     conv2d::winograd::pack_weight(data(weight), s.out_channels, s.channels, points);
     conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(
-        s, conv2d::phases_of(s).front(), data(x), points,
-        conv2d::Added<T>{data(bias), data(time_embedding), data(residual)},
+        s, data(x), points, conv2d::Added<T>{data(bias), data(time_embedding), data(residual)},
         static_cast<T*>(y.mutable_data_ptr()));
   });
   return y;
@@ -144,8 +143,8 @@ Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t w
     std::swap(turned.width, turned.out_width);
     turned.left = 2 - s.left;
     turned.top = 2 - s.top;
-    conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(turned, conv2d::phases_of(turned).front(),
-                                                       from, points, conv2d::Added<T>{}, to);
+    conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(turned, from, points, conv2d::Added<T>{},
+                                                       to);
   });
   return dx;
 }

@@ -160,16 +160,11 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
     if (winograd) {
       return with_winograd(algorithm, upsample, [&](auto f) {
         using F = decltype(f);
-        const auto phases = conv2d::phases_of(s);
         const int64_t size = conv2d::winograd::packed_size<F>(out_channels, s.channels);
-        STD_TORCH_CHECK(weight.numel() == size * static_cast<int64_t>(phases.size()) &&
+        STD_TORCH_CHECK(weight.numel() == size * (upsample ? 4 : 1) &&
                             weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
                         "weight: expected conv2d_pack of a weight that fits x");
-        const float* packed = weight.const_data_ptr<float>();
-        for (const conv2d::Phase& phase : phases) {
-          conv2d::winograd::run<F>(s, phase, from, packed, added, to);
-          packed += size;
-        }
+        conv2d::winograd::run<F>(s, from, weight.const_data_ptr<float>(), added, to);
       });
     }
     const int64_t taps = upsample ? 16 : kernel_height * kernel_width;  // of four phases

@@ -12,9 +12,8 @@
 // it rounds more than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
 #pragma once
 
-#include <memory>
-
 #include "conv2d_cpu.h"
+#include "cpu_scratch.h"
 
 namespace sdfast::conv2d::winograd {
 
@@ -157,12 +156,17 @@ void transform_tile(const Shape& s, const Phase& phase, const T* x, const Positi
   constexpr int kPatch = F::kPatch;
   const int64_t top = at.row + phase.top, left = at.column + phase.left;
   const bool inside = s.inside(top, left) && s.inside(top + kPatch - 1, left + kPatch - 1);
+  const T* first = x + s.offset(at.image, top, left);
   const auto transform = [&](auto load) {
     simd::for_each_vector(0, s.channels, [&](int64_t c, auto lanes) {
       Vec half[kPatch][kPatch];  // transformed along the columns
       for (int j = 0; j < kPatch; ++j) {
         Vec d[kPatch], out[kPatch];
-        for (int i = 0; i < kPatch; ++i) d[i] = load(i, j, c, lanes);
+        for (int i = 0; i < kPatch; ++i) {
+          d[i] = load(i, j, c, lanes);
+          // What the next tile reads beside it: rows too short for the hardware to see a stream.
+          if (j < F::kTile) simd::prefetch(first + s.offset(0, i, kPatch + j) + c);
+        }
         F::transform_input(d, out);
         for (int i = 0; i < kPatch; ++i) half[i][j] = out[i];
       }
@@ -176,7 +180,7 @@ void transform_tile(const Shape& s, const Phase& phase, const T* x, const Positi
     });
   };
   const auto value = [&](int i, int j, int64_t c, auto lanes) {
-    return simd::load(x + s.offset(at.image, top + i, left + j) + c, lanes);
+    return simd::load(first + s.offset(0, i, j) + c, lanes);
   };
   if (inside) return transform(value);
   transform([&](int i, int j, int64_t c, auto lanes) {
@@ -207,6 +211,9 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
       const int64_t first = phase.pixel(s, at.image, at.row + i, at.column);
       for (int j = 0; j < columns; ++j) {
         const int64_t pixel = first + j * phase.spread;
+        if (added.residual) {  // of the next tile
+          simd::prefetch(added.residual + (pixel + kTile * phase.spread) * s.out_channels + c);
+        }
         const Vec sum = finished(added, s, out[j], at.image, pixel, c, lanes);
         simd::store(y + pixel * s.out_channels + c, sum, lanes);
       }
@@ -223,8 +230,8 @@ struct Rounds {
   Rounds(const Shape& s, const Tiling& tiling, int points, int64_t weight_bytes)
       : channels(simd::round_up(s.channels)),
         panels((s.out_channels + gemm::kColumns - 1) / gemm::kColumns) {
-    constexpr int64_t kLeastBytes = 16 << 20, kMostBytes = 64 << 20, kFloat = sizeof(float);
-    const int64_t bytes = std::clamp(weight_bytes / 2, kLeastBytes, kMostBytes);
+    constexpr int64_t kLeastBytes = 4 << 20, kMostBytes = 64 << 20, kFloat = sizeof(float);
+    const int64_t bytes = std::clamp(weight_bytes / 3, kLeastBytes, kMostBytes);
     const int64_t tile_bytes = points * (channels + panels * gemm::kColumns) * kFloat;
     const int64_t rounds = (tiling.count * tile_bytes + bytes - 1) / bytes;
     tiles = gemm::padded_rows((tiling.count + rounds - 1) / rounds);
@@ -249,7 +256,7 @@ inline void multiply(const Rounds& r, int points, int64_t tiles, int64_t channel
       const float* a = input + point * r.input_stride + first * r.channels;
       for (int64_t panel = split * r.panels / splits; panel < panel_end; ++panel) {
         const float* b = packed + (point * r.panels + panel) * channels * gemm::kColumns;
-        gemm::multiply_panel<gemm::Float32>(
+        gemm::multiply_panel<gemm::Float32, true>(
             std::min(rows, tiles - first), channels,
             {reinterpret_cast<const gemm::Float32*>(a), r.channels},
             reinterpret_cast<const gemm::Float32*>(b),
@@ -259,40 +266,50 @@ inline void multiply(const Rounds& r, int points, int64_t tiles, int64_t channel
   });
 }
 
+// The tiles [first, first + tiles) of a phase, through (1), (2) and (3).
 template <typename F, typename T>
-void run(const Shape& s, const Phase& phase, const T* x, const float* packed, const Added<T>& added,
-         T* y) {
+void run_round(const Shape& s, const Phase& phase, const Tiling& tiling, const Rounds& r,
+               int64_t first, int64_t tiles, const T* x, const float* packed, const Added<T>& added,
+               float* input, float* sums, T* y) {
   constexpr int64_t kPart = 8;  // tiles transformed by one thread at a time
-  const Tiling tiling(s, phase, F::kTile);
-  const int64_t weight_bytes = packed_size<F>(s.out_channels, s.channels) * sizeof(float);
-  const Rounds r(s, tiling, F::kPoints, weight_bytes);
-  const std::unique_ptr<float[]> input(new float[F::kPoints * r.input_stride]);
-  const std::unique_ptr<float[]> sums(new float[F::kPoints * r.sums_stride]);
-  for (int64_t first = 0; first < tiling.count; first += r.tiles) {
-    const int64_t tiles = std::min(r.tiles, tiling.count - first);
-    const auto for_each_part = [&](const auto& work) {
-      gemm::share((tiles + kPart - 1) / kPart, [&](const auto& next) {
-        for (int64_t part; (part = next()) >= 0;) {
-          work(part * kPart, std::min((part + 1) * kPart, tiles));
-        }
-      });
-    };
-    for_each_part([&](int64_t begin, int64_t end) {
+  const auto for_each_part = [&](const auto& work) {
+    gemm::share((tiles + kPart - 1) / kPart, [&](const auto& next) {
+      for (int64_t part; (part = next()) >= 0;) {
+        work(part * kPart, std::min((part + 1) * kPart, tiles));
+      }
+    });
+  };
+  for_each_part([&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      transform_tile<F>(s, phase, x, Position(tiling, first + t), r.input_stride,
+                        input + t * r.channels);
+    }
+  });
+  multiply(r, F::kPoints, tiles, s.channels, input, packed, sums);
+  for_each_part([&](int64_t begin, int64_t end) {
+    for (int64_t panel = 0; panel < r.panels; ++panel) {
       for (int64_t t = begin; t < end; ++t) {
-        transform_tile<F>(s, phase, x, Position(tiling, first + t), r.input_stride,
-                          input.get() + t * r.channels);
+        finish_tile<F>(s, phase, Position(tiling, first + t), panel * gemm::kColumns,
+                       sums + (panel * r.tiles + t) * gemm::kColumns, r.sums_stride, added, y);
       }
-    });
-    multiply(r, F::kPoints, tiles, s.channels, input.get(), packed, sums.get());
-    for_each_part([&](int64_t begin, int64_t end) {
-      for (int64_t panel = 0; panel < r.panels; ++panel) {
-        for (int64_t t = begin; t < end; ++t) {
-          finish_tile<F>(s, phase, Position(tiling, first + t), panel * gemm::kColumns,
-                         sums.get() + (panel * r.tiles + t) * gemm::kColumns, r.sums_stride, added,
-                         y);
-        }
-      }
-    });
+    }
+  });
+}
+
+// packed: of each phase, one after the other.
+template <typename F, typename T>
+void run(const Shape& s, const T* x, const float* packed, const Added<T>& added, T* y) {
+  const std::vector<Phase> phases = phases_of(s);  // all of one size
+  const Tiling tiling(s, phases[0], F::kTile);
+  const int64_t weights = packed_size<F>(s.out_channels, s.channels);
+  const Rounds r(s, tiling, F::kPoints, weights * sizeof(float));
+  const Scratch<float> input(F::kPoints * r.input_stride), sums(F::kPoints * r.sums_stride);
+  for (const Phase& phase : phases) {
+    for (int64_t first = 0; first < tiling.count; first += r.tiles) {
+      run_round<F>(s, phase, tiling, r, first, std::min(r.tiles, tiling.count - first), x, packed,
+                   added, input.get(), sums.get(), y);
+    }
+    packed += weights;
   }
 }
 

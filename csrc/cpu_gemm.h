@@ -78,10 +78,12 @@ constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / 
 
 // c[r][j] (+)= sum over steps of a[r] * b[j]. a: rows `lda` operands apart, steps adjacent; with
 // kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense. Of
-// the columns kV vectors are computed, from the left.
+// the columns kV vectors are computed, from the left. What lies `ahead` operands behind b is
+// fetched.
 template <int kR, typename Operand, bool kTransposed = false, int kV = kVecs>
 inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand* a, int64_t lda,
-                                                    const Operand* b, float* c, bool accumulate) {
+                                                    const Operand* b, float* c, bool accumulate,
+                                                    int64_t ahead = 0) {
   Vec sums[kR][kV];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -98,6 +100,7 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) {
       std::memcpy(&columns[v], b + v * simd::kLanes, sizeof(Vec));
+      simd::prefetch(b + v * simd::kLanes + ahead);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
@@ -142,25 +145,29 @@ constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows 
 // multiply_tile, or AMX's for more rows than the registers hold sums of.
 template <int kR, typename Operand>
 void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
-                       bool accumulate) {
+                       bool accumulate, int64_t ahead) {
   if constexpr (kR > kRows) {
     amx::multiply_tile<kR>(steps, a, lda, b, c, accumulate);
   } else {
-    multiply_tile<kR>(steps, a, lda, b, c, accumulate);
+    multiply_tile<kR>(steps, a, lda, b, c, accumulate, ahead);
   }
 }
 
 // c (rows, kColumns) (+)= a b for one panel, tile by tile, the last ones narrower where rows end.
-template <typename Operand>
+// While those are multiplied the panel that follows in memory is fetched, with kFetch: what comes
+// from far is used from its first step on.
+template <typename Operand, bool kFetch = false>
 void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
                     float* c, bool accumulate) {
   int64_t row = 0;
   const auto tile = [&](auto count) {
+    const bool is_late = row + 3 * count > rows;
+    const int64_t ahead = kFetch && is_late ? steps * kColumns : 0;
     int64_t step = 0;
     do {
       multiply_any_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step,
                                a.stride, panel + step * kColumns, c + row * kColumns,
-                               accumulate || step > 0);
+                               accumulate || step > 0, ahead);
       step += kChain;
     } while (step < steps);
     row += count;

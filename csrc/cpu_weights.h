@@ -8,9 +8,8 @@
 // on the number of threads.
 #pragma once
 
-#include <memory>
-
 #include "cpu_gemm.h"
+#include "cpu_scratch.h"
 #include "cpu_transpose.h"
 
 namespace sdfast::gemm {
@@ -158,12 +157,11 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
   const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
   share(cut.blocks * cut.splits, [&](const auto& next) {
     const Tiles<Operand> tiles;
-    const std::unique_ptr<Operand[]> packed(new Operand[most_panels * most_steps * kColumns]);
-    const std::unique_ptr<Operand[]> scratch(new Operand[halves * kGroup * most_steps]);
+    const Scratch<Operand> packed(most_panels * most_steps * kColumns);
+    const Scratch<Operand> scratch(halves * kGroup * most_steps);
     // Sums wait for the next part of K, if there is one.
-    const std::unique_ptr<float[]> sums(
-        new float[halves * kSums * (parts > 1 ? most_panels * most_groups : 1)]);
-    const std::unique_ptr<float[]> transposed(new float[halves * kSums]);
+    const Scratch<float> sums(halves * kSums * (parts > 1 ? most_panels * most_groups : 1));
+    const Scratch<float> transposed(halves * kSums);
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item % cut.blocks, split = item / cut.blocks;
       const int64_t first = block * panels / cut.blocks, end = (block + 1) * panels / cut.blocks;

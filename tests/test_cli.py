@@ -267,6 +267,15 @@ def test_the_hub_is_out_of_reach(generate, monkeypatch):
     assert refused(generate("--model", "somebody/something"), "somebody/something")
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell starts in the background ignores SIGINT, and so would these tests."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted(generate, tmp_path, monkeypatch):
     """A real signal, while a step runs: status 130, no traceback, nothing written."""
 
@@ -279,6 +288,7 @@ def test_interrupted(generate, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_while_writing(generate, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: signal.raise_signal(signal.SIGINT))
     assert generate()[0] == 130
