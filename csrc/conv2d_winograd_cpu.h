@@ -196,6 +196,7 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
   const int64_t end = std::min<int64_t>(first_channel + gemm::kColumns, s.out_channels);
   const int64_t rows = std::min<int64_t>(kTile, phase.rows - at.row);
   const int64_t columns = std::min<int64_t>(kTile, phase.columns - at.column);
+  const bool streams = s.streams(y);
   simd::for_each_vector(first_channel, end, [&](int64_t c, auto lanes) {
     const float* from = m + (c - first_channel);
     Vec half[kTile][kPatch];
@@ -215,7 +216,12 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
           simd::prefetch(added.residual + (pixel + kTile * phase.spread) * s.out_channels + c);
         }
         const Vec sum = finished(added, s, out[j], at.image, pixel, c, lanes);
-        simd::store(y + pixel * s.out_channels + c, sum, lanes);
+        T* to = y + pixel * s.out_channels + c;
+        if (streams) {
+          simd::stream(to, sum, lanes);
+        } else {
+          simd::store(to, sum, lanes);
+        }
       }
     }
   });
@@ -293,6 +299,7 @@ void run_round(const Shape& s, const Phase& phase, const Tiling& tiling, const R
                        sums + (panel * r.tiles + t) * gemm::kColumns, r.sums_stride, added, y);
       }
     }
+    simd::finish_streams();
   });
 }
 

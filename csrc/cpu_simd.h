@@ -226,6 +226,32 @@ SDFAST_INLINE void store(T* p, Vec v, int lanes) {
   std::memcpy(p, values, lanes * sizeof(T));
 }
 
+// A store past the caches, for results of more elements than those hold: the line is not read
+// first. p: on the boundary of a vector. Before another thread may read there, `finish_streams`.
+constexpr int64_t kStreamedElements = 16 << 20;
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
+SDFAST_INLINE void stream(float* p, Vec v, FullVector) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#elif defined(__SSE__)
+  _mm_stream_ps(p, reinterpret_cast<__m128>(v));
+#else
+  store(p, v, FullVector());
+#endif
+}
+template <typename T, typename Lanes>
+SDFAST_INLINE void stream(T* p, Vec v, Lanes lanes) {
+  store(p, v, lanes);
+}
+
+SDFAST_INLINE void finish_streams() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
 // Hints; an address outside the array does no harm.
 SDFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 

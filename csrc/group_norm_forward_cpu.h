@@ -83,7 +83,7 @@ void line_moments(const T* x, int64_t size, const TileSums& out) {
     *out.center += *out.sums * per_element;
   }
 }
-template <bool kChannelsLast, bool kSilu, typename T>
+template <bool kChannelsLast, bool kSilu, bool kStreams = false, typename T>
 void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coefficients& k, T* y,
            int64_t ahead) {
   for_each_strip(width, [&](int64_t begin, int64_t end) {
@@ -92,12 +92,19 @@ void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coeffi
       const int64_t from = r * stride + i;
       auto z = simd::make_vecs<count>([&](int j) {
         simd::prefetch(x + from + j * stride + ahead);
-        simd::prefetch_for_write(y + from + (j + count) * stride);
+        if (!kStreams) simd::prefetch_for_write(y + from + (j + count) * stride);
         return simd::load(x + from + j * stride, lanes);
       });
       z = (z - norm.center) * norm.gain + norm.offset;
       if (kSilu) z = simd::silu(z);
-      simd::for_each_of(z, [&](int j, Vec v) { simd::store(y + from + j * stride, v, lanes); });
+      simd::for_each_of(z, [&](int j, Vec v) {
+        T* to = y + from + j * stride;
+        if (kStreams) {
+          simd::stream(to, v, lanes);
+        } else {
+          simd::store(to, v, lanes);
+        }
+      });
     });
   });
 }
@@ -215,6 +222,9 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
       return forward_slabs<kSilu>(t, width, x, affine, eps, y, mean, rstd);
     }
   }
+  const bool streams = kChannelsLast && std::is_same_v<T, float> && simd::is_aligned(y) &&
+                       t.channels % simd::kLanes == 0 &&
+                       t.images * t.channels * t.pixels > simd::kStreamedElements;
   const int64_t stride = Coefficients::kArrays * t.padded;
   const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
   const auto of = [&](int64_t image) {
@@ -235,10 +245,17 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
                       merging);
       },
       [&](const Tile& tile) {
-        const int64_t rows = kChannelsLast ? tile.rows : 1,
-                      width = kChannelsLast ? t.channels : tile.rows;
-        apply<kChannelsLast, kSilu>(x + tile.offset, rows, width, width,
-                                    of(tile.image).from(tile.line), y + tile.offset, 4 * width);
+        const int64_t rows = kChannelsLast ? tile.rows : 1;
+        const int64_t width = kChannelsLast ? t.channels : tile.rows;
+        const Coefficients k = of(tile.image).from(tile.line);
+        const T* from = x + tile.offset;
+        T* to = y + tile.offset;
+        if (streams) {
+          apply<kChannelsLast, kSilu, true>(from, rows, width, width, k, to, 4 * width);
+          simd::finish_streams();
+        } else {
+          apply<kChannelsLast, kSilu>(from, rows, width, width, k, to, 4 * width);
+        }
       });
 }
 
