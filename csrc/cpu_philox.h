@@ -152,25 +152,18 @@ SDFAST_INLINE Vec product(const Split& a, Vec b) {
   return a.head * parts.head + (a.head * parts.tail + a.tail * b);
 }
 
-// The normals of each lane's block.
-struct Normals {
-  Vec z[4];
+struct Pair {
+  Vec even, odd;
 };
-SDFAST_INLINE Normals to_normals(const Words& words) {
-  Normals result;
-#pragma GCC unroll 2
-  for (int k = 0; k < 4; k += 2) {
-    const Split length = radius(uniform(words.r[k]));
-    const SineCosine direction = sine_cosine(uniform(words.r[k + 1]));
-    result.z[k] = product(length, direction.cosine);
-    result.z[k + 1] = product(length, direction.sine);
-  }
-  return result;
+SDFAST_INLINE Pair to_normals(Bits r0, Bits r1) {
+  const Split length = radius(uniform(r0));
+  const SineCosine direction = sine_cosine(uniform(r1));
+  return {product(length, direction.cosine), product(length, direction.sine)};
 }
 
-// Four times as many vectors as come in, element after element: lane 4 i + k holds, before, block
-// i + k kLanes / 4 (block_of_lane). Within 128 bits these are transposes of four by four.
-SDFAST_INLINE void store_blocks(const Normals& normals, float* to) {
+// The normals of a chunk, element after element. Lane 4 i + k holds block i + k kLanes / 4 of it
+// (block_of_lane), so that transposes of four by four within 128 bits are all it takes.
+SDFAST_INLINE void store_normals(const Words& words, float* to) {
   Bits low, high, low_pairs, high_pairs;
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
@@ -180,11 +173,12 @@ SDFAST_INLINE void store_blocks(const Normals& normals, float* to) {
     low_pairs[i] = group + in % 2 + in / 2 * kLanes;
     high_pairs[i] = low_pairs[i] + 2;
   }
-  const auto [z] = normals;
-  const Vec front_low = __builtin_shuffle(z[0], z[1], low);
-  const Vec front_high = __builtin_shuffle(z[0], z[1], high);
-  const Vec back_low = __builtin_shuffle(z[2], z[3], low);
-  const Vec back_high = __builtin_shuffle(z[2], z[3], high);
+  const Pair front = to_normals(words.r[0], words.r[1]);
+  const Pair back = to_normals(words.r[2], words.r[3]);
+  const Vec front_low = __builtin_shuffle(front.even, front.odd, low);
+  const Vec front_high = __builtin_shuffle(front.even, front.odd, high);
+  const Vec back_low = __builtin_shuffle(back.even, back.odd, low);
+  const Vec back_high = __builtin_shuffle(back.even, back.odd, high);
   simd::store(to, __builtin_shuffle(front_low, back_low, low_pairs));
   simd::store(to + kLanes, __builtin_shuffle(front_low, back_low, high_pairs));
   simd::store(to + 2 * kLanes, __builtin_shuffle(front_high, back_high, low_pairs));
@@ -207,7 +201,7 @@ inline void draw(const Stream& stream, int64_t begin, int64_t end, float* to) {
     const Bits low = lane + first;
     const Mask carry = low < first;
     const Bits high = static_cast<uint32_t>(block >> 32) - reinterpret_cast<Bits>(carry);
-    store_blocks(to_normals(draw_words(stream, low, high)), to);
+    store_normals(draw_words(stream, low, high), to);
   }
 }
 
@@ -228,13 +222,11 @@ void draw_scattered(const Stream& stream, const Next& next, int64_t count, float
       std::memcpy(&bits, values, sizeof bits);
       return bits;
     };
-    const Normals normals = to_normals(draw_words(stream, load(low), load(high)));
-    Vec z = normals.z[0];
-#pragma GCC unroll 3
-    for (int k = 1; k < 4; ++k) {
-      z = simd::select(load(place) == static_cast<uint32_t>(k), normals.z[k], z);
-    }
-    simd::store(to + i, z);
+    const Words words = draw_words(stream, load(low), load(high));
+    const Mask back = reinterpret_cast<Mask>(load(place) << 30) < 0;
+    const Mask odd = reinterpret_cast<Mask>(load(place) << 31) < 0;
+    const Pair z = to_normals(back ? words.r[2] : words.r[0], back ? words.r[3] : words.r[1]);
+    simd::store(to + i, simd::select(odd, z.odd, z.even));
   }
 }
 

@@ -1,14 +1,14 @@
 """Noise as a function of seed, step and element alone: Philox4x32-10 and Box-Muller, in torch.
 
-Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". Nothing is kept between draws, so
-the noise of a sample depends on neither its batch, its layout in memory nor the number of threads. This module is
-the definition; kernels give the same uniforms, bit for bit, and normals within 2 units in the last place of fp32.
+Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". Nothing is kept between
+draws, so the noise of a sample depends on neither its batch, its layout in memory nor the number of threads.
+This module is the definition; kernels give the same uniforms, bit for bit, and normals within 2 units in the
+last place of fp32.
 
+    i        counts the elements of one sample in row-major order
     key      low and high 32 bits of the seed
-    counter  low and high 32 bits of i // 4, low and high 32 bits of the step; i counts the elements of one sample
-             in row-major order
-    u_j      = fp32(r_j) 2^-32 + 2^-33 in fp32, from 2^-33 to 1; r_0 to r_3 are the words of the block i // 4,
-             conversion and sum each rounded to nearest even
+    counter  low and high 32 bits of i // 4, low and high 32 bits of the step; gives the words r_0 to r_3
+    u_j      = fp32(r_j) 2^-32 + 2^-33 in fp32, from 2^-33 to 1; conversion and sum each round to nearest even
     z        = ρ(u_0) (cos 2π u_1, sin 2π u_1), ρ(u_2) (cos 2π u_3, sin 2π u_3), ρ(u) = √(-2 ln u):
              elements 4 (i // 4) to 4 (i // 4) + 3
 

@@ -8,9 +8,9 @@ x is the sample x_t, m the model's output, x̂₀ᵖ the x̂₀ of the step befo
 table of the seven k, one row a step (`sdfast.diffusion.samplers`), so that one kernel serves them all.
 The arithmetic is fp32 whatever the dtype of the latents (fp64 for fp64); each result is rounded once.
 
-z is given, or drawn from a seed for each sample and the number of the step, as a function of these and of the
-element's place in its sample alone (`_philox.py` defines it). The definition is in fp64, rounded to fp32 where the
-arithmetic is fp32, never to half precision; kernels are within 2 units in the last place of fp32 of it.
+z is given, or drawn from a seed for each sample and the number of the step, as a function of these and of
+the element's place in its sample alone (`_philox.py` defines it). It is rounded to the arithmetic's fp32,
+never to half precision; kernels are within 2 units in the last place of fp32 of the definition.
 
 The CPU kernel, one pass over memory, is csrc/diffusion_step_cpu.cpp. It has no gradient: sampling takes none,
 and where one is asked for, torch serves.
