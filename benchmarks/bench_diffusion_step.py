@@ -4,8 +4,8 @@
     pytest benchmarks/bench_diffusion_step.py
 
 Eager is the operation's own composite: torch has no such functions. The step that draws its noise is beside
-torch.randn and the composite: both draw from scratch, and neither the other's numbers. Every result is checked against fp64
-before it is timed. Both take turns in one process, and with them a copy of the sample (`of_copy`).
+torch.randn and the composite; each draws numbers of its own. Every result is checked against fp64 before
+it is timed. Both take turns in one process, and with them a copy of the sample (`of_copy`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 // Algorithm. One pass: per vector of the sample the guided model output, the clipped x0 and the
 // linear combination of all, in fp32; each result is rounded once. Noise that is given by seeds is
 // drawn a tile at a time, in L1 (cpu_philox.h).
-// Compiled without contraction to FMA: bit for bit what torch gives.
+// Compiled without contraction to FMA: bit for bit what torch gives, but for noise drawn here.
 // Bytes: every input and both results once.
 // Limit: memory bandwidth, with seeds the arithmetic of the noise; latents are small, so mostly the
 // call itself.
