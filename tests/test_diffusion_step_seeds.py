@@ -267,7 +267,8 @@ def test_what_is_unsafe_is_refused_by_the_operation_itself():
         ({"seeds": SEEDS[:2, None]}, ValueError, r"seeds: got shape \(2, 1\), expected \(2,\)"),
         ({"seeds": SEEDS[:2].to("meta")}, ValueError, "seeds: is on meta, expected the CPU or cpu"),
         ({"seeds": SEEDS[:2], "noise": torch.zeros(2, 3)}, ValueError, "seeds: got them beside noise"),
-        ({"seeds": SEEDS[:2], "step": -1}, ValueError, "step: got -1, expected a number from 0 on"),
+        ({"seeds": SEEDS[:2], "step": -1}, ValueError, "step: got -1, expected a number from 0 to 2"),
+        ({"seeds": SEEDS[:2], "step": 2**63}, ValueError, "step: got 9223372036854775808"),
         ({"seeds": SEEDS[:2], "step": 1.0}, TypeError, "step: got float, expected an int"),
     ],
 )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +75,11 @@ _library.define_native(
 _diffusion_step_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sdfast.diffusion_step.default
 
 
-def _check_seeds(seeds: Tensor | None, step: int, sample: Tensor, noise: Tensor | None) -> None:
+def _check_seeds(seeds: object, step: object, sample: Tensor, noise: Tensor | None) -> None:
     if not isinstance(step, int):
         raise TypeError(f"step: got {type(step).__name__}, expected an int")
-    if step < 0:
-        raise ValueError(f"step: got {step}, expected a number from 0 on")
-    if seeds is None:
-        return
+    if not 0 <= step < 2**63:
+        raise ValueError(f"step: got {step}, expected a number from 0 to 2^63 - 1")
     if noise is not None:
         raise ValueError("seeds: got them beside noise, expected one of the two")
     if not isinstance(seeds, Tensor):
@@ -120,7 +119,7 @@ def diffusion_step(
         seeds: what z is drawn from instead of `noise`, one for each sample, (N,), int64, on the CPU or on the
             device of `sample`. The same seed and step draw the same z for a sample, whatever its batch and
             its layout in memory.
-        step: from 0 to 2^63 - 1; with `seeds`, another step draws other noise.
+        step: what else z is drawn from, 0 to 2^63 - 1; not looked at without `seeds`.
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
@@ -146,7 +145,10 @@ def diffusion_step(
     check_optional("noise", noise, shape=shape, like=sample)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a positive number or None")
-    _check_seeds(seeds, step, sample, noise)
+    drawn: dict[str, Any] = {}  # without seeds nothing is passed: a step of small latents takes microseconds
+    if seeds is not None:
+        _check_seeds(seeds, step, sample, noise)
+        drawn = {"seeds": seeds, "step": step}
     device_type = sample.device.type
     unavailable = _native.unavailable(
         "diffusion_step", "sample", device_type, sample.dtype,
@@ -156,5 +158,5 @@ def diffusion_step(
     run = _diffusion_step_op if serve == "cpu" else diffusion_step_torch
     return run(
         sample, model_output, coefficients, guidance_scale=guidance_scale,
-        previous_x0=previous_x0, noise=noise, clip=clip, seeds=seeds, step=step,
+        previous_x0=previous_x0, noise=noise, clip=clip, **drawn,
     )  # fmt: skip
