@@ -3,8 +3,9 @@
     python benchmarks/bench_diffusion_step.py [--output FILE] [--rounds N] [--threads N]
     pytest benchmarks/bench_diffusion_step.py
 
-Eager is the operation's own composite: torch has no such functions. Every result is checked against fp64
-before it is timed. Both take turns in one process, and with them a copy of the sample (`of_copy`).
+Eager is the operation's own composite: torch has no such functions. The step that draws its noise is beside
+torch.randn and the composite; each draws numbers of its own. Every result is checked against fp64 before
+it is timed. Both take turns in one process, and with them a copy of the sample (`of_copy`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,19 @@ def full_step(t: Sequence[Tensor], backend: str | None) -> Results:
     )
 
 
+def drawn_step(t: Sequence[Tensor], backend: str | None) -> Results:
+    """Ancestral sampling: fresh noise, drawn in the same pass."""
+    seeds = torch.arange(len(t[0]))
+    return ops.diffusion_step(
+        t[0], t[1], COEFFICIENTS, guidance_scale=7.5, seeds=seeds, step=3, backend=backend
+    )
+
+
+def step_of_randn(t: Sequence[Tensor]) -> Results:
+    noise = torch.randn(t[0].shape, dtype=t[0].dtype)
+    return ops.diffusion_step(t[0], t[1], COEFFICIENTS, guidance_scale=7.5, noise=noise, backend="torch")
+
+
 def noised(t: Sequence[Tensor], backend: str | None) -> Results:
     level = torch.linspace(0.1, 0.9, len(t[0]))
     return ops.add_noise(t[0], t[2], level, level, backend=backend)[:1]
@@ -69,11 +83,14 @@ def reparameterized_with_gradients(t: Sequence[Tensor], backend: str | None) -> 
 WORKS: dict[str, tuple[Work, int, bool]] = {
     "guided step": (guided_step, 5, False),
     "guided step, every term": (full_step, 7, False),
+    "guided step, noise drawn": (drawn_step, 5, False),
     "add_noise": (noised, 3, False),
     "add_noise, velocity": (noised_with_velocity, 4, False),
     "reparameterize": (reparameterized, 4, False),
     "reparameterize, gradients": (reparameterized_with_gradients, 8, True),
 }
+# What eager would do instead, where that is not the composite.
+EAGER: dict[Work, Callable[[Sequence[Tensor]], Results]] = {drawn_step: step_of_randn}
 
 
 def make_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -94,8 +111,9 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype, rounds: int) 
     work, passes, training = WORKS[name]
     tensors = make_tensors(shape, dtype)
     check(work, tensors)
+    eager = EAGER.get(work, lambda tensors: work(tensors, "torch"))
     times = measure_beside_eager(
-        lambda: work(tensors, "torch"), lambda: work(tensors, None),
+        lambda: eager(tensors), lambda: work(tensors, None),
         like=tensors[0], passes=passes, rounds=rounds, training=training,
     )  # fmt: skip
     return {
@@ -142,8 +160,9 @@ def test_diffusion_step(
     work, _, training = WORKS[name]
     tensors = make_tensors(SHAPES[1], dtype)
     check(work, tensors)
+    eager = EAGER.get(work) if backend == "torch" else None
     with torch.set_grad_enabled(training):
-        benchmark(lambda: work(tensors, backend))
+        benchmark(lambda: eager(tensors) if eager else work(tensors, backend))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Mask __attribute__((vector_size(kLanes * 4)));  // 0 or -1, as comparisons give
+typedef uint64_t Wide __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
 
 // Storage types. Their bits are all a kernel needs to know.
@@ -209,6 +210,47 @@ SDFAST_INLINE void store(BFloat16* p, Vec v, FullVector) {
 SDFAST_INLINE void store(Half* p, Vec v, FullVector) {
   const HalfBits bits = narrow_half(v);
   std::memcpy(p, &bits, sizeof bits);
+}
+
+// Rounded to nearest even.
+SDFAST_INLINE Vec to_floats(Bits v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtepu32_ps(kAllLanes, reinterpret_cast<__m512i>(v)));
+#else
+  // Either half is exact as a number behind the leading bit of 2^23.
+  const Vec high = as_floats((v >> 16) + 0x4b000000u) - 0x1p23f;
+  const Vec low = as_floats((v & 0xffffu) + 0x4b000000u) - 0x1p23f;
+  return high * 65536.0f + low;
+#endif
+}
+
+SDFAST_INLINE Vec square_root(Vec v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_sqrt_ps(kAllLanes, reinterpret_cast<__m512>(v)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Vec>(_mm_sqrt_ps(reinterpret_cast<__m128>(v)));
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// The 64-bit products of the low halves of the lanes.
+SDFAST_INLINE Wide multiply_low_halves(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Wide>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Wide>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__) && !defined(__AVX__)
+  return reinterpret_cast<Wide>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
 }
 
 // Loads fewer lanes than a vector has; the others are zero. No byte beyond them is touched.

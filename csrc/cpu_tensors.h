@@ -121,12 +121,12 @@ struct SampleLayout {
     return result;
   }
   // Calls body(sample, begin, end) for parts of samples, which threads share out. `joined`: the
-  // samples of every tensor lie one after another, and count as one.
+  // samples of every tensor lie one after another, and count as one. `grain`: elements worth a
+  // thread.
   template <typename Body>
-  void for_each_part(bool joined, const Body& body) const {
-    constexpr int64_t kGrain = 32768;
+  void for_each_part(bool joined, const Body& body, int64_t grain = 32768) const {
     const int64_t length = joined ? samples * size : size;
-    torch::stable::parallel_for(0, samples * size, kGrain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, samples * size, grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t sample = begin / length, first = sample * length;
         const int64_t last = std::min(end, first + length);
@@ -135,6 +135,47 @@ struct SampleLayout {
       }
     });
   }
+};
+
+// Walks through a sample as its elements lie, and tells each one's index in logical (row-major)
+// order.
+class LogicalIndex {
+ public:
+  LogicalIndex(const SampleLayout& layout, int64_t position) {
+    int64_t logical_stride = 1;
+    for (size_t axis = layout.sizes.size() - 1; axis > 0; --axis) {
+      const int64_t size = layout.sizes[axis];
+      if (size > 1) axes_.push_back({size, layout.strides[axis], logical_stride, 0});
+      logical_stride *= size;
+    }
+    in_order_ = std::is_sorted(axes_.begin(), axes_.end(), lies_closer);
+    std::sort(axes_.begin(), axes_.end(), lies_closer);
+    for (Axis& axis : axes_) {
+      axis.at = position % axis.size;
+      position /= axis.size;
+      index_ += axis.at * axis.logical_stride;
+    }
+  }
+  bool in_order() const { return in_order_; }  // elements lie as they are counted
+  int64_t next() {
+    const int64_t index = index_;
+    for (Axis& axis : axes_) {
+      index_ += axis.logical_stride;
+      if (++axis.at < axis.size) break;
+      index_ -= axis.size * axis.logical_stride;
+      axis.at = 0;
+    }
+    return index;
+  }
+
+ private:
+  struct Axis {
+    int64_t size, stride, logical_stride, at;
+  };
+  static bool lies_closer(const Axis& a, const Axis& b) { return a.stride < b.stride; }
+  std::vector<Axis> axes_;  // fastest first
+  int64_t index_ = 0;
+  bool in_order_;
 };
 
 // An input of an elementwise operation, copied where its samples lie otherwise, or where they are

@@ -83,7 +83,7 @@ def main() -> None:
     folder = pathlib.Path(sys.argv[1]).resolve()
     variables = environment(folder)
     check_that_faults_are_reported(variables)
-    files = [f"test_{name}.py" for name in (*OPERATIONS, "guarded", "amx")]
+    files = [f"test_{name}.py" for name in (*OPERATIONS, "diffusion_step_seeds", "guarded", "amx")]
     # torch.compile would run the compiler under the sanitizer, and adds no kernel to look at.
     options = ["-k", "not compiles", "-p", "no:cacheprovider", *sys.argv[2:]]
     code = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"

@@ -101,6 +101,13 @@ def diffusion_step(sample: Tensor, model_output: Tensor, previous_x0: Tensor, no
     return ops.diffusion_step(sample, model_output, coefficients, **more, backend="cpu")
 
 
+@on((3, 4, 5, 7), (6, 4, 5, 7), (3, 4, 5, 7))
+def diffusion_step_seeds(sample: Tensor, model_output: Tensor, previous_x0: Tensor) -> Results:
+    coefficients = torch.tensor([1.1, -0.9, 0.7, 0.2, 0.5, 0.3, 0.1])
+    more = {"guidance_scale": 7.5, "previous_x0": previous_x0, "seeds": torch.arange(3), "step": 2}
+    return ops.diffusion_step(sample, model_output, coefficients, **more, backend="cpu")
+
+
 @on((3, 4, 5, 7), (3, 4, 5, 7), (3, 4, 5, 7))
 def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Results:
     def call(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -147,6 +147,19 @@ def test_noise_is_drawn_only_where_the_plan_says():
         assert len(calls) == int(plan.draws_noise.sum()) == draws
 
 
+def test_seeds_make_a_sample_the_same_in_any_batch():
+    seeds = torch.tensor([11, 12])
+    for name in CLASSES:
+        plan = SAMPLERS[name](NoiseSchedule.linear(), 6)
+        together = sample(plan, denoiser, start(), seeds=seeds)
+        alone = [sample(plan, denoiser, start()[i : i + 1], seeds=seeds[i : i + 1]) for i in range(2)]
+        assert torch.equal(together, torch.cat(alone))
+        other = sample(plan, denoiser, start(), seeds=seeds + 2)
+        assert torch.equal(together, other) == (not plan.draws_noise.any())
+    with pytest.raises(ValueError, match="seeds: got them beside draw_noise"):
+        sample(plan, denoiser, start(), seeds=seeds, draw_noise=torch.randn_like)
+
+
 def test_sampling_records_no_graph_and_leaves_its_input_alone():
     plan = diffusion.ddpm(NoiseSchedule.linear(), 5)
     x = start().requires_grad_()

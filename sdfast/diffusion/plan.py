@@ -71,6 +71,7 @@ def sample(
     timesteps: Sequence[object] | None = None,
     guidance_scale: float | None = None,
     draw_noise: Callable[[Tensor], Tensor] | None = None,
+    seeds: Tensor | None = None,
     on_step: Callable[[int, int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Run a plan: Algorithm 2, for any sampler.
@@ -87,6 +88,8 @@ def sample(
         guidance_scale: weight of classifier-free guidance, or None for an output without guidance.
         draw_noise: latents -> standard normal noise of the same shape, dtype and device; called once in each
             step that `plan.draws_noise`. None: `torch.randn_like`.
+        seeds: instead of `draw_noise`, what `diffusion_step` draws each sample's noise from in its own pass,
+            (N,), int64: the noise of a sample does not depend on the others in its batch.
         on_step: called as (i, n, latents) after step i of n. A tensor that it returns replaces the latents
             (inpainting puts the known part back); None keeps them.
 
@@ -97,6 +100,8 @@ def sample(
         ValueError, TypeError: an argument or what a callback returned has a wrong shape, dtype or value.
     """
     check_tensor("latents", latents)
+    if seeds is not None and draw_noise is not None:
+        raise ValueError("seeds: got them beside draw_noise, expected one of the two")
     draw_noise = draw_noise or torch.randn_like
     if timesteps is None:
         dtype = torch.float32 if plan.timesteps.is_floating_point() else torch.int64
@@ -114,8 +119,10 @@ def sample(
             plan.coefficients[i],
             guidance_scale=guidance_scale,
             previous_x0=x0,
-            noise=draw_noise(latents) if draws_noise[i] else None,
+            noise=draw_noise(latents) if draws_noise[i] and seeds is None else None,
             clip=plan.clip,
+            seeds=seeds if draws_noise[i] else None,
+            step=i,
         )
         if on_step is not None:
             replacement = on_step(i, len(plan), latents)

@@ -8,6 +8,10 @@ x is the sample x_t, m the model's output, x̂₀ᵖ the x̂₀ of the step befo
 table of the seven k, one row a step (`sdfast.diffusion.samplers`), so that one kernel serves them all.
 The arithmetic is fp32 whatever the dtype of the latents (fp64 for fp64); each result is rounded once.
 
+z is given, or drawn from a seed for each sample and the number of the step, as a function of these and of
+the element's place in its sample alone (`_philox.py` defines it). It is rounded to the arithmetic's fp32,
+never to half precision; kernels are within 2 units in the last place of fp32 of the definition.
+
 The CPU kernel, one pass over memory, is csrc/diffusion_step_cpu.cpp. It has no gradient: sampling takes none,
 and where one is asked for, torch serves.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +28,13 @@ from torch import Tensor
 from sdfast import _library, dispatch
 from sdfast.ops import _native
 from sdfast.ops._checks import check_optional, check_tensor
+from sdfast.ops._philox import philox_normals
 
 
 def diffusion_step_torch(
     sample: Tensor, model_output: Tensor, coefficients: Tensor, *, guidance_scale: float | None = None,
     previous_x0: Tensor | None = None, noise: Tensor | None = None, clip: float | None = None,
+    seeds: Tensor | None = None, step: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula, in fp32 or fp64."""
     wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
@@ -42,6 +49,8 @@ def diffusion_step_torch(
     previous = k[2] * x0 + k[3] * x + k[4] * m
     if previous_x0 is not None:
         previous = previous + k[5] * previous_x0.to(wide)
+    if seeds is not None:
+        noise = philox_normals(seeds.to(x.device), x.shape, step)
     if noise is not None:
         previous = previous + k[6] * noise.to(wide)
     return previous.to(sample.dtype), x0.to(sample.dtype)
@@ -57,12 +66,30 @@ def _fake(sample: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
 
 _library.define_native(
     "diffusion_step(Tensor sample, Tensor model_output, Tensor coefficients, *, float? guidance_scale=None, "
-    "Tensor? previous_x0=None, Tensor? noise=None, float? clip=None) -> (Tensor, Tensor)",
+    "Tensor? previous_x0=None, Tensor? noise=None, float? clip=None, Tensor? seeds=None, SymInt step=0) "
+    "-> (Tensor, Tensor)",
     _fake,
 )
 
 # Looked up once: a step of small latents takes microseconds.
 _diffusion_step_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sdfast.diffusion_step.default
+
+
+def _check_seeds(seeds: object, step: object, sample: Tensor, noise: Tensor | None) -> None:
+    if not isinstance(step, int):
+        raise TypeError(f"step: got {type(step).__name__}, expected an int")
+    if not 0 <= step < 2**63:
+        raise ValueError(f"step: got {step}, expected a number from 0 to 2^63 - 1")
+    if noise is not None:
+        raise ValueError("seeds: got them beside noise, expected one of the two")
+    if not isinstance(seeds, Tensor):
+        raise TypeError(f"seeds: got {type(seeds).__name__}, expected a torch.Tensor")
+    if seeds.dtype is not torch.int64:
+        raise TypeError(f"seeds: got dtype {seeds.dtype}, expected torch.int64")
+    if tuple(seeds.shape) != (len(sample),):
+        raise ValueError(f"seeds: got shape {tuple(seeds.shape)}, expected ({len(sample)},)")
+    if seeds.device.type != "cpu" and seeds.device != sample.device:
+        raise ValueError(f"seeds: is on {seeds.device}, expected the CPU or {sample.device}")
 
 
 def diffusion_step(
@@ -74,6 +101,8 @@ def diffusion_step(
     previous_x0: Tensor | None = None,
     noise: Tensor | None = None,
     clip: float | None = None,
+    seeds: Tensor | None = None,
+    step: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One reverse step, with classifier-free guidance in front of it.
@@ -87,6 +116,10 @@ def diffusion_step(
         previous_x0: x̂₀ of the step before, (N, ...), same dtype; None leaves its term out.
         noise: z, (N, ...), same dtype; None leaves its term out.
         clip: bound of |x̂₀|, > 0, or None.
+        seeds: what z is drawn from instead of `noise`, one for each sample, (N,), int64, on the CPU or on the
+            device of `sample`. The same seed and step draw the same z for a sample, whatever its batch and
+            its layout in memory.
+        step: what else z is drawn from, 0 to 2^63 - 1; not looked at without `seeds`.
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
@@ -112,6 +145,10 @@ def diffusion_step(
     check_optional("noise", noise, shape=shape, like=sample)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, expected a positive number or None")
+    drawn: dict[str, Any] = {}  # without seeds nothing is passed: a step of small latents takes microseconds
+    if seeds is not None:
+        _check_seeds(seeds, step, sample, noise)
+        drawn = {"seeds": seeds, "step": step}
     device_type = sample.device.type
     unavailable = _native.unavailable(
         "diffusion_step", "sample", device_type, sample.dtype,
@@ -121,5 +158,5 @@ def diffusion_step(
     run = _diffusion_step_op if serve == "cpu" else diffusion_step_torch
     return run(
         sample, model_output, coefficients, guidance_scale=guidance_scale,
-        previous_x0=previous_x0, noise=noise, clip=clip,
+        previous_x0=previous_x0, noise=noise, clip=clip, **drawn,
     )  # fmt: skip
