@@ -154,13 +154,14 @@ inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, i
 template <typename Operand, bool kTransposed, int kV, int... kR>
 void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t steps, const Operand* a,
                    int64_t lda, const Operand* b, float* c, bool accumulate) {
-  using Tile = void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool, int64_t);
+  using Tile =
+      void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool, gemm::Fetch);
   static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed, kV>...};
   const auto multiply = [&](int64_t count, Tile tile) {
     int64_t step = 0;
     do {
       tile(std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
-           b + step * kColumns, c, accumulate || step > 0, 0);
+           b + step * kColumns, c, accumulate || step > 0, {nullptr, 0});
       step += kChain;
     } while (step < steps);
     a += count * (kTransposed ? 1 : lda);

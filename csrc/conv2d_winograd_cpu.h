@@ -262,11 +262,15 @@ inline void multiply(const Rounds& r, int points, int64_t tiles, int64_t channel
       const float* a = input + point * r.input_stride + first * r.channels;
       for (int64_t panel = split * r.panels / splits; panel < panel_end; ++panel) {
         const float* b = packed + (point * r.panels + panel) * channels * gemm::kColumns;
-        gemm::multiply_panel<gemm::Float32, true>(
-            std::min(rows, tiles - first), channels,
-            {reinterpret_cast<const gemm::Float32*>(a), r.channels},
+        const int64_t count = std::min(rows, tiles - first);
+        const int64_t calls = gemm::calls_of(count, channels);
+        const int64_t piece = channels * gemm::kColumns * sizeof(float) / calls;
+        gemm::Ahead next_panel(b + channels * gemm::kColumns, calls, piece, piece, calls);
+        gemm::multiply_panel<gemm::Float32>(
+            count, channels, {reinterpret_cast<const gemm::Float32*>(a), r.channels},
             reinterpret_cast<const gemm::Float32*>(b),
-            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns, false);
+            sums + point * r.sums_stride + (panel * r.tiles + first) * gemm::kColumns, false,
+            next_panel);
       }
     }
   });

@@ -76,6 +76,12 @@ struct OperandOf<simd::BFloat16> {
 
 constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / depth; }
 
+// What a micro-kernel fetches meanwhile: an address a step, `stride` bytes apart.
+struct Fetch {
+  const void* from;
+  int64_t stride;
+};
+
 // c[r][j] (+)= sum over steps of a[r] * b[j]. a: rows `lda` operands apart, steps adjacent; with
 // kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense. Of
 // the columns kV vectors are computed, from the left. What lies `ahead` operands behind b is
@@ -83,7 +89,7 @@ constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / 
 template <int kR, typename Operand, bool kTransposed = false, int kV = kVecs>
 inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand* a, int64_t lda,
                                                     const Operand* b, float* c, bool accumulate,
-                                                    int64_t ahead = 0) {
+                                                    Fetch fetch = {nullptr, 0}) {
   Vec sums[kR][kV];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -95,12 +101,12 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
   const Operand* base[(kR + 2) / 3];
 #pragma GCC unroll 4
   for (int i = 0; i < (kR + 2) / 3; ++i) base[i] = a + 3 * i * next_row;
+  const char* fetched = static_cast<const char*>(fetch.from);
   for (int64_t step = 0; step < steps; ++step) {
     Vec columns[kV];
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) {
       std::memcpy(&columns[v], b + v * simd::kLanes, sizeof(Vec));
-      simd::prefetch(b + v * simd::kLanes + ahead);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
@@ -113,6 +119,8 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
 #pragma GCC unroll 4
     for (int i = 0; i < (kR + 2) / 3; ++i) base[i] += next_step;
     b += kColumns;
+    simd::prefetch(fetched);
+    fetched += fetch.stride;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -145,29 +153,54 @@ constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows 
 // multiply_tile, or AMX's for more rows than the registers hold sums of.
 template <int kR, typename Operand>
 void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
-                       bool accumulate, int64_t ahead) {
+                       bool accumulate, Fetch fetch = {nullptr, 0}) {
   if constexpr (kR > kRows) {
     amx::multiply_tile<kR>(steps, a, lda, b, c, accumulate);
   } else {
-    multiply_tile<kR>(steps, a, lda, b, c, accumulate, ahead);
+    multiply_tile<kR>(steps, a, lda, b, c, accumulate, fetch);
   }
 }
 
+// Rows of memory that are read next, from far: each is fetched during one of the last calls of the
+// micro-kernel before.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int64_t calls)
+      : data_(static_cast<const char*>(data)),
+        rows_(rows),
+        row_bytes_(row_bytes),
+        stride_bytes_(stride_bytes),
+        row_(std::min<int64_t>(rows - calls, 0)) {}
+
+  Fetch during(int64_t steps) {
+    const int64_t row = row_++;
+    if (row < 0 || row >= rows_) return {nullptr, 0};
+    return {data_ + row * stride_bytes_, (row_bytes_ + steps - 1) / steps};
+  }
+
+ private:
+  const char* data_ = nullptr;
+  int64_t rows_ = 0, row_bytes_ = 0, stride_bytes_ = 0, row_ = 0;
+};
+
+// How often multiply_panel calls the micro-kernel.
+constexpr int64_t calls_of(int64_t rows, int64_t steps) {
+  return (rows + kRows - 1) / kRows * ((steps + kChain - 1) / kChain);
+}
+
 // c (rows, kColumns) (+)= a b for one panel, tile by tile, the last ones narrower where rows end.
-// While those are multiplied the panel that follows in memory is fetched, with kFetch: what comes
-// from far is used from its first step on.
-template <typename Operand, bool kFetch = false>
+template <typename Operand>
 void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
-                    float* c, bool accumulate) {
+                    float* c, bool accumulate, Ahead& ahead) {
   int64_t row = 0;
   const auto tile = [&](auto count) {
-    const bool is_late = row + 3 * count > rows;
-    const int64_t ahead = kFetch && is_late ? steps * kColumns : 0;
     int64_t step = 0;
     do {
-      multiply_any_tile<count>(std::min(kChain, steps - step), a.data + row * a.stride + step,
-                               a.stride, panel + step * kColumns, c + row * kColumns,
-                               accumulate || step > 0, ahead);
+      const int64_t chain = std::min(kChain, steps - step);
+      multiply_any_tile<count>(chain, a.data + row * a.stride + step, a.stride,
+                               panel + step * kColumns, c + row * kColumns, accumulate || step > 0,
+                               ahead.during(chain));
       step += kChain;
     } while (step < steps);
     row += count;
@@ -180,6 +213,13 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
   }
   for (; row + 4 <= rows;) tile(std::integral_constant<int, 4>());
   for (; row < rows;) tile(std::integral_constant<int, 1>());
+}
+
+template <typename Operand>
+void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
+                    float* c, bool accumulate) {
+  Ahead nothing;
+  multiply_panel(rows, steps, a, panel, c, accumulate, nothing);
 }
 
 // Calls work(next) on every thread; next() gives items 0, 1, ..., each once, and -1 after the

@@ -183,15 +183,20 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
             return sums.get() + (index * halves + half) * kSums;
           };
           Rows<Operand> a[2];
+          Ahead next_group[2];
           for (int64_t half = 0; half < halves; ++half) {
-            a[half] = weights(row + half * p.rows, rows, piece,
-                              scratch.get() + half * kGroup * most_steps);
+            Operand* own = scratch.get() + half * kGroup * most_steps;
+            a[half] = weights(row + half * p.rows, rows, piece, own);
+            if (a[half].data == own || group + 1 == end_group) continue;
+            next_group[half] =
+                Ahead(a[half].data + rows * a[half].stride, kGroup, steps * sizeof(Operand),
+                      a[half].stride * sizeof(Operand), (end - first) * calls_of(rows, steps));
           }
           for (int64_t panel = first; panel < end; ++panel) {
             for (int64_t half = 0; half < halves; ++half) {
               multiply_panel(rows, steps, a[half],
                              packed.get() + (panel - first) * steps * kColumns,
-                             sums_of(panel, half), part > 0);
+                             sums_of(panel, half), part > 0, next_group[half]);
               if (part + 1 == parts) {
                 transpose_sums(sums_of(panel, half), rows, transposed.get() + half * kSums, kGroup);
               }
