@@ -161,7 +161,7 @@ void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t step
     int64_t step = 0;
     do {
       tile(std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
-           b + step * kColumns, c, accumulate || step > 0, {nullptr, 0});
+           b + step * kColumns, c, accumulate || step > 0, {});
       step += kChain;
     } while (step < steps);
     a += count * (kTransposed ? 1 : lda);

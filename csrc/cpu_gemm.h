@@ -78,18 +78,17 @@ constexpr int64_t steps_of(int64_t depth, int64_t k) { return (k + depth - 1) / 
 
 // What a micro-kernel fetches meanwhile: an address a step, `stride` bytes apart.
 struct Fetch {
-  const void* from;
-  int64_t stride;
+  const void* from = nullptr;
+  int64_t stride = 0;
 };
 
 // c[r][j] (+)= sum over steps of a[r] * b[j]. a: rows `lda` operands apart, steps adjacent; with
 // kTransposed steps `lda` apart, rows adjacent. b: (steps, kColumns). c: (kR, kColumns) dense. Of
-// the columns kV vectors are computed, from the left. What lies `ahead` operands behind b is
-// fetched.
+// the columns kV vectors are computed, from the left.
 template <int kR, typename Operand, bool kTransposed = false, int kV = kVecs>
 inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand* a, int64_t lda,
                                                     const Operand* b, float* c, bool accumulate,
-                                                    Fetch fetch = {nullptr, 0}) {
+                                                    Fetch fetch = {}) {
   Vec sums[kR][kV];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -101,7 +100,7 @@ inline __attribute__((noinline)) void multiply_tile(int64_t steps, const Operand
   const Operand* base[(kR + 2) / 3];
 #pragma GCC unroll 4
   for (int i = 0; i < (kR + 2) / 3; ++i) base[i] = a + 3 * i * next_row;
-  const char* fetched = static_cast<const char*>(fetch.from);
+  const char* fetched = static_cast<const char*>(fetch.from ? fetch.from : a);
   for (int64_t step = 0; step < steps; ++step) {
     Vec columns[kV];
 #pragma GCC unroll 4
@@ -153,7 +152,7 @@ constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows 
 // multiply_tile, or AMX's for more rows than the registers hold sums of.
 template <int kR, typename Operand>
 void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
-                       bool accumulate, Fetch fetch = {nullptr, 0}) {
+                       bool accumulate, Fetch fetch = {}) {
   if constexpr (kR > kRows) {
     amx::multiply_tile<kR>(steps, a, lda, b, c, accumulate);
   } else {
@@ -175,7 +174,7 @@ class Ahead {
 
   Fetch during(int64_t steps) {
     const int64_t row = row_++;
-    if (row < 0 || row >= rows_) return {nullptr, 0};
+    if (row < 0 || row >= rows_) return {};
     return {data_ + row * stride_bytes_, (row_bytes_ + steps - 1) / steps};
   }
 
