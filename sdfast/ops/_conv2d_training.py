@@ -56,7 +56,7 @@ _weight_gradient_op = _library.define_native(
 
 # Pixels of y from which Winograd was measured faster: where it transforms the weight, and where it transforms
 # sums to the weight's gradient.
-_WINOGRAD_PIXELS, _WINOGRAD_WEIGHT_PIXELS = 512, 128
+_WINOGRAD_PIXELS, _WINOGRAD_WEIGHT_PIXELS = 128, 32
 
 
 def suits_torch_in_training(x: Tensor, weight: Tensor, upsample: bool) -> bool:
@@ -64,6 +64,10 @@ def suits_torch_in_training(x: Tensor, weight: Tensor, upsample: bool) -> bool:
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = min(weight.shape[:2]) < 16 or weight.numel() * pixels < 2**22
     return few or x.dtype != torch.float32
+
+
+def _upsampled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest").contiguous(memory_format=_LAYOUT)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -88,8 +92,9 @@ class _Conv2d(torch.autograd.Function):
         # A function of the shape alone: y has as many pixels for the forward as for the backward.
         ctx.pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
         ctx.winograd = suits and fp32 and dispatch.numerics() == "fast"
-        if ctx.winograd and not upsample and ctx.pixels >= _WINOGRAD_PIXELS:
-            return cast(Tensor, _training_op(x, weight, bias, time_embedding, residual, padding))
+        if ctx.winograd and ctx.pixels >= _WINOGRAD_PIXELS:
+            image = _upsampled(x) if upsample else x
+            return cast(Tensor, _training_op(image, weight, bias, time_embedding, residual, padding))
         values = fold(weight).to(weight.dtype) if upsample else weight.permute(0, 2, 3, 1)
         more = (ALGORITHMS.index("direct"), weight.shape[0], *weight.shape[2:], stride, padding, upsample)
         return cast(Tensor, kernel_op(x, values, bias, time_embedding, residual, *more))
@@ -128,7 +133,7 @@ def _input_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def _weight_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if ctx.upsample:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest").contiguous(memory_format=_LAYOUT)
+        x = _upsampled(x)
     winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_WEIGHT_PIXELS
     return cast(Tensor, _weight_gradient_op(dy, x, *weight.shape[2:], *ctx.geometry, winograd))
 
