@@ -54,9 +54,8 @@ _weight_gradient_op = _library.define_native(
 )
 
 
-# Pixels of y from which Winograd was measured faster: where it transforms the weight, and where it transforms
-# sums to the weight's gradient.
-_WINOGRAD_PIXELS, _WINOGRAD_WEIGHT_PIXELS = 128, 32
+# Pixels of y from which Winograd was measured faster, for y and for each gradient.
+_WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32
 
 
 def suits_torch_in_training(x: Tensor, weight: Tensor, upsample: bool) -> bool:
@@ -124,7 +123,7 @@ class _Conv2d(torch.autograd.Function):
 
 def _input_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     scale = 2 if ctx.upsample else 1
-    winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_PIXELS
+    winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_GRADIENT_PIXELS
     size = (scale * x.shape[2], scale * x.shape[3])
     dx = cast(Tensor, _input_gradient_op(dy, weight, *size, *ctx.geometry, winograd))
     # An upsampled pixel's gradient is the sum of its four.
@@ -134,7 +133,7 @@ def _input_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _weight_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if ctx.upsample:
         x = _upsampled(x)
-    winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_WEIGHT_PIXELS
+    winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_GRADIENT_PIXELS
     return cast(Tensor, _weight_gradient_op(dy, x, *weight.shape[2:], *ctx.geometry, winograd))
 
 
