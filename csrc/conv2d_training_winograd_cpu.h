@@ -7,7 +7,7 @@
 // time transforms the weight into L2 and multiplies all 36 points by it. Their sums stay in L2
 // until the last part, and become pixels there. Bytes: x, the weight once a block of tiles, y; the
 // transformed tiles once a panel from L3. Limit: fused multiply-adds, and where tiles are few the
-// transform of the weight, which costs as much as 6 tiles.
+// transform of the weight.
 #pragma once
 
 #include "conv2d_winograd_cpu.h"

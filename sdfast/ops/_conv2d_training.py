@@ -59,10 +59,14 @@ _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32
 
 
 def suits_torch_in_training(x: Tensor, weight: Tensor, upsample: bool) -> bool:
-    """Few channels, so little work that Python decides, and half precision, which is widened here."""
+    """Few channels, so little work that Python decides, and bf16, which torch multiplies as pairs.
+
+    Measured, forward and backward: fp32 is faster here from about 2^20 products on, bf16 was slower at most
+    sizes, fp16 many times faster than torch's.
+    """
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-    few = min(weight.shape[:2]) < 16 or weight.numel() * pixels < 2**22
-    return few or x.dtype != torch.float32
+    few = min(weight.shape[:2]) < 16 or weight.numel() * pixels < 2**20
+    return few or x.dtype == torch.bfloat16
 
 
 def _upsampled(x: Tensor) -> Tensor:
