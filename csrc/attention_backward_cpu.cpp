@@ -15,7 +15,6 @@
 namespace sdfast {
 namespace {
 
-using attention::Scratch;
 using attention::Sizes;
 using attention::View;
 using gemm::kColumns;

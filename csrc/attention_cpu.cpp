@@ -18,7 +18,6 @@
 namespace sdfast {
 namespace {
 
-using attention::Scratch;
 using attention::Sizes;
 using attention::Tile;
 using attention::View;

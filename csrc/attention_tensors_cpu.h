@@ -1,8 +1,7 @@
 // The tensors of attention, forward and backward: checked, as views of rows, and scratch memory.
 #pragma once
 
-#include <memory>
-
+#include "cpu_scratch.h"
 #include "cpu_tensors.h"
 
 namespace sdfast::attention {
@@ -52,19 +51,5 @@ inline Tensor new_by_token(const Sizes& sizes, int64_t rows, ScalarType dtype) {
   advise_huge_pages(t);
   return t;
 }
-
-// A new array whose beginning is aligned to a vector.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : lines_(new Line[(size * sizeof(T) + 63) / 64]) {}
-  T* get() { return reinterpret_cast<T*>(lines_.get()); }
-
- private:
-  struct alignas(64) Line {
-    unsigned char bytes[64];
-  };
-  std::unique_ptr<Line[]> lines_;
-};
 
 }  // namespace sdfast::attention

@@ -59,18 +59,8 @@ Tensor new_image(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return result;
 }
 
-// For the transform of a weight: four times its size, and written anew at every call.
-Tensor new_packed(int64_t out_channels, int64_t channels) {
-  using conv2d::winograd::F4x4Of3x3;
-  const int64_t size = conv2d::winograd::packed_size<F4x4Of3x3>(out_channels, channels);
-  Tensor packed = empty({size}, ScalarType::Float);
-  advise_huge_pages(packed);
-  return packed;
-}
-
 // x: (N, C, H, W). weight: (O, C, 3, 3). bias: (O). time_embedding: (N, O). residual: as y. Images
-// and the weight channels last. Returns y: (N, O, H', W') by F(4x4, 3x3), whose transform of the
-// weight is in fp32 here, as fast as memory, and not kept.
+// and the weight channels last. Returns y: (N, O, H', W') by F(4x4, 3x3).
 Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
                        std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
                        std::vector<int64_t> padding) {
@@ -95,16 +85,14 @@ Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
     check_shape(*residual, "residual", sizes);
   }
   Tensor y = new_image(sizes, dtype);
-  const Tensor packed = new_packed(s.out_channels, s.channels);
-  float* points = packed.mutable_data_ptr<float>();
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);
     const auto data = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
     };
-    conv2d::winograd::pack_weight(data(weight), s.out_channels, s.channels, points);
-    conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(
-        s, data(x), points, conv2d::Added<T>{data(bias), data(time_embedding), data(residual)},
+    conv2d::winograd::run_training(
+        s, data(x), conv2d::winograd::Weight<T>{data(weight), s.out_channels, s.channels},
+        conv2d::Added<T>{data(bias), data(time_embedding), data(residual)},
         static_cast<T*>(y.mutable_data_ptr()));
   });
   return y;
@@ -134,17 +122,14 @@ Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t w
     const T* w = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(dx.mutable_data_ptr());
     if (!winograd) return conv2d::direct::input_gradient(s, from, w, to);
-    const Tensor packed = new_packed(s.channels, s.out_channels);
-    float* points = packed.mutable_data_ptr<float>();
-    conv2d::winograd::pack_turned_weight(w, s.out_channels, s.channels, points);
     Shape turned = s;
     std::swap(turned.channels, turned.out_channels);
     std::swap(turned.height, turned.out_height);
     std::swap(turned.width, turned.out_width);
     turned.left = 2 - s.left;
     turned.top = 2 - s.top;
-    conv2d::winograd::run<conv2d::winograd::F4x4Of3x3>(turned, from, points, conv2d::Added<T>{},
-                                                       to);
+    const conv2d::winograd::TurnedWeight<T> points{w, s.out_channels, s.channels};
+    conv2d::winograd::run_training(turned, from, points, conv2d::Added<T>{}, to);
   });
   return dx;
 }

@@ -59,10 +59,37 @@ void widen(const T* from, int64_t count, float* to) {
   });
 }
 
+// The weight that dx's pixels of one parity meet, taps x out_channels by channels.
+template <typename T>
+struct WeightPanels {
+  const Shape& s;
+  const Parity& parity;
+  const T* weight;
+
+  // Calls f(rows of the weight, their number, the first one's place in [step, step + steps)).
+  template <typename F>
+  void for_each_tap(int64_t column, int64_t step, int64_t steps, const F& f) const {
+    for_each_run(s.out_channels, step, steps, [&](int64_t t, int64_t o, int64_t at, int64_t run) {
+      const int64_t tap = o * s.kernel_height * s.kernel_width + parity.taps[t].index;
+      f(weight + tap * s.channels + column, run, at);
+    });
+  }
+  int64_t stride() const { return s.kernel_height * s.kernel_width * s.channels; }
+  void pack(int64_t column, int64_t step, int64_t steps, float* to) const {
+    for_each_tap(column, step, steps, [&](const T* from, int64_t run, int64_t at) {
+      gemm::copy_panel(from, stride(), run, s.channels - column, to + at * gemm::kColumns);
+    });
+  }
+  void fetch(int64_t column, int64_t step, int64_t steps) const {
+    for_each_tap(column, step, steps, [&](const T* from, int64_t run, int64_t) {
+      gemm::fetch_panel(from, stride(), run);
+    });
+  }
+};
+
 // dx as x lies. Pixels that no tap meets are not written.
 template <typename T>
 void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
-  const int64_t taps = s.kernel_height * s.kernel_width;
   for (const Parity& parity : parities_of(s)) {
     const int64_t pixels = parity.rows * parity.columns;
     const int64_t dim = static_cast<int64_t>(parity.taps.size()) * s.out_channels;
@@ -86,14 +113,7 @@ void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
           }
           return gemm::Rows<gemm::Float32>{scratch, steps};
         },
-        [&](int64_t column, int64_t step, int64_t steps, float* to) {
-          for_each_run(s.out_channels, step, steps,
-                       [&](int64_t t, int64_t o, int64_t at, int64_t run) {
-                         const int64_t tap = o * taps + parity.taps[t].index;
-                         gemm::copy_panel(weight + tap * s.channels + column, taps * s.channels,
-                                          run, s.channels - column, to + at * gemm::kColumns);
-                       });
-        },
+        WeightPanels<T>{s, parity, weight},
         [&](int64_t begin, int64_t count, int64_t column, const float* c) {
           const int64_t end = std::min<int64_t>(column + gemm::kColumns, s.channels);
           for (int64_t r = 0; r < count; ++r) {
@@ -109,6 +129,42 @@ void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
   }
 }
 
+// The pixels of x that y's pixels meet, by taps x channels.
+template <typename T>
+struct PixelPanels {
+  const Shape& s;
+  const T* x;
+
+  void pack(int64_t column, int64_t step, int64_t steps, float* to) const {
+    const int64_t width = s.kernel_height * s.kernel_width * s.channels;
+    const int64_t columns = std::min<int64_t>(gemm::kColumns, width - column);
+    if (columns < gemm::kColumns) std::fill_n(to, steps * gemm::kColumns, 0.0f);
+    for (int64_t at = 0; at < columns;) {
+      const int64_t t = (column + at) / s.channels, c = (column + at) % s.channels;
+      const int64_t run = std::min(s.channels - c, columns - at);
+      const int64_t a = t / s.kernel_width - s.top, b = t % s.kernel_width - s.left;
+      int64_t image = step / s.pixels(), row = step % s.pixels() / s.out_width;
+      int64_t col = step % s.out_width;
+      float* out = to + at;
+      for (int64_t i = 0; i < steps; ++i, out += gemm::kColumns) {
+        const int64_t from_row = row * s.stride + a, from_col = col * s.stride + b;
+        if (s.inside(from_row, from_col)) {
+          widen(x + s.offset(image, from_row, from_col) + c, run, out);
+        } else {
+          std::fill_n(out, run, 0.0f);
+        }
+        if (++col < s.out_width) continue;
+        col = 0;
+        if (++row < s.out_height) continue;
+        row = 0;
+        ++image;
+      }
+      at += run;
+    }
+  }
+  void fetch(int64_t, int64_t, int64_t) const {}  // x, which all taps meet, stays in cache
+};
+
 // dW: (out_channels, kernel_height, kernel_width, channels).
 template <typename T>
 void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
@@ -116,34 +172,10 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
   gemm::multiply_packing(
       {s.out_channels, width, s.images * s.pixels()},
       [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
-        return gemm::transposed_rows(dy + step * s.out_channels + begin, s.out_channels, count,
-                                     steps, scratch);
+        return gemm::step_rows(dy + step * s.out_channels + begin, s.out_channels, count, steps,
+                               scratch);
       },
-      [&](int64_t column, int64_t step, int64_t steps, float* to) {
-        const int64_t columns = std::min<int64_t>(gemm::kColumns, width - column);
-        if (columns < gemm::kColumns) std::fill_n(to, steps * gemm::kColumns, 0.0f);
-        for_each_run(
-            s.channels, column, columns, [&](int64_t t, int64_t c, int64_t at, int64_t run) {
-              const int64_t a = t / s.kernel_width - s.top, b = t % s.kernel_width - s.left;
-              int64_t image = step / s.pixels(), row = step % s.pixels() / s.out_width;
-              int64_t col = step % s.out_width;
-              float* out = to + at;
-              for (int64_t i = 0; i < steps; ++i, out += gemm::kColumns) {
-                const int64_t from_row = row * s.stride + a, from_col = col * s.stride + b;
-                if (s.inside(from_row, from_col)) {
-                  widen(x + s.offset(image, from_row, from_col) + c, run, out);
-                } else {
-                  std::fill_n(out, run, 0.0f);
-                }
-                if (++col < s.out_width) continue;
-                col = 0;
-                if (++row < s.out_height) continue;
-                row = 0;
-                ++image;
-              }
-            });
-      },
-      gemm::store_to(dw, width));
+      PixelPanels<T>{s, x}, gemm::store_to(dw, width));
 }
 
 }  // namespace sdfast::conv2d::direct

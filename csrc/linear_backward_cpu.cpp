@@ -1,7 +1,7 @@
 // linear on CPU for training: the gradients dx = dh W and dW = dhᵀ x, and the activation.
 //
 // Algorithm. The products of cpu_gemm_packing.h, whose operands lie as torch keeps them: W by rows
-// for dx, x by tokens for dW, dhᵀ transposed a block of rows at a time. The activation is a pass of
+// for dx, x and dh by tokens for dW. The activation is a pass of
 // its own, because its gradient needs h. Bytes: the operands once a block of rows, the result
 // written. Limit: fused multiply-adds.
 #include "cpu_gemm_packing.h"
@@ -53,15 +53,12 @@ Tensor linear_input_gradient(Tensor dh, Tensor weight) {
     using T = decltype(element);
     const Matrix<T> a(dh), w(weight);
     gemm::multiply_packing(
-        {a.rows, w.columns, w.rows},
+        {a.rows, w.columns, w.rows, std::is_same_v<T, float>},
         [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
           return gemm::plain_rows(a.data + begin * a.stride + step, a.stride, count, steps,
                                   scratch);
         },
-        [&](int64_t column, int64_t step, int64_t steps, float* to) {
-          gemm::copy_panel(w.data + step * w.stride + column, w.stride, steps, w.columns - column,
-                           to);
-        },
+        gemm::MatrixPanels<T>{w.data, w.stride, w.columns},
         gemm::store_to(static_cast<T*>(dx.mutable_data_ptr()), w.columns));
   });
   return dx;
@@ -80,13 +77,9 @@ Tensor linear_weight_gradient(Tensor dh, Tensor x) {
     gemm::multiply_packing(
         {a.columns, b.columns, a.rows},
         [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
-          return gemm::transposed_rows(a.data + step * a.stride + begin, a.stride, count, steps,
-                                       scratch);
+          return gemm::step_rows(a.data + step * a.stride + begin, a.stride, count, steps, scratch);
         },
-        [&](int64_t column, int64_t step, int64_t steps, float* to) {
-          gemm::copy_panel(b.data + step * b.stride + column, b.stride, steps, b.columns - column,
-                           to);
-        },
+        gemm::MatrixPanels<T>{b.data, b.stride, b.columns},
         gemm::store_to(static_cast<T*>(dw.mutable_data_ptr()), b.columns));
   });
   return dw;

@@ -28,8 +28,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # not glibc
         return False
-    trim_threshold, mmap_max = -1, -4
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))  # -1: never
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -21,12 +21,13 @@ MORE_CASES = (
     (1, 9, 7, 9, 16, 3, 2, (2, 0, 1, 3)),
     (3, 1, 5, 13, 2, 3, 1, 1),
 )
-# Several rounds of tiles; sizes that four does not divide; channels that no vector does.
+# Many tiles and few, in several blocks; sizes that four does not divide; channels that no vector does, in parts.
 WINOGRAD_CASES = (
     (2, 33, 16, 15, 34, 3, 1, 1),
     (1, 40, 1, 1, 52, 3, 1, 1),
     (3, 32, 30, 27, 100, 3, 1, 1),
     (2, 64, 9, 6, 48, 3, 1, (0, 2, 1, 0)),
+    (2, 130, 22, 20, 70, 3, 1, 1),
 )
 WINOGRAD_ERROR = 1e-5  # relative, a layer
 
@@ -78,13 +79,13 @@ def check_winograd(case: tuple, upsample: bool) -> None:
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd from one pixel on."""
-    for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_WEIGHT_PIXELS"):
+    for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_GRADIENT_PIXELS"):
         monkeypatch.setattr(_conv2d_training, name, 1)
 
 
 @pytest.mark.parametrize("upsample", [False, True])
 def test_winograd(upsample: bool, every_size: None) -> None:
-    for case in WINOGRAD_CASES[: 3 if upsample else 4]:
+    for case in WINOGRAD_CASES[: 3 if upsample else 5]:
         check_winograd(case, upsample)
 
 
@@ -218,7 +219,7 @@ def test_lower_instruction_sets(isa: str) -> None:
             for dtype in t.DTYPES:
                 t.test_direct(dtype, upsample)
         t.test_sizes_of_a_model()
-        t._conv2d_training._WINOGRAD_PIXELS = t._conv2d_training._WINOGRAD_WEIGHT_PIXELS = 1
+        t._conv2d_training._WINOGRAD_PIXELS = t._conv2d_training._WINOGRAD_GRADIENT_PIXELS = 1
         for case in t.WINOGRAD_CASES:
             t.check_winograd(case, False)
     """)  # fmt: skip
