@@ -103,6 +103,16 @@ def test_winograd(dtype: torch.dtype, upsample: bool) -> None:
             assert relative_error(convolve(algorithm, args, keywords), exact) <= error
 
 
+@pytest.mark.parametrize("algorithm", ["winograd4x4", "winograd2x2"])
+def test_a_result_larger_than_the_caches(algorithm: str) -> None:
+    """It is stored past them, and read by other threads than those that wrote it."""
+    x, weight = torch.randn(1, 32, 727, 733), torch.randn(32, 32, 3, 3) / 17
+    residual = torch.randn_like(x)
+    assert residual.numel() > 1 << 24
+    y = convolve(algorithm, (x, weight, None, 1, (1, 1, 1, 1)), {"residual": residual})
+    assert relative_error(y, torch.conv2d(x, weight, padding=1) + residual) <= WINOGRAD_ERROR[algorithm]
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_layouts_and_strides(dtype: torch.dtype) -> None:
     args, keywords = make((2, 33, 9, 8, 34, 3, 1, 1), dtype)

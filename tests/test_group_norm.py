@@ -176,6 +176,15 @@ def test_tiles_are_merged(dtype: torch.dtype, layout: str) -> None:
 
 
 @needs_kernel
+def test_a_result_larger_than_the_caches() -> None:
+    """It is stored past them, and read by other threads than those that wrote it."""
+    x = torch.randn(1, 32, 727, 733).to(memory_format=torch.channels_last)
+    assert x.numel() > 1 << 24
+    expected = F.silu(F.group_norm(x, 4))
+    torch.testing.assert_close(group_norm(x, 4, activation="silu", backend="cpu"), expected)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_shapes(dtype: torch.dtype) -> None:
     sizes = (1, 2, 7, 8, 9, 17)
