@@ -180,8 +180,10 @@ def test_a_result_larger_than_the_caches() -> None:
     """It is stored past them, and read by other threads than those that wrote it."""
     x = torch.randn(1, 32, 727, 733).to(memory_format=torch.channels_last)
     assert x.numel() > 1 << 24
-    expected = F.silu(F.group_norm(x, 4))
-    torch.testing.assert_close(group_norm(x, 4, activation="silu", backend="cpu"), expected)
+    actual = group_norm(x, 4, activation="silu", backend="cpu")
+    assert_within_budget(
+        actual, F.silu(F.group_norm(x, 4)), F.silu(F.group_norm(x.double(), 4)), what="large"
+    )
 
 
 @needs_kernel
