@@ -81,7 +81,7 @@ def tune(
         again: also time shapes that the file already holds.
 
     Returns:
-        The shapes met. None where no convolution was served by the compiled kernels.
+        The shapes met; an empty list where no convolution was served by the compiled kernels.
     """
     shapes = _shapes_of(model, (inputs,) if isinstance(inputs, Tensor) else inputs, kwargs or {})
     table = _table()

@@ -24,6 +24,7 @@ def _pack_fake(weight: Tensor, algorithm: int) -> Tensor:
 def output_size(
     x: Tensor, weight_size: tuple[int, int], stride: int, padding: Sequence[int], upsample: bool
 ) -> tuple[int, int]:
+    """Height and width of y, for a weight of (kh, kw) and padding (left, right, top, bottom)."""
     scale = 2 if upsample else 1
     left, right, top, bottom = padding
     return (
