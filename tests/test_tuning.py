@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 from processes import run_python
 from torch import Tensor
+from tuned import convolutions, machine
 
 import sdfast
 from sdfast import _library, _tuning_file, dispatch, doctor, ops, packing, tuning
@@ -33,22 +33,8 @@ TINY_UNET = {
 }
 
 
-def convolutions(*sizes: int) -> Callable[[], None]:
-    weight = torch.randn(32, 32, 3, 3)
-
-    def model() -> None:
-        for size in sizes:
-            ops.conv2d(torch.randn(1, 32, size, size), weight, padding=1)
-
-    return model
-
-
-def here() -> str:
-    return tuning._machine(torch.get_num_threads())
-
-
 def plant(x: Tensor, weight: Tensor, times: dict[str, float], *, upsample: bool = False) -> None:
-    _tuning_file.save(here(), {shape_of(x, weight, 1, PADDING, upsample, 0): _tuning_file.sort(times)})
+    _tuning_file.save(machine(), {shape_of(x, weight, 1, PADDING, upsample, 0): _tuning_file.sort(times)})
     tuning.reload()
 
 
@@ -105,7 +91,7 @@ def test_times_of_another_machine_are_not_used(other: str, monkeypatch: pytest.M
     x, weight = call()
     plant(x, weight, {"direct": 1.0, "winograd4x4": 2.0})
     assert tuning.tuned_shapes() == 1
-    name = here()
+    name = machine()
     tuning._machine.cache_clear()
     if other == "CPU":
         monkeypatch.setattr(_library, "cpu_name", lambda: "another CPU")
@@ -118,7 +104,7 @@ def test_times_of_another_machine_are_not_used(other: str, monkeypatch: pytest.M
     else:
         monkeypatch.setattr(tuning, "__version__", "99.0")
     try:
-        assert here() != name and tuning.tuned_shapes() == 0
+        assert machine() != name and tuning.tuned_shapes() == 0
         assert torch.equal(ops.conv2d(x, weight, padding=1), by("winograd4x4", x, weight))
     finally:
         tuning._machine.cache_clear()
@@ -229,7 +215,7 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     monkeypatch.setitem(tuning._measures, "conv2d", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sdfast.tune(model)
-    assert len(_tuning_file._read(tuning.path())[here()]) == 2
+    assert len(_tuning_file._read(tuning.path())[machine()]) == 2
     monkeypatch.setitem(tuning._measures, "conv2d", measure)
     tuning.reload()
     assert len(sdfast.tune(model)) == 4 and len(measured) == 4

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pathlib
 import threading
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
+from tuned import convolutions, machine
 
 import sdfast
-from sdfast import _library, _tuning_file, ops, tuning
+from sdfast import _library, _tuning_file, tuning
 from sdfast.ops._conv2d_choice import Shape, shape_of
 
 pytestmark = [
@@ -21,20 +21,6 @@ pytestmark = [
     ),
 ]
 TIMES = {"direct": 2.0, "torch": 3.0}
-
-
-def convolutions(*sizes: int) -> Callable[[], None]:
-    weight = torch.randn(32, 32, 3, 3)
-
-    def model() -> None:
-        for size in sizes:
-            ops.conv2d(torch.randn(1, 32, size, size), weight, padding=1)
-
-    return model
-
-
-def machine() -> str:
-    return tuning._machine(torch.get_num_threads())
 
 
 def test_times_are_kept_and_shapes_come_back_as_they_were() -> None:
