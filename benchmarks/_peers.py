@@ -23,7 +23,7 @@ import torch
 from _models import TINY_WORKS, WORKS, Forward, Work
 from torch import Tensor, nn
 
-from sdfast import packing
+from sdfast import dispatch, packing
 from sdfast.memory import keep_freed_memory
 
 Run = Callable[[], Tensor]
@@ -32,6 +32,7 @@ Ready = Callable[[], None]
 # What each needs beside torch and diffusers.
 PACKAGES = {
     "eager": (),
+    "sdfast_low": (),
     "inductor": (),
     "inductor_autotune": (),
     "openvino": ("openvino",),
@@ -68,6 +69,17 @@ def load_sdfast(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> R
     ready()
     keep_freed_memory()
     return _torch_run(work.forward(ours), ours, work, getattr(torch, dtype))
+
+
+def load_sdfast_low(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> Run:
+    """The same without packed copies of the weights."""
+    run = load_sdfast(work, dtype, folder, ready)
+
+    def run_low() -> Tensor:
+        with dispatch.use_memory("low"):
+            return run()
+
+    return run_low
 
 
 def load_eager(work: Work, dtype: str, folder: pathlib.Path, ready: Ready) -> Run:
@@ -130,6 +142,7 @@ def load_onnxruntime(work: Work, dtype: str, folder: pathlib.Path, ready: Ready)
 
 LOAD = {
     "sdfast": load_sdfast,
+    "sdfast_low": load_sdfast_low,
     "eager": load_eager,
     "inductor": load_inductor,
     "inductor_autotune": load_inductor_autotune,

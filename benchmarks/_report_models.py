@@ -8,6 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 TITLES = {
     "eager": "eager",
+    "sdfast_low": "sdfast, memory low",
     "inductor": "inductor",
     "inductor_autotune": "inductor, autotuned",
     "openvino": "OpenVINO",

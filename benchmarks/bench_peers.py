@@ -1,16 +1,16 @@
 """Stable Diffusion 1.5, one guided U-Net step and one VAE decode, beside what else runs them on a CPU.
 
     python benchmarks/bench_peers.py [--rounds 5] [--work unet vae] [--dtype float32 bfloat16]
-                                     [--peers inductor openvino onnxruntime] [--threads N] [--tiny]
+                                     [--peers sdfast_low inductor openvino onnxruntime] [--threads N] [--tiny]
 
-Beside diffusers in eager torch (channels_last, its faster layout): torch.compile with frozen weights,
-OpenVINO and ONNX Runtime, as `pip install sdfast[peers]` brings them; one that is not installed is left out,
-and said to be. All have the same random weights and inputs. A U-Net step is one inside a sampling loop: ours
-has projected text and timestep before it, the others do in each step, as diffusers' model is built
-(`Work.loop_inputs`). Every engine runs in a process of its own
-(`_peers.py`); ours and one peer at a time are alive, so that only two models have to fit into memory, and
-take turns, so that a ratio is of neighbours in time. Errors are taken against eager's fp32 result, and
-recorded; ours may be 1e-4 in fp32, in bf16 1.5 times eager's own, or nothing is recorded at all.
+Beside diffusers in eager torch (channels_last, its faster layout): sdfast under `use_memory("low")`,
+torch.compile with frozen weights, OpenVINO and ONNX Runtime, as `pip install sdfast[peers]` brings them; one
+that is not installed is left out, and said to be. All have the same random weights and inputs. A U-Net step
+is one inside a sampling loop: ours has projected text and timestep before it, the others do in each step, as
+diffusers' model is built (`Work.loop_inputs`). Every engine runs in a process of its own (`_peers.py`); ours
+and one peer at a time are alive, so that only two models have to fit into memory, and take turns, so that a
+ratio is of neighbours in time. Errors are taken against eager's fp32 result, and recorded; ours may be 1e-4
+in fp32, in bf16 1.5 times eager's own, or nothing is recorded at all.
 Linux only: /proc says what memory was used.
 """
 
@@ -203,7 +203,7 @@ def main() -> None:
         "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
     )
     parser.add_argument(
-        "--peers", nargs="*", choices=others, default=["inductor", "openvino", "onnxruntime"],
+        "--peers", nargs="*", choices=others, default=["sdfast_low", "inductor", "openvino", "onnxruntime"],
         help="beside eager, which always runs (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
