@@ -8,6 +8,7 @@ without a compiled library runs on torch, and `status()` says why.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import pathlib
 import platform
@@ -21,6 +22,9 @@ LIBRARY = torch.library.Library("sdfast", "DEF")
 _PACKAGE_DIR = pathlib.Path(__file__).parent
 # Plain values, looked up in every call, so that torch.compile traces through and guards on them.
 _native_ops: list[str] = []
+_fakes: dict[str, Callable[..., object]] = {}
+# What serves `sdfast::<name>_triton`, by name.
+launchers: dict[str, Callable[..., object]] = {}
 _kernels: set[tuple[str, str]] = set()
 _cpu_status: LibraryStatus | None = None
 # The instruction sets a CPU library is built for, best first. Each runs on all CPUs of those before it.
@@ -58,11 +62,38 @@ def define_native(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     torch.library.register_fake(f"sdfast::{name}", fake, lib=LIBRARY)
+    _fakes[name] = fake
     if python_kernel is not None:
         LIBRARY.impl(name, python_kernel, "CPU")
     _native_ops.append(name)
     _note_kernels()
     return cast(Callable[..., Any], getattr(torch.ops.sdfast, name).default)
+
+
+def define_triton(name: str, module: str) -> Callable[..., Any]:
+    """Define `sdfast::<name>_triton`, with the schema and fake of `sdfast::<name>`, and return the operation.
+
+    Args:
+        name: an operation of `define_native`.
+        module: of the function `name` that serves it, on CUDA and, interpreted, on the CPU. It is imported at
+            the first call, and Triton with it.
+    """
+    run: Callable[..., Any] | None = None
+
+    def launcher(*arguments: object, **keywords: object) -> object:
+        nonlocal run
+        if run is None:
+            run = getattr(importlib.import_module(module), name)
+        return run(*arguments, **keywords)
+
+    schema = str(getattr(torch.ops.sdfast, name).default._schema)  # "sdfast::name(...) -> ..."
+    LIBRARY.define(schema.replace(f"sdfast::{name}(", f"{name}_triton("))
+    torch.library.register_fake(f"sdfast::{name}_triton", _fakes[name], lib=LIBRARY)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"{name}_triton", launcher, key)
+    launchers[name] = launcher
+    _kernels.add((name, "triton"))
+    return cast(Callable[..., Any], getattr(torch.ops.sdfast, f"{name}_triton").default)
 
 
 def cpu_isa() -> str:
@@ -140,7 +171,7 @@ def status() -> list[LibraryStatus]:
 
 
 def has_kernel(op_name: str, device_type: str) -> bool:
-    """Whether a compiled kernel of `sdfast::<op_name>` is registered for this kind of device."""
+    """Whether a kernel of `sdfast::<op_name>` is compiled for this kind of device, or written in "triton"."""
     return (op_name, device_type) in _kernels
 
 

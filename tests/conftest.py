@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pathlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from sdfast import packing, tuning
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+
+from sdfast import packing, tuning  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

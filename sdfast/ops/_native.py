@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from sdfast import _library
+from sdfast.ops import _triton
 from sdfast.ops._checks import NO_KERNEL_YET, is_transformed
-
-_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:
@@ -28,19 +27,24 @@ def unavailable(
         dtype: its dtype.
         needs_gradient: whether autograd asks for a gradient that the kernel does not give.
     """
-    if device_type != "cpu":
-        reason = f"{first} is on {device_type}, the kernel runs on cpu"
-    elif dtype is torch.float64:
+    if dtype is torch.float64:
         reason = f"{first} is float64; use torch or reference"
     elif is_transformed():
         reason = "torch.func transforms and forward-mode AD need torch or reference"
     elif needs_gradient:
         reason = "this gradient needs torch or reference"
-    elif not _library.has_kernel(op_name, "cpu"):
-        reason = _library.load_cpu_library().detail
     else:
-        return _NO_KERNEL_BUT_CPU
-    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+        reasons = {"cuda": NO_KERNEL_YET["cuda"]}
+        if device_type != "cpu":
+            reasons["cpu"] = f"{first} is on {device_type}, the kernel runs on cpu"
+        elif not _library.has_kernel(op_name, "cpu"):
+            reasons["cpu"] = _library.load_cpu_library().detail
+        if not _library.has_kernel(op_name, "triton"):
+            reasons["triton"] = NO_KERNEL_YET["triton"]
+        elif (why := _triton.why_not(first, device_type)) is not None:
+            reasons["triton"] = why
+        return reasons
+    return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
 def empty_by_sample(x: Tensor) -> Tensor:
