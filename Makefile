@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # On a GPU machine install the torch you want into .venv beforehand; it is kept.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test bench lint format native sanitize clean
+.PHONY: demo test bench lint format native sanitize check-gpu-code clean
 
 demo: $(VENV)/.installed
 	$(RUN) benchmarks/demo.py
@@ -50,6 +50,10 @@ sanitize: $(VENV)/.installed-dev
 	    -DSDFAST_OUTPUT_DIR=$(abspath build/sanitize/sdfast)
 	$(VENV)/bin/cmake --build build/cmake-sanitize
 	$(RUN) tests/sanitize.py build/sanitize
+
+# Compiles every Triton kernel for every GPU we support. Needs no GPU; takes minutes.
+check-gpu-code: $(VENV)/.installed-dev
+	PYTHONPATH=. $(RUN) tests/triton_code.py
 
 # Rebuilds the compiled libraries in place after a change under csrc/.
 native: $(VENV)/.installed

@@ -1,19 +1,26 @@
 """What the Triton kernels become on a GPU, without one: launches recorded from fake CUDA tensors, compiled.
 
-    calls = record(lambda: ops.group_norm(torch.empty(2, 320, 64, 64, device="cuda"), 32), architecture=90)
-    code = compile_launch(calls[0], 90)
+    python tests/triton_code.py [group_norm ...] [--architectures 80 89 90 100 120]
 
-Triton's own code turns arguments into what a kernel is specialised for, so that what is compiled is what a
-launch with such arguments would compile. Needs a process without TRITON_INTERPRET.
+prints a line for every kernel that the calls in tests/<op>_launches.py would run, and fails where one spills
+registers or needs more shared memory than a block can have, or where no sm_90 variant of a half-precision
+matrix kernel has wgmma. Triton's own code turns arguments into what a kernel is specialised for, so that what is
+compiled is what a launch with such arguments would compile. Needs a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import dataclasses
+import importlib
+import multiprocessing
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from sdfast import _library
-from sdfast.ops._triton import Launch, recording
+from sdfast.ops._triton import _SHARED_MEMORY, Launch, recording
 
+TESTS = Path(__file__).parent
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -50,13 +58,36 @@ def record(call: Callable[[], object], architecture: int = 90) -> list[Launch]:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """A compiled kernel: its PTX, a thread's registers and stack (what it spills), a block's shared memory."""
+    """A compiled kernel.
+
+    Attributes:
+        digest: the same for the same code.
+        registers, stack_bytes: of a thread; what it spills lies on its stack.
+        shared_bytes: of a block.
+        is_matrix: it multiplies fp16 or bf16 tiles.
+        has_wgmma: by Hopper's instructions for it.
+    """
 
     name: str
-    ptx: str
+    digest: str
+    architecture: int
     registers: int
     stack_bytes: int
     shared_bytes: int
+    is_matrix: bool
+    has_wgmma: bool
+
+    def faults(self) -> list[str]:
+        found = [f"{self.stack_bytes} bytes of stack"] if self.stack_bytes else []
+        if self.shared_bytes > _SHARED_MEMORY[self.architecture]:
+            found.append(f"{self.shared_bytes} bytes of shared memory")
+        return found
+
+    def __str__(self) -> str:
+        return (
+            f"sm_{self.architecture} {self.name}: {self.registers} registers, {self.shared_bytes} bytes shared"
+            + (", wgmma" if self.has_wgmma else "") + "".join(f", FAULT: {fault}" for fault in self.faults())
+        )  # fmt: skip
 
 
 class _Driver:
@@ -81,7 +112,11 @@ def compile_launch(launch: Launch, architecture: int) -> Code:
     triton.runtime.driver.set_active(_Driver(architecture))
     compiled = launch.kernel.warmup(*arguments, grid=launch.grid, **launch.keywords)
     registers, stack = _resources(compiled.asm["cubin"])
-    return Code(compiled.metadata.name, compiled.asm["ptx"], registers, stack, compiled.metadata.shared)
+    halves = re.search(r"tt\.dot .*(f16|bf16)>.* ->", compiled.asm["ttir"]) is not None
+    return Code(
+        compiled.metadata.name, compiled.hash, architecture, registers, stack, compiled.metadata.shared, halves,
+        "wgmma" in compiled.asm["ptx"],
+    )  # fmt: skip
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -93,3 +128,58 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
     return int(registers), int(stack)
+
+
+def cases(op: str) -> dict[str, Callable[[], object]]:
+    """The calls of tests/<op>_launches.py, by what they are."""
+    return importlib.import_module(f"{op}_launches").code_cases()
+
+
+def compile_case(op: str, case: str, architecture: int) -> list[Code]:
+    """The distinct kernels of one call."""
+    found = (compile_launch(launch, architecture) for launch in record(cases(op)[case], architecture))
+    return list({code.digest: code for code in found}.values())
+
+
+def all_ops() -> list[str]:
+    return sorted(path.name.removesuffix("_launches.py") for path in TESTS.glob("*_launches.py"))
+
+
+def without_wgmma(codes: Iterable[Code]) -> list[str]:
+    """Matrix kernels no sm_90 variant of which has it."""
+    matrix = {code.name for code in codes if code.is_matrix and code.architecture == 90}
+    return sorted(matrix - {code.name for code in codes if code.has_wgmma})
+
+
+def main() -> None:
+    """Compile everything, in as many processes as there are cores."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", default=all_ops())
+    parser.add_argument("--architectures", nargs="+", type=int, default=[80, 89, 90, 100, 120])
+    parser.add_argument("--first-case", action="store_true", help="of each operation alone")
+    options = parser.parse_args()
+    tasks = [
+        (op, case, architecture)
+        for op in options.ops
+        for case in list(cases(op))[: 1 if options.first_case else None]
+        for architecture in options.architectures
+    ]
+    codes: dict[str, Code] = {}
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+        for task, found in zip(tasks, pool.map(compile_case, *zip(*tasks, strict=True)), strict=True):
+            for code in found:
+                if code.digest not in codes:
+                    print(f"{task[0]}, {task[1]}: {code}", flush=True)
+                codes[code.digest] = code
+    faults = [str(code) for code in codes.values() if code.faults()]
+    faults += [f"{name}: no wgmma" for name in without_wgmma(codes.values())]
+    print(f"{len(codes)} kernels, {len(faults)} faults")
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()
