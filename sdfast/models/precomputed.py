@@ -9,11 +9,12 @@ changes weights makes them anew.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Values = TypeVar("Values")
 
@@ -48,6 +49,23 @@ class Context(_Precomputed[tuple[Tensor, Tensor]]):
 
 class TimeEmbedding(_Precomputed[Tensor]):
     """One timestep as each ResNet block adds it, (B, C)."""
+
+
+def _register(kind: type[_Precomputed]) -> None:
+    """Let graph capture and export see the tensors inside."""
+
+    def flatten(value: _Precomputed) -> tuple[list[object], tuple[object, ...]]:
+        return list(value.by_layer.values()), (value.model, value.batch, value.dtype, *value.by_layer)
+
+    def unflatten(values: Iterable[object], context: tuple) -> _Precomputed:
+        model, batch, dtype, *layers = context
+        return kind(model, batch, dtype, dict(zip(layers, values, strict=True)))
+
+    pytree.register_pytree_node(kind, flatten, unflatten)
+
+
+_register(Context)
+_register(TimeEmbedding)
 
 
 def check_rows(name: str, rows: int, sample: Tensor) -> None:
