@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # On a GPU machine install the torch you want into .venv beforehand; it is kept.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test bench lint format native sanitize check-gpu-code clean
+.PHONY: demo test bench lint format native sanitize check-gpu-code gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) benchmarks/demo.py
@@ -54,6 +54,11 @@ sanitize: $(VENV)/.installed-dev
 # Compiles every Triton kernel for every GPU we support. Needs no GPU; takes minutes.
 check-gpu-code: $(VENV)/.installed-dev
 	PYTHONPATH=. $(RUN) tests/triton_code.py
+
+# On a GPU: the tests of what runs there, then the operations beside eager and compiled torch.
+gpu: $(VENV)/.installed-dev
+	$(RUN) -m pytest tests/test_*_triton.py tests/test_graphs.py
+	$(RUN) benchmarks/bench_gpu.py
 
 # Rebuilds the compiled libraries in place after a change under csrc/.
 native: $(VENV)/.installed

@@ -31,6 +31,17 @@ def test_profile_names_operations_and_their_arithmetic():
     assert "conv" in out and "outside" in out and "%" in out
 
 
+def test_operations_of_a_gpu_run_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_gpu.py", "--tiny", "--dtype", "float16", "--rounds", "1"],
+        capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(op in done.stdout for op in ("group_norm", "layer_norm", "linear", "attention", "conv2d"))
+
+
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
