@@ -189,17 +189,30 @@ constexpr int64_t calls_of(int64_t rows, int64_t steps) {
 }
 
 // c (rows, kColumns) (+)= a b for one panel, tile by tile, the last ones narrower where rows end.
+// Of the columns at least `columns` are computed, each to the same bits.
 template <typename Operand>
 void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
-                    float* c, bool accumulate, Ahead& ahead) {
+                    float* c, bool accumulate, Ahead& ahead, int64_t columns = kColumns) {
+  const bool narrow = kTileRows<Operand> == kRows && columns <= simd::kLanes;
   int64_t row = 0;
   const auto tile = [&](auto count) {
     int64_t step = 0;
     do {
       const int64_t chain = std::min(kChain, steps - step);
-      multiply_any_tile<count>(chain, a.data + row * a.stride + step, a.stride,
-                               panel + step * kColumns, c + row * kColumns, accumulate || step > 0,
-                               ahead.during(chain));
+      const Operand* from = a.data + row * a.stride + step;
+      const Operand* b = panel + step * kColumns;
+      float* to = c + row * kColumns;
+      const bool add = accumulate || step > 0;
+      const Fetch fetch = ahead.during(chain);
+      if constexpr (count <= kRows) {
+        if (narrow) {
+          multiply_tile<count, Operand, false, 1>(chain, from, a.stride, b, to, add, fetch);
+        } else {
+          multiply_tile<count>(chain, from, a.stride, b, to, add, fetch);
+        }
+      } else {
+        amx::multiply_tile<count>(chain, from, a.stride, b, to, add);
+      }
       step += kChain;
     } while (step < steps);
     row += count;

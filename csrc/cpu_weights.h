@@ -194,9 +194,9 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
           }
           for (int64_t panel = first; panel < end; ++panel) {
             for (int64_t half = 0; half < halves; ++half) {
-              multiply_panel(rows, steps, a[half],
-                             packed.get() + (panel - first) * steps * kColumns,
-                             sums_of(panel, half), part > 0, next_group[half]);
+              multiply_panel(
+                  rows, steps, a[half], packed.get() + (panel - first) * steps * kColumns,
+                  sums_of(panel, half), part > 0, next_group[half], p.tokens - panel * kColumns);
               if (part + 1 == parts) {
                 transpose_sums(sums_of(panel, half), rows, transposed.get() + half * kSums, kGroup);
               }
