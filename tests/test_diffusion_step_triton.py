@@ -80,4 +80,6 @@ def test_opcheck():
     x, m, k = torch.randn(2, 3, 4, 5, device=DEVICE), torch.randn(4, 3, 4, 5, device=DEVICE), X_IS_Z
     op = torch.ops.sdfast.diffusion_step_triton.default
     torch.library.opcheck(op, (x, m, k), {"guidance_scale": 2.0, "noise": x, "clip": 1.0})
-    torch.library.opcheck(op, (x.to(memory_format=torch.channels_last), x, k), {"seeds": SEEDS[:2], "step": 3})
+    torch.library.opcheck(
+        op, (x.to(memory_format=torch.channels_last), x, k), {"seeds": SEEDS[:2], "step": 3}
+    )

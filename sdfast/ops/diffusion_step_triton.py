@@ -164,6 +164,4 @@ def diffusion_step(
     seeds: Tensor | None = None, step: int = 0,
 ) -> Any:  # fmt: skip
     """sdfast::diffusion_step."""
-    return _step(
-        sample, model_output, coefficients, guidance_scale, previous_x0, noise, clip, seeds, step
-    )
+    return _step(sample, model_output, coefficients, guidance_scale, previous_x0, noise, clip, seeds, step)
