@@ -7,8 +7,8 @@
 
 α and σ differ from sample to sample in training. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
 
-The CPU kernels, one pass over memory, are csrc/add_noise_cpu.cpp. They have no gradient: training noises
-latents that are data, and where a gradient is asked for, torch serves.
+The kernels, one pass over memory, are csrc/add_noise_cpu.cpp and add_noise_triton.py. They have no gradient:
+training noises latents that are data, and where a gradient is asked for, torch serves.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ _library.define_native(
     "add_noise_velocity(Tensor x0, Tensor noise, Tensor alpha, Tensor sigma) -> (Tensor, Tensor)",
     _velocity_fake,
 )
+_library.define_triton("add_noise", "sdfast.ops.add_noise_triton")
+_library.define_triton("add_noise_velocity", "sdfast.ops.add_noise_triton")
 
 
 def add_noise_cpu(
@@ -68,7 +70,20 @@ def add_noise_cpu(
     return [cast(Tensor, torch.ops.sdfast.add_noise(x0, noise, alpha, sigma))]
 
 
-_BACKENDS: dict[str, Callable[..., list[Tensor]]] = {"cpu": add_noise_cpu, "reference": add_noise_reference}
+def add_noise_triton(
+    x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, *, velocity: bool = False
+) -> list[Tensor]:
+    """The Triton kernels."""
+    if velocity:
+        return list(torch.ops.sdfast.add_noise_velocity_triton(x0, noise, alpha, sigma))
+    return [cast(Tensor, torch.ops.sdfast.add_noise_triton(x0, noise, alpha, sigma))]
+
+
+_BACKENDS: dict[str, Callable[..., list[Tensor]]] = {
+    "cpu": add_noise_cpu,
+    "triton": add_noise_triton,
+    "reference": add_noise_reference,
+}
 
 
 def add_noise(

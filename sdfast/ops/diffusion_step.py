@@ -12,8 +12,8 @@ z is given, or drawn from a seed for each sample and the number of the step, as 
 the element's place in its sample alone (`_philox.py` defines it). It is rounded to the arithmetic's fp32,
 never to half precision; kernels are within 2 units in the last place of fp32 of the definition.
 
-The CPU kernel, one pass over memory, is csrc/diffusion_step_cpu.cpp. It has no gradient: sampling takes none,
-and where one is asked for, torch serves.
+The kernels, one pass over memory, are csrc/diffusion_step_cpu.cpp and diffusion_step_triton.py. They have no
+gradient: sampling takes none, and where one is asked for, torch serves.
 """
 
 from __future__ import annotations
@@ -70,9 +70,14 @@ _library.define_native(
     "-> (Tensor, Tensor)",
     _fake,
 )
+_diffusion_step_triton = _library.define_triton("diffusion_step", "sdfast.ops.diffusion_step_triton")
 
 # Looked up once: a step of small latents takes microseconds.
 _diffusion_step_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sdfast.diffusion_step.default
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cpu": _diffusion_step_op,
+    "triton": _diffusion_step_triton,
+}
 
 
 def _check_seeds(seeds: object, step: object, sample: Tensor, noise: Tensor | None) -> None:
@@ -155,7 +160,7 @@ def diffusion_step(
         needs_gradient=_native.requires_grad(sample, model_output, coefficients, previous_x0, noise),
     )  # fmt: skip
     serve = dispatch.choose("diffusion_step", device_type, unavailable, backend)
-    run = _diffusion_step_op if serve == "cpu" else diffusion_step_torch
+    run = _BACKENDS.get(serve, diffusion_step_torch)
     return run(
         sample, model_output, coefficients, guidance_scale=guidance_scale,
         previous_x0=previous_x0, noise=noise, clip=clip, **drawn,

@@ -6,14 +6,15 @@ logvar is clamped to [-30, 20], as in latent diffusion (Rombach et al. 2022): an
 neither overflows fp32 nor moves the weights. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
 The full covariance, z = μ + L ε, is `sdfast.diffusion.gaussian.sample_full`.
 
-The CPU kernels, one pass over memory each way, are csrc/reparameterize_cpu.cpp, for the gradients of mean
-and logvar; where that of the noise is asked for, torch serves.
+The kernels, one pass over memory each way, are csrc/reparameterize_cpu.cpp and reparameterize_triton.py, for
+the gradients of mean and logvar; where that of the noise is asked for, torch serves.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -51,33 +52,49 @@ _library.define_native(
 )
 
 
+class _Operations(NamedTuple):
+    """The kernels of one backend."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+
+
+_CPU = _Operations(torch.ops.sdfast.reparameterize.default, torch.ops.sdfast.reparameterize_backward.default)
+_TRITON = _Operations(
+    _library.define_triton("reparameterize", "sdfast.ops.reparameterize_triton"),
+    _library.define_triton("reparameterize_backward", "sdfast.ops.reparameterize_triton"),
+)
+
+
 class _Reparameterize(torch.autograd.Function):
     """The native forward with the native backward: dmean is dz itself."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    def forward(ctx: Any, ops: _Operations, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        ctx.ops = ops
         ctx.save_for_backward(logvar, noise)
-        return cast(Tensor, torch.ops.sdfast.reparameterize(mean, logvar, noise))
+        return ops.forward(mean, logvar, noise)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         logvar, noise = ctx.saved_tensors
         dlogvar = None
-        if ctx.needs_input_grad[1]:
-            dlogvar = torch.ops.sdfast.reparameterize_backward(dz, logvar, noise)
-        return dz, dlogvar, None
+        if ctx.needs_input_grad[2]:
+            dlogvar = ctx.ops.backward(dz, logvar, noise)
+        return None, dz, dlogvar, None
 
 
-def reparameterize_cpu(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
+def _reparameterize(ops: _Operations, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """By kernels. Their gradient cannot be differentiated again; torch's can."""
     if _native.requires_grad(mean, logvar):
-        return cast(Tensor, _Reparameterize.apply(mean, logvar, noise))
-    return cast(Tensor, torch.ops.sdfast.reparameterize(mean, logvar, noise))
+        return cast(Tensor, _Reparameterize.apply(ops, mean, logvar, noise))
+    return ops.forward(mean, logvar, noise)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "cpu": reparameterize_cpu,
+    "cpu": functools.partial(_reparameterize, _CPU),
+    "triton": functools.partial(_reparameterize, _TRITON),
     "reference": reparameterize_reference,
 }
 
