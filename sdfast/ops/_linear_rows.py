@@ -1,4 +1,4 @@
-"""The operation of linear's compiled kernel, csrc/linear_cpu.cpp: matrices in, matrix out."""
+"""The operations of linear's forward, csrc/linear_cpu.cpp and linear_triton.py: matrices in, matrix out."""
 
 from __future__ import annotations
 
@@ -20,3 +20,4 @@ rows_op = _library.define_native(
     "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
     _rows_fake,
 )
+rows_triton_op = _library.define_triton("linear_rows", "sdfast.ops.linear_triton")

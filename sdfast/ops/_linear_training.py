@@ -1,22 +1,24 @@
-"""linear on CPU where a gradient is asked for.
+"""linear where a gradient is asked for.
 
     h = x Wᵀ + b + residual,  y = act(h)
     dh = dy act'(h),  dx = dh W,  dW = dhᵀ x,  db = Σ dh,  dresidual = dh
 
-The forward's kernel is that of inference, the others are csrc/linear_backward_cpu.cpp. All read the weight
-where it lies: no packed copy lasts, which the next step of an optimiser would make stale.
+The forward's kernel is that of inference, the others are csrc/linear_backward_cpu.cpp, or for Triton
+linear_backward_triton.py. All read the weight where it lies: no packed copy lasts, which the next step of an
+optimiser would make stale.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library
-from sdfast.ops._linear_rows import rows_op
+from sdfast.ops._linear_rows import rows_op, rows_triton_op
 
 
 def _activate_fake(h: Tensor, activation: int) -> Tensor:
@@ -42,9 +44,35 @@ _sum_rows_op = _library.define_native(
 )
 
 
-def sum_rows(x: Tensor) -> Tensor:
+class Operations(NamedTuple):
+    """What computes a linear layer and its gradient."""
+
+    rows: Callable[..., Tensor]
+    input_gradient: Callable[..., Tensor]
+    weight_gradient: Callable[..., Tensor]
+    activate: Callable[..., Tensor]
+    activation_gradient: Callable[..., Tensor]
+    sum_rows: Callable[..., Tensor]
+
+
+CPU = Operations(
+    rows_op, _input_gradient_op, _weight_gradient_op, _activate_op, _activation_gradient_op, _sum_rows_op
+)
+TRITON = Operations(
+    rows_triton_op,
+    *(
+        _library.define_triton(name, "sdfast.ops.linear_backward_triton")
+        for name in (
+            "linear_input_gradient", "linear_weight_gradient", "linear_activate",
+            "linear_activation_gradient", "sum_rows",
+        )
+    ),
+)  # fmt: skip
+
+
+def sum_rows(x: Tensor, operations: Operations = CPU) -> Tensor:
     """(groups, rows, columns) -> (groups, columns)."""
-    return cast(Tensor, _sum_rows_op(x.contiguous()))
+    return operations.sum_rows(x.contiguous())
 
 
 class _Linear(torch.autograd.Function):
@@ -52,31 +80,44 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+        ctx: Any,
+        operations: Operations,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: int,
     ) -> Tensor:
-        h = rows_op(x, weight, bias, residual, 0)
+        h = operations.rows(x, weight, bias, residual, 0)
         ctx.save_for_backward(x, weight, h if activation else None)
-        ctx.activation = activation
-        return cast(Tensor, _activate_op(h, activation) if activation else h)
+        ctx.operations, ctx.activation = operations, activation
+        return operations.activate(h, activation) if activation else h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        operations = ctx.operations
         x, weight, h = ctx.saved_tensors
         dy = dy.contiguous()
-        dh = dy if h is None else _activation_gradient_op(dy, h, ctx.activation)
-        for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
+        dh = dy if h is None else operations.activation_gradient(dy, h, ctx.activation)
+        _, for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
         return (
-            _input_gradient_op(dh, weight) if for_x else None,
-            _weight_gradient_op(dh, x) if for_weight else None,
-            sum_rows(dh[None])[0] if for_bias else None,
+            None,
+            operations.input_gradient(dh, weight) if for_x else None,
+            operations.weight_gradient(dh, x) if for_weight else None,
+            sum_rows(dh[None], operations)[0] if for_bias else None,
             dh if for_residual else None,
             None,
         )
 
 
 def linear_training(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    operations: Operations = CPU,
 ) -> Tensor:
     """As `linear.linear`, with a gradient that cannot be differentiated again; torch's can."""
     tokens, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1).contiguous()
@@ -85,5 +126,5 @@ def linear_training(
         residual = residual.reshape(-1, weight.shape[0]).contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    y = cast(Tensor, _Linear.apply(tokens, matrix, bias, residual, activation))
+    y = cast(Tensor, _Linear.apply(operations, tokens, matrix, bias, residual, activation))
     return y.view(*x.shape[:-1], y.shape[-1])

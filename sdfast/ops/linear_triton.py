@@ -1,0 +1,258 @@
+"""linear in Triton, y = act(x Wᵀ + b + residual), and the two products of its gradient.
+
+Each program keeps one tile of y in fp32 registers and walks along K, tiles of both factors coming through
+shared memory; bias, residual and activation follow on the registers. For "geglu" it keeps two, the value's and
+the gate's of the same columns, so that h is never written. Where tiles are fewer than multiprocessors, K is
+split: fp32 partials are written, and a second kernel sums them in order. Tiles of 8 block rows follow each
+other column by column, so that those running at once share their factors in L2.
+Bytes: x + W + residual + y once, a split's partials twice; the limit is the tensor cores', of few rows memory's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
+
+# Places in linear.ACTIVATIONS.
+_SILU = tl.constexpr(1)
+_GELU = tl.constexpr(2)
+_QUICK_GELU = tl.constexpr(3)
+_GEGLU = tl.constexpr(4)
+
+
+@triton.jit
+def gelu(h):
+    """h Φ(h), through erf."""
+    return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+
+
+@triton.jit
+def activate(h, gate, ACTIVATION: tl.constexpr):
+    """act(h) of fp32 values; `gate` is read by "geglu" alone."""
+    if ACTIVATION == _SILU:
+        h = h * tl.sigmoid(h)
+    elif ACTIVATION == _GELU:
+        h = gelu(h)
+    elif ACTIVATION == _QUICK_GELU:
+        h = h * tl.sigmoid(1.702 * h)
+    elif ACTIVATION == _GEGLU:
+        h = h * gelu(gate)
+    return h
+
+
+@triton.jit
+def _add(h, bias, residual, row, column, inside, residual_row):
+    """h + bias + residual, at `column`, (1, columns), and `row`, (rows, 1)."""
+    if bias is not None:
+        h += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + row * residual_row + column, mask=inside, other=0.0).to(tl.float32)
+    return h
+
+
+@triton.jit
+def _matmul_kernel(
+    a,  # (M, K), strides a_row, a_k
+    b,  # (K, N), strides b_k, b_column; for "geglu" (K, 2 N), value and gate
+    bias,  # (N,), or None
+    residual,  # (M, N), stride residual_row, or None
+    y,  # (splits, M, N), contiguous
+    M, N, K, steps, a_row, a_k, b_k, b_column, residual_row,
+    ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles, splits). Each split takes `steps` blocks of K."""
+    tile = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first_m = tile // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP)
+    in_group = tile % (GROUP * tiles_n)
+    row = ((first_m + in_group % height) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    column = (in_group // height * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    k = split * steps * BLOCK_K + tl.arange(0, BLOCK_K)
+
+    a_at = a + row * a_row + k[None, :] * a_k
+    b_at = b + k[:, None] * b_k + column * b_column
+    gate_at = b_at
+    if ACTIVATION == _GEGLU:
+        gate_at = b + k[:, None] * b_k + (column + N) * b_column
+    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = h
+    for step in range(0, steps):
+        a_inside = row < M
+        b_inside = column < N
+        if not EVEN_K:
+            left = K - step * BLOCK_K
+            a_inside = a_inside & (k < left)[None, :]
+            b_inside = b_inside & (k < left)[:, None]
+        a_tile = tl.load(a_at, mask=a_inside, other=0.0)
+        h = tl.dot(a_tile, tl.load(b_at, mask=b_inside, other=0.0), h, input_precision=PRECISION)
+        if ACTIVATION == _GEGLU:
+            gate = tl.dot(a_tile, tl.load(gate_at, mask=b_inside, other=0.0), gate, input_precision=PRECISION)
+            gate_at += BLOCK_K * b_k
+        a_at += BLOCK_K * a_k
+        b_at += BLOCK_K * b_k
+
+    inside = (row < M) & (column < N)
+    h = _add(h, bias, residual, row, column, inside, residual_row)
+    if ACTIVATION == _GEGLU:
+        gate = _add(gate, bias, residual, row, column + N, inside, residual_row)
+    h = activate(h, gate, ACTIVATION)
+    tl.store(y + (split * M + row) * N + column, h.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish_kernel(
+    partials,  # (splits, M, N), fp32
+    bias,  # (N,), or None
+    residual,  # (M, N), stride residual_row, or None
+    y,  # (M, N); for "geglu" (M, N / 2)
+    N, columns, splits, partial_size, residual_row,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """act(Σ partials + bias + residual). Grid: the blocks of y's columns, row after row."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(columns, BLOCK)
+    row = program // blocks
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    at = partials + row * N + column
+    h = tl.zeros((BLOCK,), tl.float32)
+    gate = h
+    for _ in range(0, splits):
+        h += tl.load(at, mask=inside, other=0.0)
+        if ACTIVATION == _GEGLU:
+            gate += tl.load(at + columns, mask=inside, other=0.0)
+        at += partial_size
+    h = _add(h, bias, residual, row, column, inside, residual_row)
+    if ACTIVATION == _GEGLU:
+        gate = _add(gate, bias, residual, row, column + columns, inside, residual_row)
+    h = activate(h, gate, ACTIVATION)
+    tl.store(y + row * columns + column, h.to(y.dtype.element_ty), mask=inside)
+
+
+class _Tile(NamedTuple):
+    """A tile of y. `share` is what of the peak it is taken to reach: assumed, no GPU has measured it."""
+
+    m: int
+    n: int
+    num_warps: int
+    share: float
+
+
+_WIDE = (_Tile(128, 256, 8, 1.0), _Tile(128, 128, 8, 0.95), _Tile(128, 64, 4, 0.8), _Tile(64, 64, 4, 0.65))
+_FLAT = (_Tile(64, 256, 4, 0.8), _Tile(64, 128, 4, 0.75), _Tile(64, 64, 4, 0.65))  # for at most 64 rows
+_ROWS = (_Tile(16, 64, 4, 0.2),)  # for at most 16, where memory is the limit
+_FP32 = (_Tile(64, 64, 4, 1.0), _Tile(32, 64, 4, 0.7))
+_MAX_SPLITS = 8
+_SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; assumed
+
+
+class Plan(NamedTuple):
+    """How one product is launched."""
+
+    config: Config
+    tiles: int
+    splits: int
+    steps: int
+
+
+def plan_product(like: Tensor, m: int, n: int, k: int, precision: str, *, paired: bool = False) -> Plan:
+    """The tile with the least work for the busiest multiprocessor.
+
+    Args:
+        like: a tensor of the factors' dtype and device.
+        paired: each program computes two tiles, value and gate.
+    """
+    if like.dtype is torch.float32:
+        tiles = _FP32
+    else:
+        tiles = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
+    available, processors = shared_memory_bytes(like.device), multiprocessors(like.device)
+    best, best_cost = None, float("inf")
+    for tile in tiles:
+        tile_n = tile.n // 2 if paired and tile.n > 64 else tile.n
+        block_k = 128 if tile.m == 16 else 64
+        if like.dtype is torch.float32:
+            block_k = 16 if precision == "ieee" else 32
+        stage_bytes = (tile.m + tile_n * (1 + paired)) * block_k * like.element_size()
+        if 3 * stage_bytes > available:
+            block_k, stage_bytes = block_k // 2, stage_bytes // 2
+        steps = triton.cdiv(k, block_k)
+        count = triton.cdiv(m, tile.m) * triton.cdiv(n, tile_n)
+        # A split writes and sums 2 n columns where it is paired: it is planned as a product of that width.
+        splits = 1 if paired else max(1, min(processors // max(count, 1), steps // 8, _MAX_SPLITS))
+        steps = triton.cdiv(steps, splits)
+        cost = triton.cdiv(count * splits, processors) * tile.m * tile_n * (1 + paired) / tile.share
+        cost *= (steps + _SPLIT_STEPS * (splits > 1)) * block_k
+        if cost < best_cost:
+            constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
+            config = Config(constants, tile.num_warps, min(4, available // stage_bytes))
+            best, best_cost = Plan(config, count, splits, steps), cost
+    assert best is not None
+    return best
+
+
+def _dense(t: Tensor) -> Tensor:
+    """A matrix whose elements lie together along one axis."""
+    return t if t.stride(1) == 1 or t.stride(0) == 1 else t.contiguous()
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: int = 0,
+) -> Tensor:
+    """act(a b + bias + residual) of (M, K) and (K, N), each contiguous along either axis."""
+    a, b = _dense(a), _dense(b)
+    (m, k), n = a.shape, b.shape[1]
+    paired = activation == _GEGLU.value
+    columns = n // 2 if paired else n
+    y = a.new_empty((m, columns))
+    if y.numel() == 0:
+        return y
+    bias = None if bias is None else bias.contiguous()
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    residual_row = 0 if residual is None else residual.stride(0)
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    plan = plan_product(a, m, n, k, precision)
+    if plan.splits == 1 and paired:
+        plan = plan_product(a, m, columns, k, precision, paired=True)
+    even_k = k == plan.splits * plan.steps * plan.config.constants["BLOCK_K"]
+    sizes: tuple[Any, ...] = (k, plan.steps, *a.stride(), *b.stride())
+    grid = (plan.tiles, plan.splits)
+    if plan.splits == 1:
+        launch(
+            _matmul_kernel, grid, a, b, bias, residual, y, m, columns, *sizes, residual_row,
+            config=plan.config, ACTIVATION=activation, EVEN_K=even_k, PRECISION=precision,
+        )  # fmt: skip
+        return y
+    partials = a.new_empty((plan.splits, m, n), dtype=torch.float32)
+    launch(
+        _matmul_kernel, grid, a, b, None, None, partials, m, n, *sizes, 0,
+        config=plan.config, ACTIVATION=0, EVEN_K=even_k, PRECISION=precision,
+    )  # fmt: skip
+    config = Config({"BLOCK": 512}, num_warps=4)
+    launch(
+        _finish_kernel, (m * triton.cdiv(columns, 512),), partials, bias, residual, y,
+        n, columns, plan.splits, m * n, residual_row, config=config, ACTIVATION=activation,
+    )  # fmt: skip
+    return y
+
+
+def linear_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> Tensor:
+    """(tokens, K) and (M, K) -> (tokens, M), or with "geglu" (tokens, M/2)."""
+    return product(x, weight.t(), bias, residual, activation)
