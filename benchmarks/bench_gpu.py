@@ -22,7 +22,7 @@ import torch
 from _record import results_path, table, write_json
 from torch import Tensor
 
-from sdfast import ops
+from sdfast import _library, ops
 from sdfast.testing import assert_within_budget, spread
 
 Call = Callable[..., Tensor]
@@ -120,6 +120,11 @@ CASES = (
     conv2d(2, 320, 64, 320), conv2d(2, 640, 32, 640), conv2d(2, 1280, 16, 1280), conv2d(2, 2560, 8, 1280),
     conv2d(1, 512, 64, 512), conv2d(1, 128, 512, 128), conv2d(1, 512, 64, 512, upsample=True),
 )  # fmt: skip
+# The operation whose Triton kernel serves a call.
+KERNELS = {
+    "group_norm": "group_norm_forward", "layer_norm": "layer_norm_forward", "linear": "linear_rows",
+    "attention": "attention_forward", "conv2d": "conv2d_kernel",
+}  # fmt: skip
 TINY = (
     group_norm(2, 64, 4), layer_norm(8, 64), linear(8, 32, 64, "geglu"), attention(1, 2, 16, 16, 16),
     conv2d(1, 32, 4, 32),
@@ -222,6 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for case in TINY if options.tiny else CASES:
         if options.only and case.op not in options.only:
+            continue
+        if not _library.has_kernel(KERNELS[case.op], "triton"):
+            print(f"{case.op}, {case.what}: no Triton kernel yet")
             continue
         row = measure(case, dtype, device, options.rounds, timer)
         row["of_ceiling"] = max(row["gb_per_s"] / copy, row["tflop_per_s"] / product)  # type: ignore[operator]

@@ -2,9 +2,9 @@
 
 A program takes a run of elements of one sample as they lie in memory: x, both halves of m, x̂₀ᵖ and z are read
 once, x' and x̂₀ (and the model's next input) written once, 7 coefficients read by each program. Noise is a
-function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a thread draws
-four elements from one block. Products and sums are written as fused multiply-adds, so that a compiler has
-nothing to choose and the two operations give the same bits.
+function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a thread
+draws four elements from one block. Products and sums are written as fused multiply-adds, so that a compiler
+has nothing to choose and the two operations give the same bits.
 Bytes: (4 to 7) * N * size elements. Limit: the launch for latents of one image, memory above.
 """
 
@@ -35,8 +35,8 @@ def _diffusion_step_kernel(
     """x', x̂₀ and, with `input_ptr`, the model's next input.
 
     With `counter_ptr` the step is what it holds, and `k_ptr` a table of `steps` rows. Unless IN_ROWS, element
-    (a * middle + b) * inner + c in memory is a * index_outer + b * index_middle + c * index_inner in row-major
-    order.
+    (a * middle + b) * inner + c in memory is a * index_outer + b * index_middle + c * index_inner in
+    row-major order.
     """
     blocks = tl.cdiv(size, BLOCK)
     program = tl.program_id(0).to(tl.int64)
