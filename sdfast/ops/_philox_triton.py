@@ -7,14 +7,12 @@ cosine are polynomials here, and what their arithmetic rounds off is carried bes
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def words(seed: Any, block: Any, step: Any) -> Any:
+def words(seed, block, step):
     """The four words of each block of four elements; seed, block and step are int64."""
     return tl.philox(
         seed, block.to(tl.uint32), (block >> 32).to(tl.uint32), step.to(tl.uint32), (step >> 32).to(tl.uint32)
@@ -22,18 +20,18 @@ def words(seed: Any, block: Any, step: Any) -> Any:
 
 
 @triton.jit
-def _uniform(word: Any) -> Any:
+def _uniform(word):
     return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
 
 
 @triton.jit
-def _head(v: Any, mask: tl.constexpr) -> Any:
+def _head(v, mask: tl.constexpr):
     """A number of few bits near v, so that products of heads are exact; the mask clears the others."""
     return (v.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _radius(u: Any) -> Any:
+def _radius(u):
     """sqrt(-2 ln u) to about 2^-33, as a head of 12 bits and a tail."""
     # u = 2^n (1 + f) with f from -1/3 to 1/3, ln(1 + f) = f - f^2 / 2 + f^3 p(f), p minimax; ln 2 in two
     # parts, the first exact when multiplied by n.
@@ -65,7 +63,7 @@ def _radius(u: Any) -> Any:
 
 
 @triton.jit
-def _cosine_sine(u: Any) -> Any:
+def _cosine_sine(u):
     """Of 2 pi u."""
     # 2 pi u = pi/2 (n + f), f from -1/2 to 1/2: exact, unlike a product with pi.
     nearest = tl.floor(u * 4.0 + 0.5)
@@ -91,13 +89,13 @@ def _cosine_sine(u: Any) -> Any:
 
 
 @triton.jit
-def _product(head: Any, tail: Any, b: Any) -> Any:
+def _product(head, tail, b):
     b_head = _head(b, -4096)
     return head * b_head + (head * (b - b_head) + tail * b)
 
 
 @triton.jit
-def normals(word0: Any, word1: Any) -> Any:
+def normals(word0, word1):
     """Two normals from two words."""
     head, tail = _radius(_uniform(word0))
     cosine, sine = _cosine_sine(_uniform(word1))
@@ -105,7 +103,7 @@ def normals(word0: Any, word1: Any) -> Any:
 
 
 @triton.jit
-def normals_of_row(seed: Any, first: Any, step: Any, BLOCK: tl.constexpr) -> Any:
+def normals_of_row(seed, first, step, BLOCK: tl.constexpr):
     """z of elements first to first + BLOCK - 1; both are multiples of 4. Each block is drawn once."""
     r0, r1, r2, r3 = words(seed, first // 4 + tl.arange(0, BLOCK // 4), step)
     z0, z1 = normals(r0, r1)
@@ -114,7 +112,7 @@ def normals_of_row(seed: Any, first: Any, step: Any, BLOCK: tl.constexpr) -> Any
 
 
 @triton.jit
-def normals_at(seed: Any, element: Any, step: Any) -> Any:
+def normals_at(seed, element, step):
     """z of elements wherever they are; each draws a whole block for itself."""
     r0, r1, r2, r3 = words(seed, element >> 2, step)
     back = element & 2 != 0
