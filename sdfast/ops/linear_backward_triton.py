@@ -161,7 +161,7 @@ def sum_rows(x: Tensor) -> Tensor:
     splits = max(1, min(2 * multiprocessors(x.device) // max(groups * blocks, 1), steps // 4))
     steps = triton.cdiv(steps, splits)
     splits = max(1, triton.cdiv(triton.cdiv(rows, 32), max(steps, 1)))
-    partials = y[:, None] if splits == 1 else x.new_empty((groups, splits, columns), dtype=torch.float32)
+    partials = y if splits == 1 else x.new_empty((groups, splits, columns), dtype=torch.float32)
     launch(
         _sum_rows_kernel, (groups * splits * blocks,), x, partials, rows, columns, splits, steps, config=_SUM
     )

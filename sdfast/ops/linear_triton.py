@@ -1,11 +1,12 @@
 """linear in Triton, y = act(x Wᵀ + b + residual), and the two products of its gradient.
 
 Each program keeps one tile of y in fp32 registers and walks along K, tiles of both factors coming through
-shared memory; bias, residual and activation follow on the registers. For "geglu" it keeps two, the value's and
-the gate's of the same columns, so that h is never written. Where tiles are fewer than multiprocessors, K is
-split: fp32 partials are written, and a second kernel sums them in order. Tiles of 8 block rows follow each
-other column by column, so that those running at once share their factors in L2.
-Bytes: x + W + residual + y once, a split's partials twice; the limit is the tensor cores', of few rows memory's.
+shared memory; bias, residual and activation follow on the registers. For "geglu" it keeps two, the value's
+and the gate's of the same columns, so that h is never written. Where tiles are fewer than multiprocessors, K
+is split: fp32 partials are written, and a second kernel sums them in order. Tiles of 8 block rows follow
+each other column by column, so that those running at once share their factors in L2.
+Bytes: x + W + residual + y once, a split's partials twice; the limit is the tensor cores', of few rows
+memory's.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ class _Tile(NamedTuple):
 
 _WIDE = (_Tile(128, 256, 8, 1.0), _Tile(128, 128, 8, 0.95), _Tile(128, 64, 4, 0.8), _Tile(64, 64, 4, 0.65))
 _FLAT = (_Tile(64, 256, 4, 0.8), _Tile(64, 128, 4, 0.75), _Tile(64, 64, 4, 0.65))  # for at most 64 rows
+_UNALIGNED = (_Tile(64, 64, 4, 0.3),)  # loaded number by number, each with its address in registers
 _ROWS = (_Tile(16, 64, 4, 0.2),)  # for at most 16, where memory is the limit
-_FP32 = (_Tile(64, 64, 4, 1.0), _Tile(32, 64, 4, 0.7))
+_FP32 = (_Tile(64, 64, 8, 1.0), _Tile(32, 64, 4, 0.7))
 _MAX_SPLITS = 8
 _SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; assumed
 
@@ -164,25 +166,28 @@ class Plan(NamedTuple):
     steps: int
 
 
-def plan_product(like: Tensor, m: int, n: int, k: int, precision: str, *, paired: bool = False) -> Plan:
+def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> Plan:
     """The tile with the least work for the busiest multiprocessor.
 
     Args:
-        like: a tensor of the factors' dtype and device.
+        a: the first factor, (M, K).
+        b: the second factor.
+        n: the result's columns.
         paired: each program computes two tiles, value and gate.
     """
-    if like.dtype is torch.float32:
-        tiles = _FP32
-    else:
-        tiles = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
-    available, processors = shared_memory_bytes(like.device), multiprocessors(like.device)
+    m, k = a.shape
+    fp32 = a.dtype is torch.float32
+    aligned = all(s == 1 or s % 16 == 0 for s in (*a.stride(), *b.stride()))
+    tiles = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
+    tiles = _FP32 if fp32 else tiles if aligned else _UNALIGNED
+    available, processors = shared_memory_bytes(a.device), multiprocessors(a.device)
     best, best_cost = None, float("inf")
     for tile in tiles:
         tile_n = tile.n // 2 if paired and tile.n > 64 else tile.n
-        block_k = 128 if tile.m == 16 else 64
-        if like.dtype is torch.float32:
+        block_k = 128 if tile.m == 16 else 64 if aligned else 32
+        if fp32:
             block_k = 16 if precision == "ieee" else 32
-        stage_bytes = (tile.m + tile_n * (1 + paired)) * block_k * like.element_size()
+        stage_bytes = (tile.m + tile_n * (1 + paired)) * block_k * a.element_size()
         if 3 * stage_bytes > available:
             block_k, stage_bytes = block_k // 2, stage_bytes // 2
         steps = triton.cdiv(k, block_k)
@@ -194,7 +199,9 @@ def plan_product(like: Tensor, m: int, n: int, k: int, precision: str, *, paired
         cost *= (steps + _SPLIT_STEPS * (splits > 1)) * block_k
         if cost < best_cost:
             constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
-            config = Config(constants, tile.num_warps, min(4, available // stage_bytes))
+            # Two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold.
+            num_warps = 8 if paired else tile.num_warps
+            config = Config(constants, num_warps, min(4, available // stage_bytes))
             best, best_cost = Plan(config, count, splits, steps), cost
     assert best is not None
     return best
@@ -226,9 +233,9 @@ def product(
     residual_row = 0 if residual is None else residual.stride(0)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
-    plan = plan_product(a, m, n, k, precision)
+    plan = plan_product(a, b, n, precision)
     if plan.splits == 1 and paired:
-        plan = plan_product(a, m, columns, k, precision, paired=True)
+        plan = plan_product(a, b, columns, precision, paired=True)
     even_k = k == plan.splits * plan.steps * plan.config.constants["BLOCK_K"]
     sizes: tuple[Any, ...] = (k, plan.steps, *a.stride(), *b.stride())
     grid = (plan.tiles, plan.splits)
