@@ -218,7 +218,18 @@ def group_norm_backward(
     chunks = triton.cdiv(rows, steps)
     grid = (images * chunks * blocks,)
     operands = (dy, x, mean.contiguous(), rstd.contiguous(), weight, bias, scale, shift)
-    sizes = (pixels, channels, num_groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps)
+    sizes = (
+        pixels,
+        channels,
+        num_groups,
+        group_channels,
+        scale_row,
+        shift_row,
+        images,
+        blocks,
+        chunks,
+        steps,
+    )
     sums = x.new_empty((2, images, chunks, channels), dtype=torch.float32)
     means = x.new_empty((2, images, num_groups), dtype=torch.float32)
     launch(_sums_kernel, grid, *operands, sums, *sizes, config=config, SILU=silu, LAST=last)
@@ -228,7 +239,5 @@ def group_norm_backward(
         pixels, channels, num_groups, group_channels, scale_row, images, chunks,
         config=Config({"BLOCK_N": 1024 // block_c, "BLOCK_C": block_c}, num_warps=4, num_stages=1),
     )  # fmt: skip
-    launch(
-        _input_gradient_kernel, grid, *operands, means, dx, *sizes, config=config, SILU=silu, LAST=last
-    )
+    launch(_input_gradient_kernel, grid, *operands, means, dx, *sizes, config=config, SILU=silu, LAST=last)
     return results

@@ -315,6 +315,7 @@ class _Call:
         self.operands = (x, skip, weight, bias, scale, shift, y)
         self.sizes = (pixels, channels, skip_channels, num_groups, group_channels)
         self.numbers = (*self.sizes, eps, scale_row, shift_row)
+        self.modulated = scale is not None or shift is not None
         self.keywords = {"SILU": silu, "LAST": last}
 
     def apply(
@@ -332,7 +333,7 @@ class _Call:
     def run(self, mean: Tensor | None = None, rstd: Tensor | None = None) -> None:
         """y and, where given, mean and rstd."""
         shape, x = self.shape, self.sources[0]
-        whole = whole_tiling(shape)
+        whole = whole_tiling(shape, self.modulated)
         if whole is not None:
             launch(
                 _whole_kernel, (shape.images * whole.spans,), *self.operands, mean, rstd, *self.numbers,
