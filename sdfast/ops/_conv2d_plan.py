@@ -60,7 +60,15 @@ def _block_k(channels: Sequence[int], dtype: torch.dtype, precision: str) -> int
 
 
 def plan_convolution(
-    weight: Tensor, channels: Sequence[int], images: int, pixels: int, phases: int, precision: str
+    weight: Tensor,
+    channels: Sequence[int],
+    images: int,
+    pixels: int,
+    phases: int,
+    precision: str,
+    *,
+    normalised: bool = False,
+    statistics: bool = False,
 ) -> Plan:
     """The tile with the least work for the busiest multiprocessor.
 
@@ -68,6 +76,8 @@ def plan_convolution(
         weight: (phases?, O, C, kh, kw), as the kernel reads it.
         channels: of each source, C in all.
         images, pixels, phases: y has images * phases * pixels pixels; no tile holds those of two images.
+        normalised: tiles of x pass through registers, on their way from memory to the tensor cores.
+        statistics: those of y are wanted.
     """
     out_channels, taps = weight.shape[-4], weight.shape[-2] * weight.shape[-1]
     aligned = all(n % 16 == 0 for n in channels) and all(s == 1 or s % 16 == 0 for s in weight.stride())
@@ -77,6 +87,10 @@ def plan_convolution(
         tiles = _NARROW
     else:
         tiles = _HALF if aligned else _UNALIGNED
+    if normalised or statistics:  # which the accumulators of the largest tile leave no registers for
+        tiles = tuple(t for t in tiles if t.pixels * t.channels <= 128 * 128)
+    if normalised:
+        tiles = tuple(t._replace(num_warps=8) for t in tiles)
     block_k = _block_k(channels, weight.dtype, precision)
     available, processors = shared_memory_bytes(weight.device), multiprocessors(weight.device)
     all_steps = taps * sum(_divided(n, block_k) for n in channels)

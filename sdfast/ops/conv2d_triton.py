@@ -72,9 +72,9 @@ def _accumulate(
     i = first // blocks // taps_x
     j = first // blocks % taps_x
     for _ in range(first, last):
-        y_in = (iy + i * step_y).to(tl.uint32)  # what lies above or to the left becomes large
-        x_in = (ix + j * step_x).to(tl.uint32)
-        x_inside = ((y_in < height.to(tl.uint32)) & (x_in < width.to(tl.uint32)))[:, None]
+        y_in = iy + i * step_y
+        x_in = ix + j * step_x
+        x_inside = ((y_in >= 0) & (y_in < height) & (x_in >= 0) & (x_in < width))[:, None]
         b_inside = w_inside
         if not EVEN:
             x_inside = x_inside & (k < channels - c)[None, :]
@@ -142,9 +142,10 @@ def _place(image, row, out_width, height, width, stride_y, stride_x, start_y, st
     return (image * height + oy) * width + ox
 
 
+# A kernel for every image, whatever divides its size.
 _SIZES = [
-    "height", "width", "out_height", "out_width", "pixels", "y_height", "y_width", "tiles", "steps",
-    "steps_x", "steps_all", "start_y", "start_x", "place_y", "place_x", "partial_size",
+    "height", "width", "out_width", "pixels", "y_height", "y_width", "images", "tiles", "steps", "steps_x",
+    "steps_all", "start_y", "place_y", "start_x", "place_x", "splits", "partial_size",
 ]  # fmt: skip
 
 
@@ -326,7 +327,10 @@ def convolve(
     weights = weight if weight.dim() == 5 else weight.unsqueeze(0)
     phases, out_channels, _, taps_y, taps_x = weights.shape
     precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    plan = plan_convolution(weight, sources, images, pixels, phases, precision)
+    plan = plan_convolution(
+        weight, sources, images, pixels, phases, precision,
+        normalised=norm is not None, statistics=statistics is not None,
+    )  # fmt: skip
     block_m, block_k = plan.config.constants["BLOCK_M"], plan.config.constants["BLOCK_K"]
     steps = [taps_y * taps_x * triton.cdiv(c, block_k) for c in sources]
     split = plan.splits > 1
