@@ -1,4 +1,4 @@
-"""conv2d in Triton: the tile, the steps and the splits of one convolution, from its shape and the GPU alone."""
+"""conv2d in Triton: tile, steps and splits of one convolution, from its shape and the GPU alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdfast.ops._triton import Config, multiprocessors, shared_memory_bytes
 
 
 class Tile(NamedTuple):
-    """Pixels by channels of y. `share` is what of the peak it is taken to reach: assumed, no GPU measured it."""
+    """Pixels by channels of y. `share` of the peak is what it is taken to reach: assumed, none was measured."""
 
     pixels: int
     channels: int
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     """How one convolution is launched.
 
     Attributes:
-        config: of the kernel that multiplies; BLOCK_M pixels by BLOCK_N channels, BLOCK_K channels of x a step.
+        config: of the kernel that multiplies: BLOCK_M pixels, BLOCK_N channels, BLOCK_K channels of x a step.
         tiles: of the pixels of one image (and phase), and of the channels.
         splits: of K, each of `steps` steps.
     """
