@@ -28,7 +28,7 @@ from sdfast.ops._conv2d_choice import folds
 from sdfast.ops._conv2d_cpu import output_size, values_of
 from sdfast.ops._conv2d_kernels_triton import convolution_kernel, finish_kernel
 from sdfast.ops._conv2d_operations import empty_result
-from sdfast.ops._conv2d_plan import plan_convolution
+from sdfast.ops._conv2d_plan import Convolution, plan_convolution
 from sdfast.ops._conv2d_statistics_triton import combine
 from sdfast.ops._triton import Config, launch
 
@@ -103,10 +103,9 @@ def convolve(
     weights = weight if weight.dim() == 5 else weight.unsqueeze(0)
     phases, out_channels, _, taps_y, taps_x = weights.shape
     precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    plan = plan_convolution(
-        weight, sources, images, pixels, phases, precision,
-        normalised=norm is not None, statistics=statistics is not None,
-    )  # fmt: skip
+    more = {"normalised": norm is not None, "statistics": statistics is not None}
+    call = Convolution(weight, sources, images, pixels, phases, precision, **more)
+    plan = plan_convolution(call)
     block_m, block_k = plan.config.constants["BLOCK_M"], plan.config.constants["BLOCK_K"]
     steps = [taps_y * taps_x * triton.cdiv(c, block_k) for c in sources]
     split = plan.splits > 1
@@ -190,10 +189,19 @@ def _norm(tensors: Sequence[Tensor], silu: bool) -> Norm | None:
 
 
 def _run(
-    statistics: tuple[int, float] | None, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int], upsample: bool,
-    time_embedding: Tensor | None, residual: Tensor | None, skip: Tensor | None, norm: Sequence[Tensor],
+    statistics: tuple[int, float] | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    upsample: bool,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    norm: Sequence[Tensor],
     norm_silu: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     y = empty_result(x, weight, stride, padding, upsample)
     if weight.dim() == 4:
         packing.note(weight)
