@@ -53,6 +53,9 @@ _weight_gradient_op = _library.define_native(
     lambda dy, x, height, width, *_: _empty(dy, dy.shape[1], x.shape[1], height, width),
 )
 
+_MODULE = "sdfast.ops.conv2d_backward_triton"
+_weight_gradient_triton_op = _library.define_triton("conv2d_weight_gradient", _MODULE)
+
 
 # Pixels of y from which Winograd was measured faster, for y and for each gradient.
 _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32

@@ -1,0 +1,212 @@
+"""Gradients of conv2d in Triton.
+
+    dW[o, i, j, c] = Σ dy[n, y, x, o] · x[n, y s + i − top, x s + j − left, c]    over all pixels of y
+    dx = the convolution of dy with the flipped weight, conv2d_triton's
+
+dW is a matrix product of O rows and kh kw C columns along the pixels of all images. A program keeps one tile of
+it in fp32 registers and walks along them; its columns may belong to several taps, so that neither 320 channels
+nor 3 leave a tile half empty. x is gathered, zeros where a tap meets the padding; where a pixel lies is advanced
+by carries, as digits of (image, row, column), not divided anew. The columns' tiles follow each other, so that
+taps read the same pixels from L2 at about the same time. Layers have few tiles and many pixels: these are split,
+and a second kernel adds the fp32 partials in order.
+Bytes: dy + x + dW once, a split's partials twice; the limit is the tensor cores', of narrow layers memory's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    dy,  # (pixels, O): all pixels of (N, y_height, y_width)
+    x,  # (N, height, width, C)
+    dw,  # (splits, O, columns), columns = kernel_height kernel_width C
+    pixels, image_pixels, y_height, y_width, height, width, O, C, columns, kernel_width, stride, top, left, steps,
+    PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles, splits). Each split takes `steps` blocks of pixels."""
+    tile = tl.program_id(0)
+    split = tl.program_id(1).to(tl.int64)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
+    column = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    tap = column // C
+    tap_row, tap_column = tap // kernel_width, tap % kernel_width
+    tap_at = (tap_row.to(tl.int64) * width + tap_column) * C + column % C
+
+    first = split * steps * BLOCK_K
+    k = tl.arange(0, BLOCK_K)[:, None]
+    pixel = first + k
+    in_image = pixel % image_pixels
+    # What the kernel's first tap meets of x.
+    row = (in_image // y_width).to(tl.int32) * stride - top
+    x_column = (in_image % y_width).to(tl.int32) * stride - left
+    x_at = x + ((pixel // image_pixels * height + row) * width + x_column) * C
+    dy_at = dy + pixel * O + o
+    remaining = pixels - first
+
+    # A block further, in digits of (image, row, column), and what a carry adds.
+    more_columns = BLOCK_K % y_width * stride
+    more_rows = BLOCK_K % image_pixels // y_width * stride
+    more_images = (BLOCK_K // image_pixels).to(tl.int64)
+    x_more = ((more_images * height + more_rows) * width + more_columns) * C
+    column_end, row_end = y_width * stride - left, y_height * stride - top
+    to_next_row = (tl.cast(stride, tl.int64) * width - y_width * stride) * C
+    to_next_image = (tl.cast(height, tl.int64) - y_height * stride) * width * C
+
+    total = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
+    for _ in range(0, steps):
+        inside = k < remaining
+        dy_tile = tl.load(dy_at, mask=inside & (o < O), other=0.0)  # (BLOCK_K, BLOCK_O)
+        meets_row = (row + tap_row >= 0) & (row + tap_row < height)
+        meets_column = (x_column + tap_column >= 0) & (x_column + tap_column < width)
+        meets = inside & (column < columns) & meets_row & meets_column
+        x_tile = tl.load(x_at + tap_at, mask=meets, other=0.0)  # (BLOCK_K, BLOCK_N)
+        total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
+
+        remaining -= BLOCK_K
+        dy_at += BLOCK_K * O
+        x_column += more_columns
+        carry = x_column >= column_end
+        x_column -= tl.where(carry, y_width * stride, 0)
+        row += more_rows + tl.where(carry, stride, 0)
+        x_at += x_more + tl.where(carry, to_next_row, 0)
+        carry = row >= row_end
+        row -= tl.where(carry, y_height * stride, 0)
+        x_at += tl.where(carry, to_next_image, 0)
+
+    o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
+    at = dw + (split * O + o) * columns + column
+    tl.store(at, total.to(dw.dtype.element_ty), mask=(o < O) & (column < columns))
+
+
+@triton.jit
+def _finish_kernel(partials, dw, size, splits, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """dw, `size` numbers, from (splits, size). Grid: the blocks of dw."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.arange(0, BLOCK_S).to(tl.int64)
+    part_at = partials + split[:, None] * size + at[None, :]
+    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        inside = (split < splits - first)[:, None] & (at < size)[None, :]
+        total += tl.load(part_at, mask=inside, other=0.0)
+        part_at += tl.cast(size, tl.int64) * BLOCK_S
+    tl.store(dw + at, tl.sum(total, axis=0).to(dw.dtype.element_ty), mask=at < size)
+
+
+class _Tile(NamedTuple):
+    """A tile of dW. `share` is what of the peak it is taken to reach: assumed, no GPU has measured it."""
+
+    o: int
+    n: int
+    k: int
+    num_warps: int
+    share: float
+
+
+_WIDE = (
+    _Tile(128, 256, 64, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(64, 256, 64, 4, 0.8),
+    _Tile(64, 128, 64, 4, 0.75), _Tile(64, 64, 64, 4, 0.6),
+)  # fmt: skip
+_UNALIGNED = (_Tile(64, 64, 32, 4, 0.3),)  # loaded number by number, each with its address in registers
+_FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
+_FP32 = {
+    "ieee": (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7)),
+    "tf32": (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7)),
+}
+_MAX_SPLITS = 128
+_LEAST_STEPS = 8  # of a split
+# Assumed: what a program does besides its steps, in steps; products in the time of a byte read or written.
+_OVERHEAD_STEPS = 4
+_PRODUCTS_PER_BYTE = 92
+
+
+class Plan(NamedTuple):
+    """How one weight gradient is launched."""
+
+    config: Config
+    tiles: int
+    splits: int
+    steps: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_weight_gradient(
+    rows: int, columns: int, pixels: int, precision: str, itemsize: int, aligned: bool,
+    processors: int, shared_bytes: int,
+) -> Plan:  # fmt: skip
+    """The tile and the number of splits that are done first, by products of the busiest multiprocessor."""
+    tiles = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
+    if itemsize == 4:
+        tiles = _FP32[precision]
+    best, best_cost = None, float("inf")
+    for tile in tiles:
+        all_steps = triton.cdiv(pixels, tile.k)
+        count = triton.cdiv(rows, tile.o) * triton.cdiv(columns, tile.n)
+        for waves in range(1, 5):
+            splits = max(1, min(waves * processors // count, all_steps // _LEAST_STEPS, _MAX_SPLITS))
+            steps = triton.cdiv(all_steps, splits)
+            splits = triton.cdiv(all_steps, steps)  # none is left without pixels
+            cost = triton.cdiv(count * splits, processors) * (steps + _OVERHEAD_STEPS)
+            cost *= tile.o * tile.n * tile.k / tile.share
+            if splits > 1:  # written, and read again
+                cost += 8 * splits * rows * columns * _PRODUCTS_PER_BYTE / processors
+            if cost < best_cost:
+                stages = min(4, shared_bytes // ((tile.o + tile.n) * tile.k * itemsize))
+                constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+                best, best_cost = Plan(Config(constants, tile.num_warps, stages), count, splits, steps), cost
+    assert best is not None
+    return best
+
+
+def conv2d_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    kernel_height: int,
+    kernel_width: int,
+    stride: int,
+    padding: Sequence[int],
+    winograd: bool,
+) -> Tensor:
+    """dW (O, C, kh, kw), channels_last, of dy (N, O, H', W') and x (N, C, H, W).
+
+    Args:
+        padding: left, right, top, bottom.
+        winograd: of no meaning here.
+    """
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+    images, rows, y_height, y_width = dy.shape
+    channels, height, width = x.shape[1:]
+    pixels, columns = images * y_height * y_width, kernel_height * kernel_width * channels
+    size = (rows, channels, kernel_height, kernel_width)
+    dw = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    if dw.numel() == 0 or pixels == 0:
+        return dw.zero_()
+    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    plan = plan_weight_gradient(
+        rows, columns, pixels, precision, dy.element_size(), rows % 16 == 0 and channels % 16 == 0,
+        multiprocessors(dy.device), shared_memory_bytes(dy.device),
+    )  # fmt: skip
+    sizes: tuple[Any, ...] = (pixels, y_height * y_width, y_height, y_width, height, width, rows, channels)
+    geometry = (columns, kernel_width, stride, padding[2], padding[0])
+    split = plan.splits > 1
+    result = dw.new_empty((plan.splits, rows, columns), dtype=torch.float32) if split else dw
+    launch(
+        _weight_gradient_kernel, (plan.tiles, plan.splits), dy, x, result, *sizes, *geometry, plan.steps,
+        config=plan.config, PRECISION=precision,
+    )  # fmt: skip
+    if split:
+        config = Config({"BLOCK_S": 2, "BLOCK": 512} if plan.splits <= 4 else {"BLOCK_S": 16, "BLOCK": 64})
+        grid = (triton.cdiv(dw.numel(), config.constants["BLOCK"]),)
+        launch(_finish_kernel, grid, result, dw, dw.numel(), plan.splits, config=config)
+    return dw
