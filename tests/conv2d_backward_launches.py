@@ -20,12 +20,16 @@ _CASES = {
     "vae conv_out": (1, 128, 256, 256, 3, 3, 1, (1, 1, 1, 1)),
     "odd": (3, 33, 17, 23, 65, 3, 1, (1, 1, 1, 1)),
 }
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# by tensor cores where that is allowed, which is torch's default for convolutions
+_DTYPES = {
+    "fp16": (torch.float16, True), "bf16": (torch.bfloat16, True),
+    "tf32": (torch.float32, True), "fp32": (torch.float32, False),
+}  # fmt: skip
 
 
 def _call(
     images: int, channels: int, height: int, width: int, out_channels: int, kernel: int, stride: int,
-    padding: tuple[int, ...], dtype: torch.dtype,
+    padding: tuple[int, ...], dtype: torch.dtype, allow_tf32: bool,
 ) -> Callable[[], object]:  # fmt: skip
     def image(channels: int, height: int, width: int) -> Tensor:
         size = (images, channels, height, width)
@@ -38,7 +42,8 @@ def _call(
     def call() -> object:
         dy, x = image(out_channels, y_height, y_width), image(channels, height, width)
         more = (stride, padding, False)
-        return torch.ops.sdfast.conv2d_weight_gradient_triton(dy, x, kernel, kernel, *more)
+        with torch.backends.cudnn.flags(allow_tf32=allow_tf32):
+            return torch.ops.sdfast.conv2d_weight_gradient_triton(dy, x, kernel, kernel, *more)
 
     return call
 
@@ -46,7 +51,7 @@ def _call(
 def code_cases() -> dict[str, Callable[[], object]]:
     """Calls on CUDA tensors by name; a name ends with the dtype."""
     return {
-        f"conv2d backward {what} {name}": _call(*case, dtype)
+        f"conv2d backward {what} {name}": _call(*case, *dtype)
         for name, dtype in _DTYPES.items()
         for what, case in _CASES.items()
     }

@@ -51,7 +51,7 @@ def _weight_gradient_kernel(
     # What the kernel's first tap meets of x.
     row = (in_image // y_width).to(tl.int32) * stride - top
     x_column = (in_image % y_width).to(tl.int32) * stride - left
-    x_at = x + ((pixel // image_pixels * height + row) * width + x_column) * C
+    x_pixel = (pixel // image_pixels * height + row) * width + x_column
     dy_at = dy + pixel * O + o
     remaining = pixels - first
 
@@ -59,10 +59,10 @@ def _weight_gradient_kernel(
     more_columns = BLOCK_K % y_width * stride
     more_rows = BLOCK_K % image_pixels // y_width * stride
     more_images = (BLOCK_K // image_pixels).to(tl.int64)
-    x_more = ((more_images * height + more_rows) * width + more_columns) * C
+    more_pixels = (more_images * height + more_rows) * width + more_columns
     column_end, row_end = y_width * stride - left, y_height * stride - top
-    to_next_row = (tl.cast(stride, tl.int64) * width - y_width * stride) * C
-    to_next_image = (tl.cast(height, tl.int64) - y_height * stride) * width * C
+    to_next_row = tl.cast(stride, tl.int64) * width - y_width * stride
+    to_next_image = (tl.cast(height, tl.int64) - y_height * stride) * width
 
     total = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
     for _ in range(0, steps):
@@ -71,7 +71,7 @@ def _weight_gradient_kernel(
         meets_row = (row + tap_row >= 0) & (row + tap_row < height)
         meets_column = (x_column + tap_column >= 0) & (x_column + tap_column < width)
         meets = inside & (column < columns) & meets_row & meets_column
-        x_tile = tl.load(x_at + tap_at, mask=meets, other=0.0)  # (BLOCK_K, BLOCK_N)
+        x_tile = tl.load(x + x_pixel * C + tap_at, mask=meets, other=0.0)  # (BLOCK_K, BLOCK_N)
         total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
 
         remaining -= BLOCK_K
@@ -80,10 +80,10 @@ def _weight_gradient_kernel(
         carry = x_column >= column_end
         x_column -= tl.where(carry, y_width * stride, 0)
         row += more_rows + tl.where(carry, stride, 0)
-        x_at += x_more + tl.where(carry, to_next_row, 0)
+        x_pixel += more_pixels + tl.where(carry, to_next_row, 0)
         carry = row >= row_end
         row -= tl.where(carry, y_height * stride, 0)
-        x_at += tl.where(carry, to_next_image, 0)
+        x_pixel += tl.where(carry, to_next_image, 0)
 
     o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
     at = dw + (split * O + o) * columns + column
@@ -115,15 +115,13 @@ class _Tile(NamedTuple):
 
 
 _WIDE = (
-    _Tile(128, 256, 64, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(64, 256, 64, 4, 0.8),
+    _Tile(256, 128, 64, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(128, 64, 64, 4, 0.75),
     _Tile(64, 128, 64, 4, 0.75), _Tile(64, 64, 64, 4, 0.6),
 )  # fmt: skip
-_UNALIGNED = (_Tile(64, 64, 32, 4, 0.3),)  # loaded number by number, each with its address in registers
+_UNALIGNED = (_Tile(64, 64, 32, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
-_FP32 = {
-    "ieee": (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7)),
-    "tf32": (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7)),
-}
+_FP32 = (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7))
+_TF32 = (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7))
 _MAX_SPLITS = 128
 _LEAST_STEPS = 8  # of a split
 # Assumed: what a program does besides its steps, in steps; products in the time of a byte read or written.
@@ -148,7 +146,7 @@ def plan_weight_gradient(
     """The tile and the number of splits that are done first, by products of the busiest multiprocessor."""
     tiles = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
     if itemsize == 4:
-        tiles = _FP32[precision]
+        tiles = _TF32 if precision == "tf32" and aligned else _FP32
     best, best_cost = None, float("inf")
     for tile in tiles:
         all_steps = triton.cdiv(pixels, tile.k)
