@@ -112,6 +112,18 @@ def _forward_cpu(
     return cast(Tensor, kernel_op(x, values, bias, time_embedding, residual, *more))
 
 
+def _forward_triton(x, weight, bias, time_embedding, residual, stride, padding, upsample, winograd):
+    from sdfast.ops import conv2d_triton as t
+    size = output_size(x, weight.shape[2:], stride, padding, upsample)
+    y = torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
+    if upsample:
+        geometry, weight = t.upsampled_geometry(x), fold(weight).to(weight.dtype).permute(0, 1, 4, 2, 3)
+    else:
+        geometry = t.forward_geometry(x, weight.shape[2:], stride, padding)
+    t.convolve(x, weight, y, geometry, bias=bias, time_embedding=time_embedding, residual=residual)
+    return y
+
+
 CPU = Operations(
     _forward_cpu, _input_gradient_op, _weight_gradient_op, LINEAR_CPU.sum_rows,
     has_winograd=True, folds_upsample=False,

@@ -123,8 +123,20 @@ def conv2d_cpu(
     )
 
 
+def conv2d_triton(
+    x, weight, bias=None, stride=1, padding=(0, 0, 0, 0), *, upsample=False, time_embedding=None, residual=None,
+    norm_groups=0, norm_weight=None, norm_bias=None, norm_eps=1e-5, norm_silu=False,
+):
+    from sdfast.ops._conv2d_training import TRITON
+
+    if norm_groups:
+        x = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation="silu" if norm_silu else None)
+    return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual, TRITON)
+
+
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": conv2d_cpu,
+    "triton": conv2d_triton,
     "reference": cast(Callable[..., Tensor], conv2d_reference),
 }
 
@@ -138,8 +150,8 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
     else:
-        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason}
+        return unavailable("conv2d_weight_gradient", "x", x.device.type, x.dtype)
+    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
 
 
 def conv2d(

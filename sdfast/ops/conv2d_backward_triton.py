@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
 
 
@@ -31,61 +32,71 @@ def _weight_gradient_kernel(
     dy,  # (pixels, O): all pixels of (N, y_height, y_width)
     x,  # (N, height, width, C)
     dw,  # (splits, O, columns), columns = kernel_height kernel_width C
-    pixels, image_pixels, y_height, y_width, height, width, O, C, columns, kernel_width, stride, top, left, steps,
+    pixels, image_pixels, y_height, y_width, height, width, O, C, columns, kernel_width, stride, top, left,
+    steps, split_images, split_rows, split_columns,
     PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles, splits). Each split takes `steps` blocks of pixels."""
+    """Grid: (tiles, splits). Each split takes `steps` blocks, images, rows and columns of pixels together."""
     tile = tl.program_id(0)
     split = tl.program_id(1).to(tl.int64)
     tiles_n = tl.cdiv(columns, BLOCK_N)
-    o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
+    o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
     column = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     tap = column // C
     tap_row, tap_column = tap // kernel_width, tap % kernel_width
     tap_at = (tap_row.to(tl.int64) * width + tap_column) * C + column % C
 
+    # Pixels as digits (image, row, column): the split's first and, added to it, the places in a block.
     first = split * steps * BLOCK_K
     k = tl.arange(0, BLOCK_K)[:, None]
-    pixel = first + k
-    in_image = pixel % image_pixels
-    # What the kernel's first tap meets of x.
-    row = (in_image // y_width).to(tl.int32) * stride - top
-    x_column = (in_image % y_width).to(tl.int32) * stride - left
-    x_pixel = (pixel // image_pixels * height + row) * width + x_column
-    dy_at = dy + pixel * O + o
+    column_end, row_end = y_width * stride, y_height * stride
+    first_column = tl.program_id(1) * split_columns
+    first_row = tl.program_id(1) * split_rows + first_column // y_width
+    first_image = split * split_images + first_row // y_height
+    # What the kernel's first tap meets of x, were it not for the padding.
+    x_column = (first_column % y_width + k % y_width) * stride
+    row = (first_row % y_height + k % image_pixels // y_width) * stride
+    image = first_image + k // image_pixels
+    carry = x_column >= column_end
+    x_column -= tl.where(carry, column_end, 0)
+    row += tl.where(carry, stride, 0)
+    carry = row >= row_end
+    row -= tl.where(carry, row_end, 0)
+    image += tl.where(carry, 1, 0)
+    x_column -= left
+    row -= top
+    x_pixel = (image * height + row) * width + x_column
+    dy_k = tl.arange(0, BLOCK_K)[None, :]
+    dy_at = dy + (first + dy_k) * O + o
     remaining = pixels - first
 
-    # A block further, in digits of (image, row, column), and what a carry adds.
+    # A block further, in digits, and what a carry adds.
     more_columns = BLOCK_K % y_width * stride
     more_rows = BLOCK_K % image_pixels // y_width * stride
-    more_images = (BLOCK_K // image_pixels).to(tl.int64)
-    more_pixels = (more_images * height + more_rows) * width + more_columns
-    column_end, row_end = y_width * stride - left, y_height * stride - top
-    to_next_row = tl.cast(stride, tl.int64) * width - y_width * stride
-    to_next_image = (tl.cast(height, tl.int64) - y_height * stride) * width
+    more_pixels = ((BLOCK_K // image_pixels).to(tl.int64) * height + more_rows) * width + more_columns
+    to_next_row = tl.cast(stride, tl.int64) * width - column_end
+    to_next_image = (tl.cast(height, tl.int64) - row_end) * width
 
     total = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
     for _ in range(0, steps):
-        inside = k < remaining
-        dy_tile = tl.load(dy_at, mask=inside & (o < O), other=0.0)  # (BLOCK_K, BLOCK_O)
+        dy_tile = tl.load(dy_at, mask=(o < O) & (dy_k < remaining), other=0.0)
         meets_row = (row + tap_row >= 0) & (row + tap_row < height)
         meets_column = (x_column + tap_column >= 0) & (x_column + tap_column < width)
-        meets = inside & (column < columns) & meets_row & meets_column
-        x_tile = tl.load(x + x_pixel * C + tap_at, mask=meets, other=0.0)  # (BLOCK_K, BLOCK_N)
-        total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
+        meets = (k < remaining) & (column < columns) & meets_row & meets_column
+        x_tile = tl.load(x + x_pixel * C + tap_at, mask=meets, other=0.0)
+        total = tl.dot(dy_tile, x_tile, total, input_precision=PRECISION)
 
         remaining -= BLOCK_K
         dy_at += BLOCK_K * O
         x_column += more_columns
-        carry = x_column >= column_end
-        x_column -= tl.where(carry, y_width * stride, 0)
+        carry = x_column >= column_end - left
+        x_column -= tl.where(carry, column_end, 0)
         row += more_rows + tl.where(carry, stride, 0)
         x_pixel += more_pixels + tl.where(carry, to_next_row, 0)
-        carry = row >= row_end
-        row -= tl.where(carry, y_height * stride, 0)
+        carry = row >= row_end - top
+        row -= tl.where(carry, row_end, 0)
         x_pixel += tl.where(carry, to_next_image, 0)
 
-    o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
     at = dw + (split * O + o) * columns + column
     tl.store(at, total.to(dw.dtype.element_ty), mask=(o < O) & (column < columns))
 
@@ -118,7 +129,7 @@ _WIDE = (
     _Tile(256, 128, 64, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(128, 64, 64, 4, 0.75),
     _Tile(64, 128, 64, 4, 0.75), _Tile(64, 64, 64, 4, 0.6),
 )  # fmt: skip
-_UNALIGNED = (_Tile(64, 64, 32, 8, 0.3),)  # loaded number by number, each with its address in registers
+_UNALIGNED = (_Tile(64, 64, 16, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
 _FP32 = (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7))
 _TF32 = (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7))
@@ -198,9 +209,12 @@ def conv2d_weight_gradient(
     sizes: tuple[Any, ...] = (pixels, y_height * y_width, y_height, y_width, height, width, rows, channels)
     geometry = (columns, kernel_width, stride, padding[2], padding[0])
     split = plan.splits > 1
+    split_pixels = plan.steps * plan.config.constants["BLOCK_K"]
+    split_rows, split_columns = divmod(split_pixels, y_width)
+    digits = (*divmod(split_rows, y_height), split_columns)
     result = dw.new_empty((plan.splits, rows, columns), dtype=torch.float32) if split else dw
     launch(
-        _weight_gradient_kernel, (plan.tiles, plan.splits), dy, x, result, *sizes, *geometry, plan.steps,
+        _weight_gradient_kernel, (plan.tiles, plan.splits), dy, x, result, *sizes, *geometry, plan.steps, *digits,
         config=plan.config, PRECISION=precision,
     )  # fmt: skip
     if split:
@@ -208,3 +222,22 @@ def conv2d_weight_gradient(
         grid = (triton.cdiv(dw.numel(), config.constants["BLOCK"]),)
         launch(_finish_kernel, grid, result, dw, dw.numel(), plan.splits, config=config)
     return dw
+
+
+def conv2d_input_gradient(
+    dy: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: Sequence[int], winograd: bool
+) -> Tensor:
+    """dx (N, C, height, width), channels_last, of dy (N, O, H', W') and weight (O, C, kh, kw).
+
+    Args:
+        padding: left, right, top, bottom.
+        winograd: of no meaning here.
+    """
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    size = (dy.shape[0], weight.shape[1], height, width)
+    dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    if dx.numel() == 0 or dy.numel() == 0:
+        return dx.zero_()
+    for part, geometry in gradient_geometries(weight, (height, width), stride, padding):
+        convolve(dy, part, dx, geometry)
+    return dx
