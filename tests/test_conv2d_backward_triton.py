@@ -23,14 +23,12 @@ CASES = (
     (1, 32, 5, 4, 48, 1, 1, 0),
     (2, 17, 9, 8, 3, 3, 2, 1),
     (1, 16, 8, 8, 16, 3, 2, (0, 1, 0, 1)),
-    (1, 5, 6, 6, 7, 5, 1, 2),
-    (3, 40, 5, 13, 48, 3, 1, 1),
-    (1, 8, 6, 6, 8, 3, 1, 0),
     (2, 4, 5, 5, 3, 2, 3, 0),  # a stride beyond the kernel: pixels that nothing meets
     (1, 9, 7, 9, 16, 3, 2, (2, 0, 1, 3)),
     (1, 2, 3, 70, 1, 3, 1, 1),
     (9, 1, 2, 3, 6, 3, 1, 1),
 )
+UPSAMPLED = ((2, 3, 3, 5, 18, 3, 1, 1), (1, 16, 1, 1, 16, 3, 1, 1), (1, 5, 3, 3, 7, 5, 1, 2))
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(_triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))),
@@ -49,7 +47,7 @@ def weight_gradient(dy: Tensor, x: Tensor, kernel: int, stride: int, padding: tu
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype: torch.dtype, upsample: bool) -> None:
-    for case in CASES:
+    for case in UPSAMPLED if upsample else CASES:
         call = triton(case, dtype, upsample)
         check_gradients(call.ours, call.eager, call.tensors, call.dy, str(case))
     bare = [*call.tensors[:2], None, None, None]
@@ -60,7 +58,7 @@ def test_gradients(dtype: torch.dtype, upsample: bool) -> None:
 def test_pixels_in_several_parts(dtype: torch.dtype) -> None:
     """A few parts, many parts, and one row of dW by itself."""
     for images, channels, height, width, rows, stride in (
-        (1, 64, 40, 42, 48, 1), (2, 16, 33, 65, 16, 2), (3, 2, 41, 40, 1, 1),
+        (1, 32, 40, 42, 24, 1), (2, 16, 33, 65, 16, 2), (3, 2, 41, 40, 1, 1),
     ):  # fmt: skip
         x = torch.randn(images, channels, height, width).to(DEVICE, dtype)
         eager, exact = x.new_empty(rows, channels, 3, 3).requires_grad_(), x.double()
@@ -81,7 +79,7 @@ def test_pixels_in_several_parts(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
-    call = triton((2, 33, 9, 8, 34, 3, 1, 1), dtype)
+    call = triton((2, 17, 5, 4, 18, 3, 1, 1), dtype)
     expected = gradients(call.ours, call.tensors, call.dy)
     x, weight, bias, time_embedding, residual = call.tensors
 
