@@ -67,9 +67,7 @@ def _forward(case: _Case, dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         x, *skip = (image(c, case.size) for c in case.channels)
         channels, kernel = sum(case.channels), case.kernel
-        size = case.size * 2 if case.upsample else case.size // case.stride
-        if case.stride == 2:
-            size = (case.size + 1) // 2
+        size = case.size * 2 if case.upsample else -(-case.size // case.stride)
         if case.upsample:
             weight, geometry = (
                 empty(4, case.out_channels, 2, 2, channels).permute(0, 1, 4, 2, 3),
@@ -110,6 +108,16 @@ def _gradient(case: _Case, dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
+def _exactly(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, in fp32 that is not rounded to TF32."""
+
+    def exact() -> object:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return call()
+
+    return exact
+
+
 def code_cases() -> dict[str, Callable[[], object]]:
     """Calls on CUDA tensors by name; a name ends with the dtype."""
     cases: dict[str, Callable[[], object]] = {}
@@ -118,4 +126,6 @@ def code_cases() -> dict[str, Callable[[], object]]:
             cases[f"conv2d {what} {name}"] = _forward(case, dtype)
         for what, case in _GRADIENT.items():
             cases[f"conv2d input gradient {what} {name}"] = _gradient(case, dtype)
+    for what in ("sd15 conv1 16x16 of two", "vae upsample 128x128", "odd, normalised", "odd"):
+        cases[f"conv2d {what}, exact fp32"] = _exactly(_forward(_FORWARD[what], torch.float32))
     return cases

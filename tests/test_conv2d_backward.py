@@ -36,7 +36,12 @@ class Call:
     """conv2d of a case as a function of its tensors: x, weight, bias, time_embedding and residual."""
 
     def __init__(
-        self, case: tuple, dtype: torch.dtype, upsample: bool = False, backend: str = "cpu", device: str = "cpu"
+        self,
+        case: tuple,
+        dtype: torch.dtype,
+        upsample: bool = False,
+        backend: str = "cpu",
+        device: str = "cpu",
     ) -> None:
         (x, weight, bias, self.stride, self.padding), keywords = make(case, dtype, upsample)
         self.upsample, self.backend = upsample, backend
@@ -95,6 +100,15 @@ def test_winograd(upsample: bool, every_size: None) -> None:
 def test_sizes_of_a_model() -> None:
     check_winograd((1, 32, 23, 24, 32, 3, 1, 1), False)
     check_winograd((1, 32, 23, 24, 32, 3, 1, 1), True)
+
+
+def test_large_weight_gradients() -> None:
+    """As many numbers as are stored past the caches, of Winograd and of the direct kernel."""
+    case = (1, 176, 7, 6, 178, 3, 1, 1)
+    check_winograd(case, False)
+    call = Call(case, torch.float32)
+    with dispatch.use_numerics("exact"):
+        check_gradients(call.ours, call.eager, call.tensors, call.dy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -222,6 +236,7 @@ def test_lower_instruction_sets(isa: str) -> None:
             for dtype in t.DTYPES:
                 t.test_direct(dtype, upsample)
         t.test_sizes_of_a_model()
+        t.test_large_weight_gradients()
         t._conv2d_training._WINOGRAD_PIXELS = t._conv2d_training._WINOGRAD_GRADIENT_PIXELS = 1
         for case in t.WINOGRAD_CASES:
             t.check_winograd(case, False)

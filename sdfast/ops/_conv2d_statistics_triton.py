@@ -4,8 +4,8 @@
     rstd = 1 / √(M2 / n + eps)
 
 A program that stores a tile leaves mean and M2 of each of its channels, of the values as they were rounded.
-Groups of 10 channels fit no tile of 64, so that another kernel combines tiles and channels, a program for each
-group of each image, in a fixed order.
+Groups of 10 channels fit no tile of 64, so that another kernel combines tiles and channels, a program for
+each group of each image, in a fixed order.
 Bytes: 8 for each channel of a tile, written once and read twice from L2; the limit is the launch.
 """
 
@@ -85,8 +85,9 @@ def combine(
     images, tiles, _, channels = partials.shape
     mean = partials.new_empty((images, num_groups))
     rstd = partials.new_empty((images, num_groups))
+    config = Config({"BLOCK": 2048}, num_warps=8)
     launch(
-        _groups_kernel, (images * num_groups,), partials, mean, rstd, tiles, tiles // phases, pixels, channels,
-        num_groups, channels // num_groups, eps, config=Config({"BLOCK": 2048}, num_warps=8), ROWS=rows,
+        _groups_kernel, (images * num_groups,), partials, mean, rstd, tiles, tiles // phases, pixels,
+        channels, num_groups, channels // num_groups, eps, config=config, ROWS=rows,
     )  # fmt: skip
     return mean, rstd

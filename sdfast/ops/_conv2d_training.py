@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from sdfast import _library, dispatch
 from sdfast.ops._conv2d_choice import folds
 from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
+from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
 from sdfast.ops._linear_training import CPU as LINEAR_CPU
 from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
 
@@ -112,16 +113,20 @@ def _forward_cpu(
     return cast(Tensor, kernel_op(x, values, bias, time_embedding, residual, *more))
 
 
-def _forward_triton(x, weight, bias, time_embedding, residual, stride, padding, upsample, winograd):
-    from sdfast.ops import conv2d_triton as t
-    size = output_size(x, weight.shape[2:], stride, padding, upsample)
-    y = torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
-    if upsample:
-        geometry, weight = t.upsampled_geometry(x), fold(weight).to(weight.dtype).permute(0, 1, 4, 2, 3)
-    else:
-        geometry = t.forward_geometry(x, weight.shape[2:], stride, padding)
-    t.convolve(x, weight, y, geometry, bias=bias, time_embedding=time_embedding, residual=residual)
-    return y
+def _forward_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: list[int],
+    upsample: bool,
+    winograd: bool,
+) -> Tensor:
+    values = fold(weight).to(weight.dtype) if upsample else weight
+    added = (time_embedding, residual, None, [], False)
+    return cast(Tensor, triton_kernel_op(x, values, bias, stride, padding, upsample, *added))
 
 
 CPU = Operations(

@@ -3,12 +3,12 @@
     dW[o, i, j, c] = Σ dy[n, y, x, o] · x[n, y s + i − top, x s + j − left, c]    over all pixels of y
     dx = the convolution of dy with the flipped weight, conv2d_triton's
 
-dW is a matrix product of O rows and kh kw C columns along the pixels of all images. A program keeps one tile of
-it in fp32 registers and walks along them; its columns may belong to several taps, so that neither 320 channels
-nor 3 leave a tile half empty. x is gathered, zeros where a tap meets the padding; where a pixel lies is advanced
-by carries, as digits of (image, row, column), not divided anew. The columns' tiles follow each other, so that
-taps read the same pixels from L2 at about the same time. Layers have few tiles and many pixels: these are split,
-and a second kernel adds the fp32 partials in order.
+dW is a matrix product of O rows and kh kw C columns along the pixels of all images. A program keeps one tile
+of it in fp32 registers and walks along them; its columns may belong to several taps, so that neither 320
+channels nor 3 leave a tile half empty. x is gathered, zeros where a tap meets the padding. A pixel's place is
+kept as digits, (image, row, column), and advanced by carries: no division in the loop. Tiles follow each other
+column by column: the taps read the same pixels from L2 at about the same time. Layers have few tiles and many
+pixels: these are split, and a second kernel adds the fp32 partials in order.
 Bytes: dy + x + dW once, a split's partials twice; the limit is the tensor cores', of narrow layers memory's.
 """
 
@@ -23,17 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops.conv2d_triton import convolve, gradient_geometries
+from sdfast.ops._launch_table import choose, near
 from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    dy,  # (pixels, O): all pixels of (N, y_height, y_width)
-    x,  # (N, height, width, C)
-    dw,  # (splits, O, columns), columns = kernel_height kernel_width C
-    pixels, image_pixels, y_height, y_width, height, width, O, C, columns, kernel_width, stride, top, left,
-    steps, split_images, split_rows, split_columns,
+    dy,  # (N, y_height, y_width, out_channels)
+    x,  # (N, height, width, channels)
+    dw,  # (splits, out_channels, columns), columns = kernel_height kernel_width channels
+    pixels, image_pixels, y_height, y_width, height, width, out_channels, channels, columns,
+    kernel_width, stride, top, left, steps, split_images, split_rows, split_columns,
     PRECISION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles, splits). Each split takes `steps` blocks, images, rows and columns of pixels together."""
@@ -42,9 +43,9 @@ def _weight_gradient_kernel(
     tiles_n = tl.cdiv(columns, BLOCK_N)
     o = (tile // tiles_n * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
     column = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    tap = column // C
+    tap = column // channels
     tap_row, tap_column = tap // kernel_width, tap % kernel_width
-    tap_at = (tap_row.to(tl.int64) * width + tap_column) * C + column % C
+    tap_at = (tap_row.to(tl.int64) * width + tap_column) * channels + column % channels
 
     # Pixels as digits (image, row, column): the split's first and, added to it, the places in a block.
     first = split * steps * BLOCK_K
@@ -67,7 +68,7 @@ def _weight_gradient_kernel(
     row -= top
     x_pixel = (image * height + row) * width + x_column
     dy_k = tl.arange(0, BLOCK_K)[None, :]
-    dy_at = dy + (first + dy_k) * O + o
+    dy_at = dy + (first + dy_k) * out_channels + o
     remaining = pixels - first
 
     # A block further, in digits, and what a carry adds.
@@ -79,15 +80,15 @@ def _weight_gradient_kernel(
 
     total = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
     for _ in range(0, steps):
-        dy_tile = tl.load(dy_at, mask=(o < O) & (dy_k < remaining), other=0.0)
+        dy_tile = tl.load(dy_at, mask=(o < out_channels) & (dy_k < remaining), other=0.0)
         meets_row = (row + tap_row >= 0) & (row + tap_row < height)
         meets_column = (x_column + tap_column >= 0) & (x_column + tap_column < width)
         meets = (k < remaining) & (column < columns) & meets_row & meets_column
-        x_tile = tl.load(x + x_pixel * C + tap_at, mask=meets, other=0.0)
+        x_tile = tl.load(x + x_pixel * channels + tap_at, mask=meets, other=0.0)
         total = tl.dot(dy_tile, x_tile, total, input_precision=PRECISION)
 
         remaining -= BLOCK_K
-        dy_at += BLOCK_K * O
+        dy_at += BLOCK_K * out_channels
         x_column += more_columns
         carry = x_column >= column_end - left
         x_column -= tl.where(carry, column_end, 0)
@@ -97,8 +98,8 @@ def _weight_gradient_kernel(
         row -= tl.where(carry, row_end, 0)
         x_pixel += tl.where(carry, to_next_image, 0)
 
-    at = dw + (split * O + o) * columns + column
-    tl.store(at, total.to(dw.dtype.element_ty), mask=(o < O) & (column < columns))
+    at = dw + (split * out_channels + o) * columns + column
+    tl.store(at, total.to(dw.dtype.element_ty), mask=(o < out_channels) & (column < columns))
 
 
 @triton.jit
@@ -141,41 +142,41 @@ _PRODUCTS_PER_BYTE = 92
 
 
 class Plan(NamedTuple):
-    """How one weight gradient is launched."""
+    """How one weight gradient is launched; `cost` is the work of the busiest multiprocessor, in products."""
 
     config: Config
     tiles: int
     splits: int
     steps: int
+    cost: float
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_weight_gradient(
-    rows: int, columns: int, pixels: int, precision: str, itemsize: int, aligned: bool,
-    processors: int, shared_bytes: int,
-) -> Plan:  # fmt: skip
-    """The tile and the number of splits that are done first, by products of the busiest multiprocessor."""
-    tiles = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
+def plans_of(
+    rows: int, columns: int, pixels: int, precision: str, itemsize: int, aligned: bool, processors: int,
+    shared_bytes: int,
+) -> tuple[Plan, ...]:  # fmt: skip
+    """A plan for each tile that suits the shape, and each number of splits that fills the multiprocessors."""
+    tiles: tuple[_Tile, ...] = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
     if itemsize == 4:
         tiles = _TF32 if precision == "tf32" and aligned else _FP32
-    best, best_cost = None, float("inf")
+    plans = []
     for tile in tiles:
         all_steps = triton.cdiv(pixels, tile.k)
         count = triton.cdiv(rows, tile.o) * triton.cdiv(columns, tile.n)
-        for waves in range(1, 5):
-            splits = max(1, min(waves * processors // count, all_steps // _LEAST_STEPS, _MAX_SPLITS))
+        stages = min(4, shared_bytes // ((tile.o + tile.n) * tile.k * itemsize))
+        constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        config = Config(constants, tile.num_warps, stages)
+        for splits in sorted({1, *(waves * processors // count for waves in (1, 2, 3, 4))} - {0}):
+            splits = max(1, min(splits, all_steps // _LEAST_STEPS, _MAX_SPLITS))
             steps = triton.cdiv(all_steps, splits)
             splits = triton.cdiv(all_steps, steps)  # none is left without pixels
             cost = triton.cdiv(count * splits, processors) * (steps + _OVERHEAD_STEPS)
             cost *= tile.o * tile.n * tile.k / tile.share
             if splits > 1:  # written, and read again
                 cost += 8 * splits * rows * columns * _PRODUCTS_PER_BYTE / processors
-            if cost < best_cost:
-                stages = min(4, shared_bytes // ((tile.o + tile.n) * tile.k * itemsize))
-                constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-                best, best_cost = Plan(Config(constants, tile.num_warps, stages), count, splits, steps), cost
-    assert best is not None
-    return best
+            plans.append(Plan(config, count, splits, steps, cost))
+    return tuple(plans)
 
 
 def conv2d_weight_gradient(
@@ -202,10 +203,11 @@ def conv2d_weight_gradient(
     if dw.numel() == 0 or pixels == 0:
         return dw.zero_()
     precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    plan = plan_weight_gradient(
+    plans = plans_of(
         rows, columns, pixels, precision, dy.element_size(), rows % 16 == 0 and channels % 16 == 0,
         multiprocessors(dy.device), shared_memory_bytes(dy.device),
     )  # fmt: skip
+    plan = choose("conv2d_weight_gradient", (dy.dtype, rows, columns, near(pixels)), plans, dy.device)
     sizes: tuple[Any, ...] = (pixels, y_height * y_width, y_height, y_width, height, width, rows, channels)
     geometry = (columns, kernel_width, stride, padding[2], padding[0])
     split = plan.splits > 1
@@ -214,7 +216,8 @@ def conv2d_weight_gradient(
     digits = (*divmod(split_rows, y_height), split_columns)
     result = dw.new_empty((plan.splits, rows, columns), dtype=torch.float32) if split else dw
     launch(
-        _weight_gradient_kernel, (plan.tiles, plan.splits), dy, x, result, *sizes, *geometry, plan.steps, *digits,
+        _weight_gradient_kernel, (plan.tiles, plan.splits),
+        dy, x, result, *sizes, *geometry, plan.steps, *digits,
         config=plan.config, PRECISION=precision,
     )  # fmt: skip
     if split:
