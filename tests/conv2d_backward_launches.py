@@ -19,6 +19,7 @@ _CASES = {
     "vae down": (1, 128, 256, 256, 128, 3, 2, (0, 1, 0, 1)),
     "vae conv_out": (1, 128, 256, 256, 3, 3, 1, (1, 1, 1, 1)),
     "odd": (3, 33, 17, 23, 65, 3, 1, (1, 1, 1, 1)),
+    "one pixel": (2, 64, 1, 1, 64, 3, 1, (1, 1, 1, 1)),
 }
 # by tensor cores where that is allowed, which is torch's default for convolutions
 _DTYPES = {

@@ -77,8 +77,8 @@ def conv2d_triton_training(
 ) -> Tensor:
     """y, with a gradient that cannot be differentiated again; torch's can.
 
-    The weight's gradient needs what the convolution read as one image: `skip` is concatenated, and the norm is
-    an operation of its own with a gradient of its own.
+    The weight's gradient needs what the convolution read, as one image: `skip` is concatenated, and the norm
+    is an operation of its own, with a gradient of its own.
     """
     if norm_groups:
         x = group_norm(

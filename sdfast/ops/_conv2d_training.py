@@ -133,12 +133,11 @@ CPU = Operations(
     _forward_cpu, _input_gradient_op, _weight_gradient_op, LINEAR_CPU.sum_rows,
     has_winograd=True, folds_upsample=False,
 )  # fmt: skip
+_BACKWARD = "sdfast.ops.conv2d_backward_triton"
 TRITON = Operations(
     _forward_triton,
-    *(
-        _library.define_triton(name, "sdfast.ops.conv2d_backward_triton")
-        for name in ("conv2d_input_gradient", "conv2d_weight_gradient")
-    ),
+    _library.define_triton("conv2d_input_gradient", _BACKWARD),
+    _library.define_triton("conv2d_weight_gradient", _BACKWARD),
     LINEAR_TRITON.sum_rows,
     has_winograd=False,
     folds_upsample=True,

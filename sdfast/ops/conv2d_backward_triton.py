@@ -6,9 +6,9 @@
 dW is a matrix product of O rows and kh kw C columns along the pixels of all images. A program keeps one tile
 of it in fp32 registers and walks along them; its columns may belong to several taps, so that neither 320
 channels nor 3 leave a tile half empty. x is gathered, zeros where a tap meets the padding. A pixel's place is
-kept as digits, (image, row, column), and advanced by carries: no division in the loop. Tiles follow each other
-column by column: the taps read the same pixels from L2 at about the same time. Layers have few tiles and many
-pixels: these are split, and a second kernel adds the fp32 partials in order.
+kept as digits, (image, row, column), and advanced by carries: no division in the loop. Tiles follow each
+other column by column: the taps read the same pixels from L2 at about the same time. Layers have few tiles
+and many pixels: these are split, and a second kernel adds the fp32 partials in order.
 Bytes: dy + x + dW once, a split's partials twice; the limit is the tensor cores', of narrow layers memory's.
 """
 
@@ -27,8 +27,14 @@ from sdfast.ops._launch_table import choose, near
 from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
+# What changes with the resolution and the batch: none of it tells how x and dy are aligned.
+_SIZES = [
+    "pixels", "image_pixels", "y_height", "y_width", "height", "width", "steps", "split_images", "split_rows",
+    "split_columns",
+]  # fmt: skip
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_SIZES)
 def _weight_gradient_kernel(
     dy,  # (N, y_height, y_width, out_channels)
     x,  # (N, height, width, channels)
@@ -102,7 +108,7 @@ def _weight_gradient_kernel(
     tl.store(at, total.to(dw.dtype.element_ty), mask=(o < out_channels) & (column < columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _finish_kernel(partials, dw, size, splits, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """dw, `size` numbers, from (splits, size). Grid: the blocks of dw."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
