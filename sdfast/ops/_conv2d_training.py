@@ -125,8 +125,10 @@ def _forward_triton(
     winograd: bool,
 ) -> Tensor:
     values = fold(weight).to(weight.dtype) if upsample else weight
-    added = (time_embedding, residual, None, [], False)
-    return cast(Tensor, triton_kernel_op(x, values, bias, stride, padding, upsample, *added))
+    y = triton_kernel_op(
+        x, values, bias, stride, padding, upsample, time_embedding, residual, None, [], False
+    )  # fmt: skip
+    return cast(Tensor, y)
 
 
 CPU = Operations(
