@@ -12,12 +12,12 @@ _CASES = {
     "sd15 64x64": (4, 320, 64, 64, 320, 3, 1, (1, 1, 1, 1)),
     "sd15 8x8": (4, 2560, 8, 8, 1280, 3, 1, (1, 1, 1, 1)),
     "sd15 32x32 down": (4, 640, 32, 32, 640, 3, 2, (1, 1, 1, 1)),
+    "sd15 16x16 up, transposed": (4, 1280, 32, 32, 1280, 4, 2, (1, 1, 1, 1)),
     "sd15 shortcut": (4, 960, 64, 64, 320, 1, 1, (0, 0, 0, 0)),
     "sd15 conv_in": (4, 4, 64, 64, 320, 3, 1, (1, 1, 1, 1)),
     "sd15 conv_out": (4, 320, 64, 64, 4, 3, 1, (1, 1, 1, 1)),
     "vae 256x256": (1, 128, 256, 256, 128, 3, 1, (1, 1, 1, 1)),
     "vae down": (1, 128, 256, 256, 128, 3, 2, (0, 1, 0, 1)),
-    "vae conv_out": (1, 128, 256, 256, 3, 3, 1, (1, 1, 1, 1)),
     "odd": (3, 33, 17, 23, 65, 3, 1, (1, 1, 1, 1)),
     "one pixel": (2, 64, 1, 1, 64, 3, 1, (1, 1, 1, 1)),
 }
@@ -42,9 +42,14 @@ def _call(
 
     def call() -> object:
         dy, x = image(out_channels, y_height, y_width), image(channels, height, width)
+        weight = torch.empty(out_channels, channels, kernel, kernel, device="cuda", dtype=dtype)
+        weight = weight.to(memory_format=torch.channels_last)
         more = (stride, padding, False)
         with torch.backends.cudnn.flags(allow_tf32=allow_tf32):
-            return torch.ops.sdfast.conv2d_weight_gradient_triton(dy, x, kernel, kernel, *more)
+            return (
+                torch.ops.sdfast.conv2d_weight_gradient_triton(dy, x, kernel, kernel, *more),
+                torch.ops.sdfast.conv2d_input_gradient_triton(dy, weight, height, width, *more),
+            )
 
     return call
 

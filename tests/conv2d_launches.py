@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdfast.ops import conv2d_triton as kernels
+from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
 
 class _Case(NamedTuple):
@@ -25,6 +25,7 @@ class _Case(NamedTuple):
     residual: bool = False
     statistics: bool = False
     norm: bool = False
+    silu: bool = False
 
 
 _FORWARD = {
@@ -46,7 +47,7 @@ _FORWARD = {
     "vae conv_out": _Case(1, (128,), 512, 3),
     "odd": _Case(2, (9, 8), 17, 30, residual=True, statistics=True),
     "odd, normalised": _Case(3, (20, 10), 65, 70, kernel=1, norm=True),
-    "norm of a wide kernel": _Case(1, (128, 64), 33, 128, norm=True, residual=True),
+    "norm of a wide kernel": _Case(1, (128, 64), 33, 128, norm=True, silu=True, residual=True),
 }  # fmt: skip
 _GRADIENT = {
     "sd15 64x64": _Case(4, (320,), 64, 320),
@@ -66,44 +67,38 @@ def _forward(case: _Case, dtype: torch.dtype) -> Callable[[], object]:
 
     def call() -> object:
         x, *skip = (image(c, case.size) for c in case.channels)
-        channels, kernel = sum(case.channels), case.kernel
+        channels, kernel, out_channels = sum(case.channels), case.kernel, case.out_channels
         size = case.size * 2 if case.upsample else -(-case.size // case.stride)
+        weight = empty(out_channels, kernel, kernel, channels).permute(0, 3, 1, 2)
         if case.upsample:
-            weight, geometry = (
-                empty(4, case.out_channels, 2, 2, channels).permute(0, 1, 4, 2, 3),
-                kernels.upsampled_geometry(x),
-            )
-        else:
-            weight = empty(case.out_channels, kernel, kernel, channels).permute(0, 3, 1, 2)
-            geometry = kernels.forward_geometry(x, (kernel, kernel), case.stride, (kernel // 2,) * 4)
-        y = image(case.out_channels, size)
-        norm = None
+            weight = empty(4, out_channels, 2, 2, channels)
+        norm = []
         if case.norm:
             mean = torch.empty(case.images, 10, device="cuda")
-            norm = kernels.Norm(mean, mean, empty(channels), empty(channels), silu=False)
-        return kernels.convolve(
-            x, weight, y, geometry, skip=skip[0] if skip else None, bias=empty(case.out_channels),
-            time_embedding=empty(case.images, case.out_channels) if case.time_embedding else None,
-            residual=image(case.out_channels, size) if case.residual else None, norm=norm,
-            statistics=(2, 1e-5) if case.statistics else None,
+            norm = [mean, mean, empty(channels), empty(channels)]
+        operands = (
+            x, weight, empty(out_channels), case.stride, [kernel // 2] * 4, case.upsample,
+            empty(case.images, out_channels) if case.time_embedding else None,
+            image(out_channels, size) if case.residual else None, skip[0] if skip else None, norm, case.silu,
         )  # fmt: skip
+        if case.statistics:
+            return torch.ops.sdfast.conv2d_statistics_triton(*operands, 2, 1e-5)
+        return torch.ops.sdfast.conv2d_kernel_triton(*operands)
 
     return call
 
 
 def _gradient(case: _Case, dtype: torch.dtype) -> Callable[[], object]:
-    def image(channels: int, size: int) -> Tensor:
-        empty = torch.empty(case.images, channels, size, size, device="cuda", dtype=dtype)
-        return empty.to(memory_format=torch.channels_last)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="cuda", dtype=dtype).permute(0, 3, 1, 2)
 
     def call() -> None:
-        dy, dx = image(case.out_channels, -(-case.size // case.stride)), image(case.channels[0], case.size)
-        weight = torch.empty(
-            case.out_channels, case.kernel, case.kernel, case.channels[0], device="cuda", dtype=dtype
-        )
-        weight = weight.permute(0, 3, 1, 2)
-        for part, geometry in kernels.gradient_geometries(weight, dx.shape[2:], case.stride, (1, 1, 1, 1)):
-            kernels.convolve(dy, part, dx, geometry)
+        (channels,), small = case.channels, -(-case.size // case.stride)
+        dy = empty(case.images, small, small, case.out_channels)
+        dx = empty(case.images, case.size, case.size, channels)
+        weight = empty(case.out_channels, case.kernel, case.kernel, channels)
+        for part, geometry in gradient_geometries(weight, dx.shape[2:], case.stride, (1, 1, 1, 1)):
+            convolve(dy, part, dx, geometry)
 
     return call
 

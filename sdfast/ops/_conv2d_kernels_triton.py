@@ -107,7 +107,7 @@ def _store(
     tl.store(y + at, rounded, mask=inside)
     if statistics is not None:
         count = tl.sum(row_inside.to(tl.float32))
-        tile_at = statistics + (image * tiles + tile) * 2 * out_channels
+        tile_at = statistics + (image * tiles + tile) * 3 * out_channels
         store_tile_statistics(
             rounded.to(tl.float32), count, row_inside, tile_at, out_channels, column, column_inside
         )
@@ -134,7 +134,7 @@ def convolution_kernel(
     skip,  # (N, height, width, skip_channels), or None
     w,  # strides w_phase, w_o, w_c, w_row, w_column
     bias, time_embedding, residual,  # (out_channels,), (N, out_channels), as y; or None
-    statistics,  # (N, tiles, 2, out_channels), or None
+    statistics,  # (N, tiles, 3, out_channels), or None
     y,  # (N, y_height, y_width, out_channels), or where K is split (splits, phases, N, pixels, out_channels)
     mean_at, rstd_at, norm_weight, norm_bias,  # (N, groups) and (groups * size,), or None
     channels, skip_channels, out_channels, groups, size,

@@ -35,7 +35,7 @@ class Convolution(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Pixels by channels of y. `share` is what of the peak it is taken to reach: assumed, none was measured."""
+    """Pixels by channels of y; `share` is what of the peak it is assumed to reach, which nobody measured."""
 
     pixels: int
     channels: int

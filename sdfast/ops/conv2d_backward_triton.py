@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
 # What changes with the resolution and the batch: none of it tells how x and dy are aligned.
@@ -160,25 +160,31 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def plans_of(
     rows: int, columns: int, pixels: int, precision: str, itemsize: int, aligned: bool, processors: int,
-    shared_bytes: int,
+    shared_bytes: int, deep: bool,
 ) -> tuple[Plan, ...]:  # fmt: skip
-    """A plan for each tile that suits the shape, and each number of splits that fills the multiprocessors."""
+    """A plan for each tile that suits the shape, and each number of splits that fills the multiprocessors.
+
+    Args:
+        aligned: rows of dy and x can be loaded by 16 bytes.
+        deep: tensor cores read both factors from shared memory; else the registers bound a tile's depth.
+    """
     tiles: tuple[_Tile, ...] = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
     if itemsize == 4:
         tiles = _TF32 if precision == "tf32" and aligned else _FP32
     plans = []
     for tile in tiles:
-        all_steps = triton.cdiv(pixels, tile.k)
+        block_k = tile.k if deep else min(tile.k, 32)
+        all_steps = triton.cdiv(pixels, block_k)
         count = triton.cdiv(rows, tile.o) * triton.cdiv(columns, tile.n)
-        stages = min(4, shared_bytes // ((tile.o + tile.n) * tile.k * itemsize))
-        constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        stages = min(4, shared_bytes // ((tile.o + tile.n) * block_k * itemsize))
+        constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": block_k}
         config = Config(constants, tile.num_warps, stages)
-        for splits in sorted({1, *(waves * processors // count for waves in (1, 2, 3, 4))} - {0}):
-            splits = max(1, min(splits, all_steps // _LEAST_STEPS, _MAX_SPLITS))
+        most = max(1, min(all_steps // _LEAST_STEPS, _MAX_SPLITS))
+        for splits in sorted({1, *(max(1, min(w * processors // count, most)) for w in (1, 2, 3, 4))}):
             steps = triton.cdiv(all_steps, splits)
             splits = triton.cdiv(all_steps, steps)  # none is left without pixels
             cost = triton.cdiv(count * splits, processors) * (steps + _OVERHEAD_STEPS)
-            cost *= tile.o * tile.n * tile.k / tile.share
+            cost *= tile.o * tile.n * block_k / tile.share
             if splits > 1:  # written, and read again
                 cost += 8 * splits * rows * columns * _PRODUCTS_PER_BYTE / processors
             plans.append(Plan(config, count, splits, steps, cost))
@@ -211,7 +217,7 @@ def conv2d_weight_gradient(
     precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
     plans = plans_of(
         rows, columns, pixels, precision, dy.element_size(), rows % 16 == 0 and channels % 16 == 0,
-        multiprocessors(dy.device), shared_memory_bytes(dy.device),
+        multiprocessors(dy.device), shared_memory_bytes(dy.device), architecture(dy.device) in (90, 100),
     )  # fmt: skip
     plan = choose("conv2d_weight_gradient", (dy.dtype, rows, columns, near(pixels)), plans, dy.device)
     sizes: tuple[Any, ...] = (pixels, y_height * y_width, y_height, y_width, height, width, rows, channels)

@@ -114,7 +114,7 @@ def convolve(
     tiles = triton.cdiv(pixels, block_m)  # of those that store y
     partial_statistics = None
     if statistics is not None:
-        partial_statistics = x.new_empty((images, phases * tiles, 2, out_channels), dtype=torch.float32)
+        partial_statistics = x.new_empty((images, phases * tiles, 3, out_channels), dtype=torch.float32)
     shape = (plan.splits, phases, images, pixels, out_channels)
     target = x.new_empty(shape, dtype=torch.float32) if split else y
     added: tuple[Any, ...] = (bias, time_embedding, residual, partial_statistics)
