@@ -1,0 +1,106 @@
+"""What attention's Triton kernels share: how a head dimension is cut, how tensors are addressed.
+
+Triton's tiles are powers of two wide. A head dimension that is none is cut in two chunks, each with a product
+and an accumulator of its own: 40 is 32 + 16, so that 48 columns are multiplied and not 64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+
+
+def chunks(columns: int) -> tuple[int, int]:
+    """The widths of the chunks that cover so many columns, the second 0 where it would save nothing."""
+    whole = max(16, triton.next_power_of_2(columns))
+    first = whole // 2
+    second = max(16, triton.next_power_of_2(columns - first)) if 16 <= first < columns else first
+    return (first, second) if first + second < whole else (whole, 0)
+
+
+def slices(head_dim: int, widest: int) -> tuple[int, int, int]:
+    """How many programs share the columns of a result, at most `widest` each, and the chunks of each."""
+    count = triton.cdiv(head_dim, widest)
+    return count, *chunks(triton.cdiv(head_dim, count))
+
+
+def dense(t: Tensor) -> Tensor:
+    """(B, heads, rows, D) with unit stride in D."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
+
+def alignment(*tensors: Tensor) -> int:
+    """What all strides are multiples of, in elements: as many as are 16 bytes, or 1.
+
+    Kernels take strides in this unit and multiply by it. Triton knows of an argument whether 16 divides it,
+    and head strides of 40 or 80 elements, which it does not, are to be loaded 16 bytes at a time too.
+    """
+    unit = 16 // tensors[0].element_size()
+    return unit if all(stride % unit == 0 for t in tensors for stride in _strides(t)) else 1
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    return tuple(s if size > 1 else 0 for s, size in zip(t.stride()[:3], t.shape[:3], strict=True))
+
+
+def strides(unit: int, *tensors: Tensor) -> tuple[int, ...]:
+    """The strides of batch, head and row of each tensor, in the unit."""
+    return tuple(stride // unit for t in tensors for stride in _strides(t))
+
+
+def by_token(t: Tensor) -> Tensor:
+    """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
+    batch, heads, rows, head_dim = t.shape
+    return t.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tiles are multiplied; fp16 and bf16 products are exact in any case."""
+    return "tf32" if dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def rows(stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the rows of a tile begin, (BLOCK, 1), int64."""
+    return (tl.arange(0, BLOCK).to(tl.int64) * (stride * tl.full((), UNIT, tl.int64)))[:, None]
+
+
+@triton.jit
+def load(at, inside, column, ROWS: tl.constexpr, D: tl.constexpr, END: tl.constexpr):
+    """A tile, 0 in rows that are not `inside`, (rows, 1), and in columns from D on.
+
+    The one is looked at only with ROWS, the other where columns go up to an END beyond D.
+    """
+    if ROWS:
+        if END > D:
+            tile = tl.load(at, mask=inside & (column < D), other=0.0)
+        else:
+            tile = tl.load(at, mask=inside, other=0.0)
+    elif END > D:
+        tile = tl.load(at, mask=column < D, other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def streamed_product(
+    a, b, a_inside, b_inside,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ, fp32, of tiles that come through shared memory CHUNK columns at a time.
+
+    a, b: where their rows begin, (rows, 1); a_inside, b_inside: which of them are there, as for `load`.
+    """
+    ab = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for first in range(0, D, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        a_tile = load(a + column, a_inside, column, A_ROWS, D, (D + CHUNK - 1) // CHUNK * CHUNK)
+        b_tile = load(b + column, b_inside, column, B_ROWS, D, (D + CHUNK - 1) // CHUNK * CHUNK)
+        ab = tl.dot(a_tile, tl.trans(b_tile), ab, input_precision=PRECISION)
+    return ab

@@ -1,0 +1,304 @@
+"""attention in Triton, o = softmax(scale q kᵀ) v per batch element and head; its gradient is a file of its own.
+
+Each program keeps a block of queries and the fp32 accumulator of their results, and walks over the keys a
+block at a time: scores, their running maximum, weights as powers of two, products with the values (Dao 2023,
+"FlashAttention-2", algorithm 1). Blocks of which every key is seen need no mask; what is left, and a causal
+diagonal, follows in narrower ones. Of wide heads the value's columns are shared out, and q and k come a chunk
+of columns at a time. Where blocks of queries are fewer than multiprocessors, the keys are shared out too, and
+a second kernel combines the fp32 results by their lse.
+Bytes: q, k, v, o once, k and v again from L2 for every block of queries; the limit is 4 L S D products of the
+tensor cores or, of narrow heads, L S powers of two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdfast.ops._attention_triton import (
+    LOG2E, alignment, by_token, chunks, dense, load, precision, rows, slices, streamed_product, strides,
+)  # fmt: skip
+from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
+
+# A maximum before there is one: finite, so that it can be subtracted from itself.
+_LOWEST = tl.constexpr(-1e38)
+
+
+@triton.jit
+def _walk(
+    acc0, acc1, total, top,  # running results of the block's queries: Σ weights v, Σ weights, max of q kᵀ
+    q, q0, q1,  # the queries' rows, (BLOCK_M, 1), or their chunks
+    k, v,  # of the head
+    query, first, last, L, S, k_row, v_row, first_column, factor,
+    IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Over the keys from `first` to before `last`, of which some are hidden only if MASKED."""
+    WIDE: tl.constexpr = CHUNK > 0
+    # Of a slice of the columns the end is not known here: it is masked.
+    END0: tl.constexpr = D + 1 if WIDE else D0
+    END1: tl.constexpr = D + 1 if WIDE else D0 + D1
+    in_block = tl.arange(0, BLOCK_N)
+    k_rows = rows(k_row, UNIT, BLOCK_N)
+    v_rows = rows(v_row, UNIT, BLOCK_N)
+    column0 = (first_column + tl.arange(0, D0))[None, :]
+    column1 = column0
+    if D1 > 0:
+        column1 = (first_column + D0 + tl.arange(0, D1))[None, :]
+    k += first.to(tl.int64) * k_row * UNIT
+    v += first.to(tl.int64) * v_row * UNIT
+    for key in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        there = (in_block < S - key)[:, None]
+        if WIDE:
+            v0 = load(v + v_rows + column0, there, column0, MASKED, D, END0)
+            s = streamed_product(
+                q, k + k_rows, (query < L)[:, None], there, True, MASKED, D, CHUNK, BLOCK_M, BLOCK_N, PRECISION
+            )
+        else:
+            k0 = load(k + k_rows + column0, there, column0, MASKED, D, END0)
+            s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+            if D1 > 0:
+                k1 = load(k + k_rows + column1, there, column1, MASKED, D, END1)
+                s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+            v0 = load(v + v_rows + column0, there, column0, MASKED, D, END0)
+        if MASKED:
+            seen = (key + in_block < S)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (key + in_block[None, :] <= query[:, None])
+            s = tl.where(seen, s, _LOWEST)
+        higher = tl.maximum(top, tl.max(s, 1))
+        fading = tl.exp2((top - higher) * factor)
+        top = higher
+        weights = tl.exp2(s * factor - (top * factor)[:, None])
+        if MASKED:
+            weights = tl.where(seen, weights, 0.0)
+        total = total * fading + tl.sum(weights, 1)
+        weights = weights.to(v.dtype.element_ty)
+        acc0 = tl.dot(weights, v0, acc0 * fading[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = load(v + v_rows + column1, there, column1, MASKED, D, END1)
+            acc1 = tl.dot(weights, v1, acc1 * fading[:, None], input_precision=PRECISION)
+        k += k_row * tl.full((), BLOCK_N * UNIT, tl.int64)
+        v += v_row * tl.full((), BLOCK_N * UNIT, tl.int64)
+    return acc0, acc1, total, top
+
+
+@triton.jit
+def _forward_kernel(
+    q,  # (B, heads, L, D)
+    k,  # (B, heads, S, D)
+    v,  # (B, heads, S, D)
+    o,  # (splits B, heads, L, D)
+    lse,  # (splits, B, heads, L), or None
+    L, S, batch, heads, blocks, slices, splits, split_keys,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    factor,  # scale log2 e, not negative
+    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of queries, slices of columns, splits of keys, heads of the batch), the first fastest.
+
+    CHUNK is 0 where q stays with the program, in chunks of D0 and D1 columns.
+    """
+    program = tl.program_id(0)
+    block = program % blocks
+    if IS_CAUSAL:
+        block = blocks - 1 - block  # the longest first
+    part = program // blocks
+    first_column = part % slices * (D0 + D1)
+    part = part // slices
+    split = part % splits
+    head = (part // splits).to(tl.int64)
+    q += (head // heads * q_batch + head % heads * q_head) * UNIT
+    k += (head // heads * k_batch + head % heads * k_head) * UNIT
+    v += (head // heads * v_batch + head % heads * v_head) * UNIT
+    o += ((split * batch + head // heads) * o_batch + head % heads * o_head) * UNIT
+    first_query = block * BLOCK_M
+    query = first_query + tl.arange(0, BLOCK_M)
+    inside = (query < L)[:, None]
+    column0 = (first_column + tl.arange(0, D0))[None, :]
+
+    q += first_query.to(tl.int64) * q_row * UNIT + rows(q_row, UNIT, BLOCK_M)
+    q0 = q
+    q1 = q
+    acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, 16), tl.float32)
+    if CHUNK == 0:
+        q0 = load(q + column0, inside, column0, True, D, D0)
+    if D1 > 0:
+        acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
+        column1 = (first_column + D0 + tl.arange(0, D1))[None, :]
+        if CHUNK == 0:
+            q1 = load(q + column1, inside, column1, True, D, D0 + D1)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), _LOWEST, tl.float32)
+
+    first = split * split_keys
+    last = tl.minimum(first + split_keys, S)
+    whole = last
+    if IS_CAUSAL:
+        last = tl.minimum(last, first_query + BLOCK_M)
+        whole = tl.minimum(last, first_query)
+    whole = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
+    acc0, acc1, total, top = _walk(
+        acc0, acc1, total, top, q, q0, q1, k, v, query, first, whole, L, S, k_row, v_row, first_column, factor,
+        IS_CAUSAL, False, None, UNIT, D, D0, D1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc0, acc1, total, top = _walk(
+        acc0, acc1, total, top, q, q0, q1, k, v, query, whole, last, L, S, k_row, v_row, first_column, factor,
+        IS_CAUSAL, True, None if IS_CAUSAL else 1, UNIT, D, D0, D1, CHUNK, PRECISION, BLOCK_M, BLOCK_TAIL,
+    )  # fmt: skip
+
+    hidden = total == 0.0  # all keys of a split
+    total = tl.where(hidden, 1.0, total)
+    if lse is not None:
+        at = lse + (split * batch * heads + head) * L + query
+        value = tl.where(hidden, -float("inf"), top * factor + tl.log2(total))
+        tl.store(at, value, mask=query < tl.where(first_column == 0, L, 0))
+    total = total[:, None]
+    o += first_query.to(tl.int64) * o_row * UNIT + rows(o_row, UNIT, BLOCK_M)
+    tl.store(o + column0, (acc0 / total).to(o.dtype.element_ty), mask=inside & (column0 < D))
+    if D1 > 0:
+        tl.store(o + column1, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column1 < D))
+
+
+@triton.jit
+def _combine_kernel(
+    partials,  # (splits B, heads, L, D), fp32, contiguous
+    lses,  # (splits B, heads, L)
+    o,  # (B, heads, L, D)
+    lse,  # (B, heads, L), or None
+    count, L, heads, splits, o_batch, o_head, o_row,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Each split's results weighted by its share of Σ weights. Grid: the blocks of all `count` queries."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    inside = row < count
+    tile_inside = inside[:, None] & (column < D)
+    top = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+    for split in range(0, splits):
+        top = tl.maximum(top, tl.load(lses + split * count + row, mask=inside, other=0.0))
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    at = row
+    for _ in range(0, splits):
+        weight = tl.exp2(tl.load(lses + at, mask=inside, other=0.0) - top)
+        total += weight
+        acc += weight[:, None] * tl.load(partials + at[:, None] * D + column, mask=tile_inside, other=0.0)
+        at += count
+    if lse is not None:
+        tl.store(lse + row, top + tl.log2(total), mask=inside)
+    head = row // L
+    o_at = o + ((head // heads * o_batch + head % heads * o_head + row % L * o_row) * UNIT)[:, None] + column
+    tl.store(o_at, (acc / total[:, None]).to(o.dtype.element_ty), mask=tile_inside)
+
+
+class _Plan(NamedTuple):
+    """How one call is launched.
+
+    Attributes:
+        chunks: D0, D1 of a slice.
+        streamed: CHUNK.
+        slices: programs that share the columns.
+    """
+
+    config: Config
+    chunks: tuple[int, int]
+    streamed: int
+    slices: int
+
+
+def _plan(q: Tensor, keys: int, is_causal: bool) -> _Plan:
+    """Tile sizes by head dimension and architecture, assumed and not measured."""
+    batch, heads, queries, head_dim = q.shape
+    available, processors = shared_memory_bytes(q.device), multiprocessors(q.device)
+    if q.dtype is torch.float32 or (head_dim > 256 and architecture(q.device) != 90):
+        ieee = precision(q.dtype) == "ieee"
+        count, *pair = slices(head_dim, 64 if ieee else 128)
+        block_n = 16 if ieee else 32
+        constants = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_TAIL": 16}
+        return _Plan(Config(constants, 8, 2), (pair[0], pair[1]), 16 if ieee else 64, count)
+    pair = chunks(head_dim)
+    width = sum(pair)
+    wide_block = 128 if width <= 256 else 64
+    # Two blocks of queries for every multiprocessor, so that one multiplies while the other takes powers.
+    block_m = wide_block if batch * heads * triton.cdiv(queries, wide_block) >= 2 * processors else 64
+    block_n, stages = (64, 3) if width <= 64 else (64, 2) if width <= 256 else (32, 2)
+    row_bytes = width * q.element_size()
+    while block_n > 16 and (block_m + 2 * stages * block_n) * row_bytes > available:
+        block_n //= 2
+    num_warps = 4 if width * block_m <= 128 * 64 else 8
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
+    return _Plan(Config(constants, num_warps, stages), pair, 0, 1)
+
+
+_MAX_SPLITS = 16
+_SPLIT_KEYS = 256  # at least, of each: assumed to cover what partial results cost
+
+
+def _split(tiles: int, keys: int, block_n: int, processors: int) -> tuple[int, int]:
+    """Splits of the keys, and how many each takes: none where tiles fill the GPU."""
+    splits = max(1, min(processors // tiles, keys // _SPLIT_KEYS, _MAX_SPLITS))
+    each = triton.cdiv(triton.cdiv(keys, splits), block_n) * block_n
+    return triton.cdiv(keys, each), each
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """o and, where it is asked for, lse."""
+    o = by_token(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
+    if q.numel() == 0:
+        return o, lse
+    if scale < 0:  # the kernel's maximum is that of q kᵀ
+        q, scale = -q, -scale
+    q, k, v = dense(q), dense(k), dense(v)
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    plan = _plan(q, keys, is_causal)
+    constants = plan.config.constants
+    blocks = triton.cdiv(queries, constants["BLOCK_M"])
+    tiles = blocks * plan.slices * batch * heads
+    splits, split_keys = _split(tiles, keys, constants["BLOCK_N"], multiprocessors(q.device))
+    partials, lses = o, lse
+    if splits > 1:
+        partials = q.new_empty((splits * batch, heads, queries, head_dim), dtype=torch.float32)
+        lses = q.new_empty((splits * batch, heads, queries), dtype=torch.float32)
+    unit = alignment(q, k, v, partials)
+    launch(
+        _forward_kernel, (tiles * splits,), q, k, v, partials, lses,
+        queries, keys, batch, heads, blocks, plan.slices, splits, split_keys,
+        *strides(unit, q, k, v, partials), scale * LOG2E,
+        config=plan.config, IS_CAUSAL=is_causal, UNIT=unit, D=head_dim, D0=plan.chunks[0], D1=plan.chunks[1],
+        CHUNK=plan.streamed, PRECISION=precision(q.dtype),
+    )  # fmt: skip
+    if splits > 1:
+        unit = alignment(o)
+        count, block_d = q.numel() // head_dim, triton.next_power_of_2(head_dim)
+        config = Config({"BLOCK_R": max(1, 2048 // block_d), "BLOCK_D": block_d}, num_warps=4)
+        launch(
+            _combine_kernel, (triton.cdiv(count, config.constants["BLOCK_R"]),), partials, lses, o, lse,
+            count, queries, heads, splits, *strides(unit, o), config=config, UNIT=unit, D=head_dim,
+        )  # fmt: skip
+    return o, lse
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """o: (B, heads, L, D) from q, (B, heads, L, D), k and v, (B, heads, S, D)."""
+    return _attend(q, k, v, is_causal, scale, False)[0]
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o, and lse: (B, heads, L), fp32, base 2."""
+    o, lse = _attend(q, k, v, is_causal, scale, True)
+    assert lse is not None
+    return o, lse
