@@ -12,8 +12,6 @@ tensor cores or, of narrow heads, L S powers of two.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -35,37 +33,37 @@ def _walk(
     k, v,  # of the head
     query, first, last, L, S, k_row, v_row, first_column, factor,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLICES: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Over the keys from `first` to before `last`, of which some are hidden only if MASKED."""
-    WIDE: tl.constexpr = CHUNK > 0
-    # Of a slice of the columns the end is not known here: it is masked.
-    END0: tl.constexpr = D + 1 if WIDE else D0
-    END1: tl.constexpr = D + 1 if WIDE else D0 + D1
+    END1: tl.constexpr = SLICES * (V0 + V1)  # where the columns of the last slice end
+    END0: tl.constexpr = END1 - V1
     in_block = tl.arange(0, BLOCK_N)
     k_rows = rows(k_row, UNIT, BLOCK_N)
     v_rows = rows(v_row, UNIT, BLOCK_N)
-    column0 = (first_column + tl.arange(0, D0))[None, :]
-    column1 = column0
-    if D1 > 0:
-        column1 = (first_column + D0 + tl.arange(0, D1))[None, :]
+    v_column0 = (first_column + tl.arange(0, V0))[None, :]
+    if V1 > 0:
+        v_column1 = (first_column + V0 + tl.arange(0, V1))[None, :]
+    if CHUNK == 0:
+        k_column0 = tl.arange(0, K0)[None, :]
+    if K1 > 0:
+        k_column1 = K0 + tl.arange(0, K1)[None, :]
     k += first.to(tl.int64) * k_row * UNIT
     v += first.to(tl.int64) * v_row * UNIT
     for key in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         there = (in_block < S - key)[:, None]
-        if WIDE:
-            v0 = load(v + v_rows + column0, there, column0, MASKED, D, END0)
+        if CHUNK > 0:
             s = streamed_product(
                 q, k + k_rows, (query < L)[:, None], there, True, MASKED, D, CHUNK, BLOCK_M, BLOCK_N, PRECISION
             )
         else:
-            k0 = load(k + k_rows + column0, there, column0, MASKED, D, END0)
+            k0 = load(k + k_rows + k_column0, there, k_column0, MASKED, D, K0)
             s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-            if D1 > 0:
-                k1 = load(k + k_rows + column1, there, column1, MASKED, D, END1)
+            if K1 > 0:
+                k1 = load(k + k_rows + k_column1, there, k_column1, MASKED, D, K0 + K1)
                 s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-            v0 = load(v + v_rows + column0, there, column0, MASKED, D, END0)
+        v0 = load(v + v_rows + v_column0, there, v_column0, MASKED, D, END0)
         if MASKED:
             seen = (key + in_block < S)[None, :]
             if IS_CAUSAL:
@@ -80,8 +78,8 @@ def _walk(
         total = total * fading + tl.sum(weights, 1)
         weights = weights.to(v.dtype.element_ty)
         acc0 = tl.dot(weights, v0, acc0 * fading[:, None], input_precision=PRECISION)
-        if D1 > 0:
-            v1 = load(v + v_rows + column1, there, column1, MASKED, D, END1)
+        if V1 > 0:
+            v1 = load(v + v_rows + v_column1, there, v_column1, MASKED, D, END1)
             acc1 = tl.dot(weights, v1, acc1 * fading[:, None], input_precision=PRECISION)
         k += k_row * tl.full((), BLOCK_N * UNIT, tl.int64)
         v += v_row * tl.full((), BLOCK_N * UNIT, tl.int64)
@@ -95,24 +93,24 @@ def _forward_kernel(
     v,  # (B, heads, S, D)
     o,  # (splits B, heads, L, D)
     lse,  # (splits, B, heads, L), or None
-    L, S, batch, heads, blocks, slices, splits, split_keys,
+    L, S, batch, heads, blocks, splits, split_keys,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     factor,  # scale log2 e, not negative
-    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of queries, slices of columns, splits of keys, heads of the batch), the first fastest.
 
-    CHUNK is 0 where q stays with the program, in chunks of D0 and D1 columns.
+    q stays with the program, in chunks of K0 and K1 columns, unless it is streamed, CHUNK columns at a time.
     """
     program = tl.program_id(0)
     block = program % blocks
     if IS_CAUSAL:
         block = blocks - 1 - block  # the longest first
     part = program // blocks
-    first_column = part % slices * (D0 + D1)
-    part = part // slices
+    first_column = part % SLICES * (V0 + V1)
+    part = part // SLICES
     split = part % splits
     head = (part // splits).to(tl.int64)
     q += (head // heads * q_batch + head % heads * q_head) * UNIT
@@ -122,20 +120,19 @@ def _forward_kernel(
     first_query = block * BLOCK_M
     query = first_query + tl.arange(0, BLOCK_M)
     inside = (query < L)[:, None]
-    column0 = (first_column + tl.arange(0, D0))[None, :]
-
     q += first_query.to(tl.int64) * q_row * UNIT + rows(q_row, UNIT, BLOCK_M)
     q0 = q
-    q1 = q
-    acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
-    acc1 = tl.zeros((BLOCK_M, 16), tl.float32)
     if CHUNK == 0:
-        q0 = load(q + column0, inside, column0, True, D, D0)
-    if D1 > 0:
-        acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
-        column1 = (first_column + D0 + tl.arange(0, D1))[None, :]
-        if CHUNK == 0:
-            q1 = load(q + column1, inside, column1, True, D, D0 + D1)
+        column = tl.arange(0, K0)[None, :]
+        q0 = load(q + column, inside, column, True, D, K0)
+    q1 = q0
+    if K1 > 0:
+        column = K0 + tl.arange(0, K1)[None, :]
+        q1 = load(q + column, inside, column, True, D, K0 + K1)
+    acc0 = tl.zeros((BLOCK_M, V0), tl.float32)
+    acc1 = acc0
+    if V1 > 0:
+        acc1 = tl.zeros((BLOCK_M, V1), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), _LOWEST, tl.float32)
 
@@ -146,14 +143,20 @@ def _forward_kernel(
         last = tl.minimum(last, first_query + BLOCK_M)
         whole = tl.minimum(last, first_query)
     whole = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
-    acc0, acc1, total, top = _walk(
-        acc0, acc1, total, top, q, q0, q1, k, v, query, first, whole, L, S, k_row, v_row, first_column, factor,
-        IS_CAUSAL, False, None, UNIT, D, D0, D1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    acc0, acc1, total, top = _walk(
-        acc0, acc1, total, top, q, q0, q1, k, v, query, whole, last, L, S, k_row, v_row, first_column, factor,
-        IS_CAUSAL, True, None if IS_CAUSAL else 1, UNIT, D, D0, D1, CHUNK, PRECISION, BLOCK_M, BLOCK_TAIL,
-    )  # fmt: skip
+    if BLOCK_TAIL > 0:
+        acc0, acc1, total, top = _walk(
+            acc0, acc1, total, top, q, q0, q1, k, v, query, first, whole, L, S, k_row, v_row, first_column,
+            factor, IS_CAUSAL, False, None, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        acc0, acc1, total, top = _walk(
+            acc0, acc1, total, top, q, q0, q1, k, v, query, whole, last, L, S, k_row, v_row, first_column,
+            factor, IS_CAUSAL, True, None if IS_CAUSAL else 1, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_TAIL,
+        )  # fmt: skip
+    else:
+        acc0, acc1, total, top = _walk(
+            acc0, acc1, total, top, q, q0, q1, k, v, query, first, last, L, S, k_row, v_row, first_column,
+            factor, IS_CAUSAL, True, None, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
     hidden = total == 0.0  # all keys of a split
     total = tl.where(hidden, 1.0, total)
@@ -163,9 +166,11 @@ def _forward_kernel(
         tl.store(at, value, mask=query < tl.where(first_column == 0, L, 0))
     total = total[:, None]
     o += first_query.to(tl.int64) * o_row * UNIT + rows(o_row, UNIT, BLOCK_M)
-    tl.store(o + column0, (acc0 / total).to(o.dtype.element_ty), mask=inside & (column0 < D))
-    if D1 > 0:
-        tl.store(o + column1, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column1 < D))
+    column = (first_column + tl.arange(0, V0))[None, :]
+    tl.store(o + column, (acc0 / total).to(o.dtype.element_ty), mask=inside & (column < D))
+    if V1 > 0:
+        column = (first_column + V0 + tl.arange(0, V1))[None, :]
+        tl.store(o + column, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column < D))
 
 
 @triton.jit
@@ -200,43 +205,31 @@ def _combine_kernel(
     tl.store(o_at, (acc / total[:, None]).to(o.dtype.element_ty), mask=tile_inside)
 
 
-class _Plan(NamedTuple):
-    """How one call is launched.
-
-    Attributes:
-        chunks: D0, D1 of a slice.
-        streamed: CHUNK.
-        slices: programs that share the columns.
-    """
-
-    config: Config
-    chunks: tuple[int, int]
-    streamed: int
-    slices: int
-
-
-def _plan(q: Tensor, keys: int, is_causal: bool) -> _Plan:
+def _plan(q: Tensor, is_causal: bool) -> Config:
     """Tile sizes by head dimension and architecture, assumed and not measured."""
     batch, heads, queries, head_dim = q.shape
     available, processors = shared_memory_bytes(q.device), multiprocessors(q.device)
     if q.dtype is torch.float32 or (head_dim > 256 and architecture(q.device) != 90):
+        # fp32 is multiplied without tensor cores, its factors in registers: narrow ones.
         ieee = precision(q.dtype) == "ieee"
-        count, *pair = slices(head_dim, 64 if ieee else 128)
-        block_n = 16 if ieee else 32
-        constants = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_TAIL": 16}
-        return _Plan(Config(constants, 8, 2), (pair[0], pair[1]), 16 if ieee else 64, count)
-    pair = chunks(head_dim)
-    width = sum(pair)
-    wide_block = 128 if width <= 256 else 64
+        count, v0, v1 = slices(head_dim, 64 if ieee else 128)
+        constants = {"SLICES": count, "K0": 0, "K1": 0, "V0": v0, "V1": v1, "CHUNK": 16 if ieee else 64}
+        blocks = {"BLOCK_M": 64, "BLOCK_N": 16 if ieee else 32, "BLOCK_TAIL": 16}
+        return Config({**constants, **blocks}, 8, 2)
+    k0, k1 = chunks(head_dim)
+    count, v0, v1 = slices(head_dim, 256)
+    constants = {"SLICES": count, "K0": k0, "K1": k1, "V0": v0, "V1": v1, "CHUNK": 0}
+    width = k0 + k1
+    if width > 256:
+        return Config({**constants, "BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_TAIL": 0}, 8, 2)
     # Two blocks of queries for every multiprocessor, so that one multiplies while the other takes powers.
-    block_m = wide_block if batch * heads * triton.cdiv(queries, wide_block) >= 2 * processors else 64
-    block_n, stages = (64, 3) if width <= 64 else (64, 2) if width <= 256 else (32, 2)
-    row_bytes = width * q.element_size()
-    while block_n > 16 and (block_m + 2 * stages * block_n) * row_bytes > available:
+    block_m = 128 if batch * heads * triton.cdiv(queries, 128) >= 2 * processors else 64
+    block_n, stages = (64, 3) if width <= 64 else (64, 2)
+    while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
         block_n //= 2
     num_warps = 4 if width * block_m <= 128 * 64 else 8
-    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
-    return _Plan(Config(constants, num_warps, stages), pair, 0, 1)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
+    return Config({**constants, **blocks}, num_warps, stages)
 
 
 _MAX_SPLITS = 16
@@ -262,10 +255,10 @@ def _attend(
         q, scale = -q, -scale
     q, k, v = dense(q), dense(k), dense(v)
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
-    plan = _plan(q, keys, is_causal)
-    constants = plan.config.constants
+    config = _plan(q, is_causal)
+    constants = config.constants
     blocks = triton.cdiv(queries, constants["BLOCK_M"])
-    tiles = blocks * plan.slices * batch * heads
+    tiles = blocks * constants["SLICES"] * batch * heads
     splits, split_keys = _split(tiles, keys, constants["BLOCK_N"], multiprocessors(q.device))
     partials, lses = o, lse
     if splits > 1:
@@ -274,10 +267,9 @@ def _attend(
     unit = alignment(q, k, v, partials)
     launch(
         _forward_kernel, (tiles * splits,), q, k, v, partials, lses,
-        queries, keys, batch, heads, blocks, plan.slices, splits, split_keys,
+        queries, keys, batch, heads, blocks, splits, split_keys,
         *strides(unit, q, k, v, partials), scale * LOG2E,
-        config=plan.config, IS_CAUSAL=is_causal, UNIT=unit, D=head_dim, D0=plan.chunks[0], D1=plan.chunks[1],
-        CHUNK=plan.streamed, PRECISION=precision(q.dtype),
+        config=config, IS_CAUSAL=is_causal, UNIT=unit, D=head_dim, PRECISION=precision(q.dtype),
     )  # fmt: skip
     if splits > 1:
         unit = alignment(o)
