@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdfast.ops._triton import multiprocessors
+
 LOG2E = 1.4426950408889634
 
 
@@ -52,6 +54,17 @@ def strides(unit: int, *tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride // unit for t in tensors for stride in _strides(t))
 
 
+def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple[int, int]:
+    """In how many splits each of so many tiles walks over its rows, and how many of these each takes.
+
+    One where tiles fill the GPU. A split takes 256 rows at least, which is assumed to cover what partial
+    results cost.
+    """
+    splits = max(1, min(multiprocessors(device) // tiles, rows // 256, 16))
+    each = max(1, triton.cdiv(triton.cdiv(rows, splits), block)) * block
+    return max(1, triton.cdiv(rows, each)), each
+
+
 def by_token(t: Tensor) -> Tensor:
     """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
     batch, heads, rows, head_dim = t.shape
@@ -90,17 +103,17 @@ def load(at, inside, column, ROWS: tl.constexpr, D: tl.constexpr, END: tl.conste
 @triton.jit
 def streamed_product(
     a, b, a_inside, b_inside,
-    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a bᵀ, fp32, of tiles that come through shared memory CHUNK columns at a time.
 
-    a, b: where their rows begin, (rows, 1); a_inside, b_inside: which of them are there, as for `load`.
+    a, b: where their rows begin, (rows, 1); a_inside, b_inside: which of them are there.
     """
+    END: tl.constexpr = (D + CHUNK - 1) // CHUNK * CHUNK
     ab = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for first in range(0, D, CHUNK):
         column = first + tl.arange(0, CHUNK)[None, :]
-        a_tile = load(a + column, a_inside, column, A_ROWS, D, (D + CHUNK - 1) // CHUNK * CHUNK)
-        b_tile = load(b + column, b_inside, column, B_ROWS, D, (D + CHUNK - 1) // CHUNK * CHUNK)
+        a_tile = load(a + column, a_inside, column, True, D, END)
+        b_tile = load(b + column, b_inside, column, True, D, END)
         ab = tl.dot(a_tile, tl.trans(b_tile), ab, input_precision=PRECISION)
     return ab

@@ -18,8 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._attention_triton import (
-    LOG2E, alignment, by_token, chunks, dense, load, precision, rows, slices, streamed_product, strides,
-)  # fmt: skip
+    LOG2E,
+    alignment,
+    by_token,
+    chunks,
+    dense,
+    load,
+    precision,
+    rows,
+    slices,
+    split_walk,
+    streamed_product,
+    strides,
+)
 from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
 
 # A maximum before there is one: finite, so that it can be subtracted from itself.
@@ -55,7 +66,7 @@ def _walk(
         there = (in_block < S - key)[:, None]
         if CHUNK > 0:
             s = streamed_product(
-                q, k + k_rows, (query < L)[:, None], there, True, MASKED, D, CHUNK, BLOCK_M, BLOCK_N, PRECISION
+                q, k + k_rows, (query < L)[:, None], there, D, CHUNK, BLOCK_M, BLOCK_N, PRECISION
             )
         else:
             k0 = load(k + k_rows + k_column0, there, k_column0, MASKED, D, K0)
@@ -232,17 +243,6 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
     return Config({**constants, **blocks}, num_warps, stages)
 
 
-_MAX_SPLITS = 16
-_SPLIT_KEYS = 256  # at least, of each: assumed to cover what partial results cost
-
-
-def _split(tiles: int, keys: int, block_n: int, processors: int) -> tuple[int, int]:
-    """Splits of the keys, and how many each takes: none where tiles fill the GPU."""
-    splits = max(1, min(processors // tiles, keys // _SPLIT_KEYS, _MAX_SPLITS))
-    each = triton.cdiv(triton.cdiv(keys, splits), block_n) * block_n
-    return triton.cdiv(keys, each), each
-
-
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -259,7 +259,7 @@ def _attend(
     constants = config.constants
     blocks = triton.cdiv(queries, constants["BLOCK_M"])
     tiles = blocks * constants["SLICES"] * batch * heads
-    splits, split_keys = _split(tiles, keys, constants["BLOCK_N"], multiprocessors(q.device))
+    splits, split_keys = split_walk(tiles, keys, constants["BLOCK_N"], q.device)
     partials, lses = o, lse
     if splits > 1:
         partials = q.new_empty((splits * batch, heads, queries, head_dim), dtype=torch.float32)
