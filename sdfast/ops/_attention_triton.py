@@ -7,6 +7,7 @@ and an accumulator of its own: 40 is 32 + 16, so that 48 columns are multiplied 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,27 +31,34 @@ def slices(head_dim: int, widest: int) -> tuple[int, int, int]:
     return count, *chunks(triton.cdiv(head_dim, count))
 
 
-def dense(t: Tensor) -> Tensor:
-    """(B, heads, rows, D) with unit stride in D."""
-    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-
-
-def alignment(*tensors: Tensor) -> int:
-    """What all strides are multiples of, in elements: as many as are 16 bytes, or 1.
-
-    Kernels take strides in this unit and multiply by it. Triton knows of an argument whether 16 divides it,
-    and head strides of 40 or 80 elements, which it does not, are to be loaded 16 bytes at a time too.
-    """
-    unit = 16 // tensors[0].element_size()
-    return unit if all(stride % unit == 0 for t in tensors for stride in _strides(t)) else 1
-
-
 def _strides(t: Tensor) -> tuple[int, ...]:
     return tuple(s if size > 1 else 0 for s, size in zip(t.stride()[:3], t.shape[:3], strict=True))
 
 
+def alignment(t: Tensor) -> int:
+    """What the beginning of every row is a multiple of, in elements: as many as are 16 bytes, or 1."""
+    unit = 16 // t.element_size()
+    return unit if all(at % unit == 0 for at in (t.storage_offset(), *_strides(t))) else 1
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, (B, heads, rows, D), if rows are vectors of 16 bytes, else a copy with zeros after D.
+
+    Every block of the other side reads them again, and would do it number by number.
+    """
+    unit = 16 // t.element_size()
+    if t.shape[3] % unit == 0 and t.stride(3) == 1 and alignment(t) == unit:
+        return t
+    padded = F.pad(t, (0, -t.shape[3] % unit))
+    return padded if padded.stride(3) == 1 else padded.contiguous()
+
+
 def strides(unit: int, *tensors: Tensor) -> tuple[int, ...]:
-    """The strides of batch, head and row of each tensor, in the unit."""
+    """The strides of batch, head and row of each tensor, in units of so many elements.
+
+    Kernels multiply by the unit. Triton knows of an argument only whether 16 divides it, and head strides of
+    40 elements are to be loaded 16 bytes at a time too.
+    """
     return tuple(stride // unit for t in tensors for stride in _strides(t))
 
 
@@ -63,12 +71,6 @@ def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple
     splits = max(1, min(multiprocessors(device) // tiles, rows // 256, 16))
     each = max(1, triton.cdiv(triton.cdiv(rows, splits), block)) * block
     return max(1, triton.cdiv(rows, each)), each
-
-
-def by_token(t: Tensor) -> Tensor:
-    """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
-    batch, heads, rows, head_dim = t.shape
-    return t.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -103,7 +105,8 @@ def load(at, inside, column, ROWS: tl.constexpr, D: tl.constexpr, END: tl.conste
 @triton.jit
 def streamed_product(
     a, b, a_inside, b_inside,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a bᵀ, fp32, of tiles that come through shared memory CHUNK columns at a time.
 

@@ -3,12 +3,12 @@
     p = 2^(scale log2 e · q kᵀ − lse),  dv = pᵀ do,  dp = do vᵀ,  delta = Σ do o,
     ds = p (dp − delta),  dq = scale ds k,  dk = scale dsᵀ q          (Dao 2023, "FlashAttention-2", alg. 2)
 
-Nothing is added to memory: a program keeps dk and dv of a block of keys and walks over the queries, another
-keeps dq of a block of queries and walks over the keys, both computing p and ds again. Of wide heads they share
-out the columns of their results. Where blocks of keys are fewer than multiprocessors the queries are shared out,
-and a second kernel adds the fp32 results in order.
-Bytes: all tensors once, those of the other side again from L2 for every block; the limit is the tensor cores',
-14 L S D products, 2.8 times the forward's 4 L S D with p and dp computed twice.
+A program keeps dk and dv of a block of keys and walks over the queries, another keeps dq of a block of
+queries and walks over the keys; both compute p and ds, so that nothing is added to in memory. Of wide heads
+they share out the columns of their results. Where blocks of keys are fewer than multiprocessors, the queries
+are shared out, and a second kernel adds the fp32 results in order.
+Bytes: all tensors once, those of the other side again from L2 for every block; the limit is the tensor
+cores', 14 L S D flops, where the forward has 4 L S D.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdfast.ops._attention_rows_triton import row_products, sum_parts
 from sdfast.ops._attention_triton import (
     LOG2E,
+    aligned,
     alignment,
-    by_token,
     chunks,
-    dense,
     load,
     precision,
     rows,
@@ -34,27 +34,8 @@ from sdfast.ops._attention_triton import (
     streamed_product,
     strides,
 )
+from sdfast.ops._native import empty_by_token
 from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
-
-
-@triton.jit
-def _delta_kernel(
-    do,  # (B, heads, L, D)
-    o,  # (B, heads, L, D)
-    delta,  # (B, heads, L)
-    count, L, heads, do_batch, do_head, do_row, o_batch, o_head, o_row,
-    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Σ do o of each query. Grid: the blocks of all `count` queries."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.arange(0, BLOCK_D)[None, :]
-    inside = (row < count)[:, None] & (column < D)
-    batch, head, query = row // L // heads, row // L % heads, row % L
-    do += ((batch * do_batch + head * do_head + query * do_row) * UNIT)[:, None] + column
-    o += ((batch * o_batch + head * o_head + query * o_row) * UNIT)[:, None] + column
-    product = tl.load(do, mask=inside, other=0.0).to(tl.float32)
-    product *= tl.load(o, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(product, 1), mask=row < count)
 
 
 @triton.jit
@@ -62,12 +43,13 @@ def _keys_kernel(
     do, q,  # (B, heads, L, D)
     k, v,  # (B, heads, S, D)
     lse, delta,  # (B, heads, L)
-    dk, dv,  # (splits B, heads, S, D)
+    dk, dv,  # (splits B, heads, S, O_COLUMNS); D, of the others, is that or more
     L, S, batch, heads, blocks, splits, split_queries,
     do_batch, do_head, do_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dk_batch, dk_head, dk_row,  # dv's too
     scale, factor,  # factor: scale log2 e
-    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+    D: tl.constexpr, O_COLUMNS: tl.constexpr, SLICES: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -152,37 +134,15 @@ def _keys_kernel(
         q += q_row * tl.full((), BLOCK_M * UNIT, tl.int64)
         do += do_row * tl.full((), BLOCK_M * UNIT, tl.int64)
 
-    at = ((split * batch + b) * dk_batch + h * dk_head + first_key.to(tl.int64) * dk_row) * UNIT
-    at += rows(dk_row, UNIT, BLOCK_N)
-    tl.store(dk + at + column0, (scale * dk0).to(dk.dtype.element_ty), mask=inside & (column0 < D))
-    tl.store(dv + at + column0, dv0.to(dv.dtype.element_ty), mask=inside & (column0 < D))
+    at = ((split * batch + b) * dk_batch + h * dk_head + first_key.to(tl.int64) * dk_row) * O_UNIT
+    at += rows(dk_row, O_UNIT, BLOCK_N)
+    tl.store(dk + at + column0, (scale * dk0).to(dk.dtype.element_ty), mask=inside & (column0 < O_COLUMNS))
+    tl.store(dv + at + column0, dv0.to(dv.dtype.element_ty), mask=inside & (column0 < O_COLUMNS))
     if D1 > 0:
-        tl.store(dk + at + column1, (scale * dk1).to(dk.dtype.element_ty), mask=inside & (column1 < D))
-        tl.store(dv + at + column1, dv1.to(dv.dtype.element_ty), mask=inside & (column1 < D))
-
-
-@triton.jit
-def _sum_kernel(
-    dk_parts, dv_parts,  # (splits B, heads, S, D), fp32, contiguous
-    dk, dv,  # (B, heads, S, D)
-    count, S, heads, splits, dk_batch, dk_head, dk_row,
-    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Grid: the blocks of all `count` keys."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.arange(0, BLOCK_D)[None, :]
-    inside = (row < count)[:, None] & (column < D)
-    part = row[:, None] * D + column
-    dk_total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    dv_total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for _ in range(0, splits):
-        dk_total += tl.load(dk_parts + part, mask=inside, other=0.0)
-        dv_total += tl.load(dv_parts + part, mask=inside, other=0.0)
-        part += count * tl.full((), D, tl.int64)
-    at = row // S // heads * dk_batch + row // S % heads * dk_head + row % S * dk_row
-    at = (at * UNIT)[:, None] + column
-    tl.store(dk + at, dk_total.to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + at, dv_total.to(dv.dtype.element_ty), mask=inside)
+        tl.store(
+            dk + at + column1, (scale * dk1).to(dk.dtype.element_ty), mask=inside & (column1 < O_COLUMNS)
+        )
+        tl.store(dv + at + column1, dv1.to(dv.dtype.element_ty), mask=inside & (column1 < O_COLUMNS))
 
 
 @triton.jit
@@ -190,12 +150,13 @@ def _queries_kernel(
     do, q,  # (B, heads, L, D)
     k, v,  # (B, heads, S, D)
     lse, delta,  # (B, heads, L)
-    dq,  # (B, heads, L, D)
+    dq,  # (B, heads, L, O_COLUMNS)
     L, S, heads, blocks,
     do_batch, do_head, do_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dq_batch, dq_head, dq_row,
     scale, factor,  # factor: scale log2 e
-    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+    D: tl.constexpr, O_COLUMNS: tl.constexpr, SLICES: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +179,9 @@ def _queries_kernel(
     END0: tl.constexpr = END1 - D1
 
     b, h = head // heads, head % heads
-    do += (b * do_batch + h * do_head + first_query.to(tl.int64) * do_row) * UNIT + rows(do_row, UNIT, BLOCK_M)
+    do += (b * do_batch + h * do_head + first_query.to(tl.int64) * do_row) * UNIT + rows(
+        do_row, UNIT, BLOCK_M
+    )
     q += (b * q_batch + h * q_head + first_query.to(tl.int64) * q_row) * UNIT + rows(q_row, UNIT, BLOCK_M)
     k += (b * k_batch + h * k_head) * UNIT + rows(k_row, UNIT, BLOCK_N)
     v += (b * v_batch + h * v_head) * UNIT + rows(v_row, UNIT, BLOCK_N)
@@ -266,10 +229,12 @@ def _queries_kernel(
         k += k_row * tl.full((), BLOCK_N * UNIT, tl.int64)
         v += v_row * tl.full((), BLOCK_N * UNIT, tl.int64)
 
-    dq += (b * dq_batch + h * dq_head + first_query.to(tl.int64) * dq_row) * UNIT + rows(dq_row, UNIT, BLOCK_M)
-    tl.store(dq + column0, (scale * dq0).to(dq.dtype.element_ty), mask=inside & (column0 < D))
+    dq += (b * dq_batch + h * dq_head + first_query.to(tl.int64) * dq_row) * UNIT + rows(
+        dq_row, UNIT, BLOCK_M
+    )
+    tl.store(dq + column0, (scale * dq0).to(dq.dtype.element_ty), mask=inside & (column0 < O_COLUMNS))
     if D1 > 0:
-        tl.store(dq + column1, (scale * dq1).to(dq.dtype.element_ty), mask=inside & (column1 < D))
+        tl.store(dq + column1, (scale * dq1).to(dq.dtype.element_ty), mask=inside & (column1 < O_COLUMNS))
 
 
 class _Plan(NamedTuple):
@@ -309,12 +274,6 @@ def _plan(q: Tensor, kept_rows: int) -> _Plan:
     return _Plan({"SLICES": 1, "D0": d0, "D1": d1, "CHUNK": 0}, kept, step, num_warps, 2)
 
 
-def _row_blocks(head_dim: int) -> Config:
-    """For kernels that go once over rows."""
-    block_d = triton.next_power_of_2(head_dim)
-    return Config({"BLOCK_R": max(1, 2048 // block_d), "BLOCK_D": block_d}, num_warps=4)
-
-
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,27 +282,22 @@ def attention_backward(
     Args:
         do, q, o: (B, heads, L, D). k, v: (B, heads, S, D). lse: (B, heads, L), fp32, base 2.
     """
-    dq, dk, dv = by_token(q), by_token(k), by_token(v)
+    dq, dk, dv = empty_by_token(q), empty_by_token(k), empty_by_token(v)
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     if batch * heads * head_dim == 0:
         return dq, dk, dv
-    do, q, k, v, o, lse = dense(do), dense(q), dense(k), dense(v), dense(o), lse.contiguous()
-    delta = torch.empty_like(lse)
-    small = _row_blocks(head_dim)
-    block_r, unit = small.constants["BLOCK_R"], alignment(do, o)
-    launch(
-        _delta_kernel, (triton.cdiv(lse.numel(), block_r),), do, o, delta, lse.numel(), queries, heads,
-        *strides(unit, do, o), config=small, UNIT=unit, D=head_dim,
-    )  # fmt: skip
+    do, q, k, v, lse = aligned(do), aligned(q), aligned(k), aligned(v), lse.contiguous()
+    unit = alignment(q)
+    delta = row_products(do, aligned(o))
     inputs, factor = (do, q, k, v, lse, delta), scale * LOG2E
-    kind = {"IS_CAUSAL": is_causal, "D": head_dim, "PRECISION": precision(q.dtype)}
+    kind = {"IS_CAUSAL": is_causal, "D": q.shape[3], "O_COLUMNS": head_dim, "PRECISION": precision(q.dtype)}
 
     plan = _plan(q, queries)
-    blocks, unit = triton.cdiv(queries, plan.kept), alignment(do, q, k, v, dq)
+    blocks, o_unit = triton.cdiv(queries, plan.kept), alignment(dq)
     launch(
         _queries_kernel, (blocks * plan.constants["SLICES"] * batch * heads,), *inputs, dq,
-        queries, keys, heads, blocks, *strides(unit, do, q, k, v, dq), scale, factor,
-        config=plan.config("BLOCK_M", "BLOCK_N"), UNIT=unit, **kind,
+        queries, keys, heads, blocks, *strides(unit, do, q, k, v), *strides(o_unit, dq), scale, factor,
+        config=plan.config("BLOCK_M", "BLOCK_N"), UNIT=unit, O_UNIT=o_unit, **kind,
     )  # fmt: skip
 
     plan = _plan(q, keys)
@@ -354,17 +308,13 @@ def attention_backward(
     if splits > 1:
         dk_parts = q.new_empty((splits * batch, heads, keys, head_dim), dtype=torch.float32)
         dv_parts = torch.empty_like(dk_parts)
-    unit = alignment(do, q, k, v, dk_parts)
+    o_unit = alignment(dk_parts)
     launch(
         _keys_kernel, (tiles * splits,), *inputs, dk_parts, dv_parts,
         queries, keys, batch, heads, blocks, splits, split_queries,
-        *strides(unit, do, q, k, v, dk_parts), scale, factor,
-        config=plan.config("BLOCK_N", "BLOCK_M"), UNIT=unit, **kind,
+        *strides(unit, do, q, k, v), *strides(o_unit, dk_parts), scale, factor,
+        config=plan.config("BLOCK_N", "BLOCK_M"), UNIT=unit, O_UNIT=o_unit, **kind,
     )  # fmt: skip
     if splits > 1:
-        count, unit = k.numel() // head_dim, alignment(dk)
-        launch(
-            _sum_kernel, (triton.cdiv(count, block_r),), dk_parts, dv_parts, dk, dv, count, keys, heads, splits,
-            *strides(unit, dk), config=small, UNIT=unit, D=head_dim,
-        )  # fmt: skip
+        sum_parts(dk_parts, dv_parts, dk, dv)
     return dq, dk, dv

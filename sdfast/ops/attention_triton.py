@@ -1,4 +1,4 @@
-"""attention in Triton, o = softmax(scale q kᵀ) v per batch element and head; its gradient is a file of its own.
+"""attention in Triton: o = softmax(scale q kᵀ) v, per batch element and head.
 
 Each program keeps a block of queries and the fp32 accumulator of their results, and walks over the keys a
 block at a time: scores, their running maximum, weights as powers of two, products with the values (Dao 2023,
@@ -6,8 +6,8 @@ block at a time: scores, their running maximum, weights as powers of two, produc
 diagonal, follows in narrower ones. Of wide heads the value's columns are shared out, and q and k come a chunk
 of columns at a time. Where blocks of queries are fewer than multiprocessors, the keys are shared out too, and
 a second kernel combines the fp32 results by their lse.
-Bytes: q, k, v, o once, k and v again from L2 for every block of queries; the limit is 4 L S D products of the
-tensor cores or, of narrow heads, L S powers of two.
+Bytes: q, k, v, o once, k and v again from L2 for every block of queries; the limit is the tensor
+cores', 4 L S D flops, or, of narrow heads, that of L S powers of two.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdfast.ops._attention_rows_triton import combine
 from sdfast.ops._attention_triton import (
     LOG2E,
+    aligned,
     alignment,
-    by_token,
     chunks,
-    dense,
     load,
     precision,
     rows,
@@ -31,6 +31,7 @@ from sdfast.ops._attention_triton import (
     streamed_product,
     strides,
 )
+from sdfast.ops._native import empty_by_token
 from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
 
 # A maximum before there is one: finite, so that it can be subtracted from itself.
@@ -44,8 +45,8 @@ def _walk(
     k, v,  # of the head
     query, first, last, L, S, k_row, v_row, first_column, factor,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
-    SLICES: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SLICES: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Over the keys from `first` to before `last`, of which some are hidden only if MASKED."""
     END1: tl.constexpr = SLICES * (V0 + V1)  # where the columns of the last slice end
@@ -102,12 +103,13 @@ def _forward_kernel(
     q,  # (B, heads, L, D)
     k,  # (B, heads, S, D)
     v,  # (B, heads, S, D)
-    o,  # (splits B, heads, L, D)
+    o,  # (splits B, heads, L, O_COLUMNS); D, of the others, is that or more
     lse,  # (splits, B, heads, L), or None
     L, S, batch, heads, blocks, splits, split_keys,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     factor,  # scale log2 e, not negative
-    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, SLICES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, O_UNIT: tl.constexpr,
+    D: tl.constexpr, O_COLUMNS: tl.constexpr, SLICES: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +129,7 @@ def _forward_kernel(
     q += (head // heads * q_batch + head % heads * q_head) * UNIT
     k += (head // heads * k_batch + head % heads * k_head) * UNIT
     v += (head // heads * v_batch + head % heads * v_head) * UNIT
-    o += ((split * batch + head // heads) * o_batch + head % heads * o_head) * UNIT
+    o += ((split * batch + head // heads) * o_batch + head % heads * o_head) * O_UNIT
     first_query = block * BLOCK_M
     query = first_query + tl.arange(0, BLOCK_M)
     inside = (query < L)[:, None]
@@ -156,17 +158,21 @@ def _forward_kernel(
     whole = first + tl.maximum(whole - first, 0) // BLOCK_N * BLOCK_N
     if BLOCK_TAIL > 0:
         acc0, acc1, total, top = _walk(
-            acc0, acc1, total, top, q, q0, q1, k, v, query, first, whole, L, S, k_row, v_row, first_column,
-            factor, IS_CAUSAL, False, None, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
+            acc0, acc1, total, top, q, q0, q1, k, v,
+            query, first, whole, L, S, k_row, v_row, first_column, factor,
+            IS_CAUSAL, False, None, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         acc0, acc1, total, top = _walk(
-            acc0, acc1, total, top, q, q0, q1, k, v, query, whole, last, L, S, k_row, v_row, first_column,
-            factor, IS_CAUSAL, True, None if IS_CAUSAL else 1, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_TAIL,
+            acc0, acc1, total, top, q, q0, q1, k, v,
+            query, whole, last, L, S, k_row, v_row, first_column, factor,
+            IS_CAUSAL, True, None if IS_CAUSAL else 1,
+            UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_TAIL,
         )  # fmt: skip
     else:
         acc0, acc1, total, top = _walk(
-            acc0, acc1, total, top, q, q0, q1, k, v, query, first, last, L, S, k_row, v_row, first_column,
-            factor, IS_CAUSAL, True, None, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
+            acc0, acc1, total, top, q, q0, q1, k, v,
+            query, first, last, L, S, k_row, v_row, first_column, factor,
+            IS_CAUSAL, True, None, UNIT, D, SLICES, K0, K1, V0, V1, CHUNK, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
     hidden = total == 0.0  # all keys of a split
@@ -176,52 +182,22 @@ def _forward_kernel(
         value = tl.where(hidden, -float("inf"), top * factor + tl.log2(total))
         tl.store(at, value, mask=query < tl.where(first_column == 0, L, 0))
     total = total[:, None]
-    o += first_query.to(tl.int64) * o_row * UNIT + rows(o_row, UNIT, BLOCK_M)
+    o += first_query.to(tl.int64) * o_row * O_UNIT + rows(o_row, O_UNIT, BLOCK_M)
     column = (first_column + tl.arange(0, V0))[None, :]
-    tl.store(o + column, (acc0 / total).to(o.dtype.element_ty), mask=inside & (column < D))
+    tl.store(o + column, (acc0 / total).to(o.dtype.element_ty), mask=inside & (column < O_COLUMNS))
     if V1 > 0:
         column = (first_column + V0 + tl.arange(0, V1))[None, :]
-        tl.store(o + column, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column < D))
-
-
-@triton.jit
-def _combine_kernel(
-    partials,  # (splits B, heads, L, D), fp32, contiguous
-    lses,  # (splits B, heads, L)
-    o,  # (B, heads, L, D)
-    lse,  # (B, heads, L), or None
-    count, L, heads, splits, o_batch, o_head, o_row,
-    UNIT: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Each split's results weighted by its share of Σ weights. Grid: the blocks of all `count` queries."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.arange(0, BLOCK_D)[None, :]
-    inside = row < count
-    tile_inside = inside[:, None] & (column < D)
-    top = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-    for split in range(0, splits):
-        top = tl.maximum(top, tl.load(lses + split * count + row, mask=inside, other=0.0))
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    at = row
-    for _ in range(0, splits):
-        weight = tl.exp2(tl.load(lses + at, mask=inside, other=0.0) - top)
-        total += weight
-        acc += weight[:, None] * tl.load(partials + at[:, None] * D + column, mask=tile_inside, other=0.0)
-        at += count
-    if lse is not None:
-        tl.store(lse + row, top + tl.log2(total), mask=inside)
-    head = row // L
-    o_at = o + ((head // heads * o_batch + head % heads * o_head + row % L * o_row) * UNIT)[:, None] + column
-    tl.store(o_at, (acc / total[:, None]).to(o.dtype.element_ty), mask=tile_inside)
+        tl.store(o + column, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column < O_COLUMNS))
 
 
 def _plan(q: Tensor, is_causal: bool) -> Config:
     """Tile sizes by head dimension and architecture, assumed and not measured."""
     batch, heads, queries, head_dim = q.shape
     available, processors = shared_memory_bytes(q.device), multiprocessors(q.device)
-    if q.dtype is torch.float32 or (head_dim > 256 and architecture(q.device) != 90):
-        # fp32 is multiplied without tensor cores, its factors in registers: narrow ones.
+    # Only Hopper multiplies a q of that width out of shared memory.
+    is_streamed = head_dim > 512 or (head_dim > 256 and architecture(q.device) != 90)
+    if q.dtype is torch.float32 or is_streamed:
+        # fp32 is multiplied without tensor cores, its factors in registers: narrow ones. Not so tf32.
         ieee = precision(q.dtype) == "ieee"
         count, v0, v1 = slices(head_dim, 64 if ieee else 128)
         constants = {"SLICES": count, "K0": 0, "K1": 0, "V0": v0, "V1": v1, "CHUNK": 16 if ieee else 64}
@@ -247,38 +223,35 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """o and, where it is asked for, lse."""
-    o = by_token(q)
+    o = empty_by_token(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
     if q.numel() == 0:
         return o, lse
     if scale < 0:  # the kernel's maximum is that of q kᵀ
         q, scale = -q, -scale
-    q, k, v = dense(q), dense(k), dense(v)
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    q, k, v = aligned(q), aligned(k), aligned(v)
     config = _plan(q, is_causal)
     constants = config.constants
     blocks = triton.cdiv(queries, constants["BLOCK_M"])
     tiles = blocks * constants["SLICES"] * batch * heads
-    splits, split_keys = split_walk(tiles, keys, constants["BLOCK_N"], q.device)
+    seen = min(queries, keys) if is_causal else keys
+    splits, split_keys = split_walk(tiles, seen, constants["BLOCK_N"], q.device)
     partials, lses = o, lse
     if splits > 1:
-        partials = q.new_empty((splits * batch, heads, queries, head_dim), dtype=torch.float32)
         lses = q.new_empty((splits * batch, heads, queries), dtype=torch.float32)
-    unit = alignment(q, k, v, partials)
+        partials = q.new_empty((*lses.shape, head_dim), dtype=torch.float32)
+    unit, o_unit = alignment(q), alignment(partials)
     launch(
         _forward_kernel, (tiles * splits,), q, k, v, partials, lses,
         queries, keys, batch, heads, blocks, splits, split_keys,
-        *strides(unit, q, k, v, partials), scale * LOG2E,
-        config=config, IS_CAUSAL=is_causal, UNIT=unit, D=head_dim, PRECISION=precision(q.dtype),
+        *strides(unit, q, k, v), *strides(o_unit, partials), scale * LOG2E,
+        config=config, IS_CAUSAL=is_causal, UNIT=unit, O_UNIT=o_unit, D=q.shape[3], O_COLUMNS=head_dim,
+        PRECISION=precision(q.dtype),
     )  # fmt: skip
     if splits > 1:
-        unit = alignment(o)
-        count, block_d = q.numel() // head_dim, triton.next_power_of_2(head_dim)
-        config = Config({"BLOCK_R": max(1, 2048 // block_d), "BLOCK_D": block_d}, num_warps=4)
-        launch(
-            _combine_kernel, (triton.cdiv(count, config.constants["BLOCK_R"]),), partials, lses, o, lse,
-            count, queries, heads, splits, *strides(unit, o), config=config, UNIT=unit, D=head_dim,
-        )  # fmt: skip
+        assert lses is not None
+        combine(partials, lses, o, lse)
     return o, lse
 
 
