@@ -1,11 +1,11 @@
 """diffusion_step in Triton: guidance, clip, update and noise in one pass.
 
 A program takes a run of elements of one sample as they lie in memory: x, both halves of m, x̂₀ᵖ and z are read
-once, x' and x̂₀ (and the model's next input) written once, 7 coefficients read by each program. Noise is a
-function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a thread
-draws four elements from one block. Products and sums are written as fused multiply-adds, so that a compiler
-has nothing to choose and the two operations give the same bits.
-Bytes: (4 to 7) * N * size elements. Limit: the launch for latents of one image, memory above.
+once, x' and x̂₀ (from a table the model's next input, too) written once, 7 coefficients read by each program.
+Noise is a function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a
+thread draws four elements from one block. Products and sums are written as fused multiply-adds, so that a
+compiler has nothing to choose and the two operations give the same bits.
+Bytes: (4 to 8) * N * size elements. Limit: the launch for latents of one image, memory above.
 """
 
 from __future__ import annotations
@@ -154,38 +154,42 @@ def _places(out: Tensor) -> tuple[int, ...] | None:
 
 
 class _Operands(NamedTuple):
-    """What both kernels take, lying as the results do.
+    """What both kernels take, lying as their results do.
 
     Attributes:
-        results: x' and x̂₀, in which the kernel writes.
+        out, x0: in which the kernel writes.
         places: the kernel's middle to index_inner.
         in_rows: its IN_ROWS.
+        is_moved: the results do not lie as the operation promises.
     """
 
-    results: tuple[Tensor, Tensor]
+    out: Tensor
+    x0: Tensor
     x: Tensor
     m: Tensor
     previous: Tensor | None
     places: tuple[int, ...]
     in_rows: bool
+    is_moved: bool
 
 
-def _operands(
-    sample: Tensor, model_output: Tensor, previous_x0: Tensor | None, *, is_drawn: bool
-) -> _Operands:
+def _operands(sample: Tensor, model_output: Tensor, previous_x0: Tensor | None, drawn: bool) -> _Operands:
     out = _native.empty_by_sample(sample)
     places = _places(out)
-    if places is None and is_drawn:
-        # Noise cannot be placed in such a layout; no model has latents of five axes in disorder.
+    # Noise cannot be placed in such a layout; no model has latents of five axes in disorder.
+    is_moved = places is None and drawn
+    if is_moved:
         out = torch.empty_like(out, memory_format=torch.contiguous_format)
     places = places or (1, 1, 0, 0, 1)
     return _Operands(
-        results=(out, out.new_empty_strided(out.shape, out.stride())),
-        x=lie_as(sample, out),
-        m=lie_as(model_output, out),
-        previous=None if previous_x0 is None else lie_as(previous_x0, out),
-        places=places,
-        in_rows=sizes(out)[1] == 1 or places[2:] == (0, 0, 1),
+        out,
+        out.new_empty_strided(out.shape, out.stride()),
+        lie_as(sample, out),
+        lie_as(model_output, out),
+        None if previous_x0 is None else lie_as(previous_x0, out),
+        places,
+        sizes(out)[1] == 1 or places[2:] == (0, 0, 1),
+        is_moved,
     )
 
 
@@ -193,13 +197,8 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else sample_stride(t)
 
 
-def _laid_out(results: tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
-    """The results as the operation promises them, which they are but for a layout without places."""
-    out, x0 = results
-    wanted = _native.empty_by_sample(sample)
-    if wanted.stride() == out.stride():
-        return out, x0
-    return wanted.copy_(out), torch.empty_like(wanted).copy_(x0)
+def _moved(t: Tensor, sample: Tensor, copies: int = 1) -> Tensor:
+    return _native.empty_by_sample(sample, copies).copy_(t)
 
 
 def diffusion_step(
@@ -208,22 +207,23 @@ def diffusion_step(
     seeds: Tensor | None = None, step: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sdfast::diffusion_step."""
-    operands = _operands(sample, model_output, previous_x0, is_drawn=seeds is not None)
-    (out, x0), x, m, previous, places, in_rows = operands
-    z = None if noise is None else lie_as(noise, out)
+    o = _operands(sample, model_output, previous_x0, seeds is not None)
+    z = None if noise is None else lie_as(noise, o.out)
     # A transfer waits for nothing where it comes from pinned memory; a table on the device costs none.
     k = coefficients.to(sample.device, non_blocking=True).contiguous()
     drawn = None if seeds is None else seeds.to(sample.device, non_blocking=True).contiguous()
-    samples, size = sizes(out)
+    samples, size = sizes(o.out)
     grid, launch_config = config(samples, size, sample.device)
     _triton.launch(
-        _diffusion_step_kernel, grid, x, m, k, previous, z, drawn, out, x0, samples, size,
-        sample_stride(x), sample_stride(m), _stride(previous), _stride(z), sample_stride(out),
+        _diffusion_step_kernel, grid, o.x, o.m, k, o.previous, z, drawn, o.out, o.x0, samples, size,
+        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(z), _stride(o.out),
         0.0 if guidance_scale is None else float(guidance_scale), 0.0 if clip is None else float(clip),
-        step, *places, config=launch_config,
-        GUIDED=guidance_scale is not None, CLIPPED=clip is not None, IN_ROWS=in_rows,
+        step, *o.places, config=launch_config,
+        GUIDED=guidance_scale is not None, CLIPPED=clip is not None, IN_ROWS=o.in_rows,
     )  # fmt: skip
-    return _laid_out(operands.results, sample)
+    if o.is_moved:
+        return _moved(o.out, sample), _moved(o.x0, sample)
+    return o.out, o.x0
 
 
 def diffusion_step_from_table(
@@ -232,25 +232,23 @@ def diffusion_step_from_table(
     seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """sdfast::diffusion_step_from_table."""
-    operands = _operands(sample, model_output, previous_x0, is_drawn=seeds is not None)
-    (out, x0), x, m, previous, places, in_rows = operands
-    samples, size = sizes(out)
-    # Written where it is wanted, unless the results have to be moved there themselves.
-    model_input = _native.empty_by_sample(out, 1 if guidance_scale is None else 2)
-    if out.numel() == 0:
-        return out, x0, model_input, counter + 1
+    o = _operands(sample, model_output, previous_x0, seeds is not None)
+    copies = 1 if guidance_scale is None else 2
+    model_input = _native.empty_by_sample(o.out, copies)
+    if o.out.numel() == 0:
+        return o.out, o.x0, model_input, counter + 1
     next_counter = torch.empty_like(counter)
+    samples, size = sizes(o.out)
     grid, launch_config = config(samples, size, sample.device)
     _triton.launch(
-        _table_step_kernel, grid, x, m, coefficients.contiguous(), input_scale.contiguous(),
-        None if guidance_scale is None else guidance_scale.contiguous(), counter, previous,
-        None if seeds is None else seeds.contiguous(), out, x0, model_input, next_counter, samples, size,
-        sample_stride(x), sample_stride(m), _stride(previous), sample_stride(out),
-        sample_stride(model_input), 0.0 if clip is None else float(clip), len(coefficients), *places,
-        config=launch_config, CLIPPED=clip is not None, IN_ROWS=in_rows,
+        _table_step_kernel, grid, o.x, o.m, coefficients.contiguous(), input_scale.contiguous(),
+        None if guidance_scale is None else guidance_scale.contiguous(), counter, o.previous,
+        None if seeds is None else seeds.contiguous(), o.out, o.x0, model_input, next_counter, samples, size,
+        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(o.out), _stride(model_input),
+        0.0 if clip is None else float(clip), len(coefficients), *o.places,
+        config=launch_config, CLIPPED=clip is not None, IN_ROWS=o.in_rows,
     )  # fmt: skip
-    out, x0 = _laid_out(operands.results, sample)
-    wanted = _native.empty_by_sample(out, 1 if guidance_scale is None else 2)
-    if wanted.stride() != model_input.stride():
-        model_input = wanted.copy_(model_input)
-    return out, x0, model_input, next_counter
+    if o.is_moved:
+        moved = _moved(o.out, sample), _moved(o.x0, sample), _moved(model_input, sample, copies)
+        return *moved, next_counter
+    return o.out, o.x0, model_input, next_counter
