@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import UNET
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sdfast import graphs, packing
 from sdfast.graphs import Capture, GraphCache, graphed, repeat
@@ -30,10 +31,10 @@ class Recorder(GraphCache):
 
         def replay():
             self.replayed += 1
-            for to, new in zip(
-                graphs.pytree.tree_leaves(outputs), graphs.pytree.tree_leaves(function(inputs)), strict=True
-            ):
-                to.copy_(new)
+            leaves = [pytree.tree_leaves(results) for results in (outputs, function(inputs))]
+            for to, new in zip(*leaves, strict=True):
+                if new is not None:
+                    to.copy_(new)
 
         return Capture(inputs, outputs, replay, nbytes=100)
 
