@@ -11,7 +11,7 @@ from tiny_models import UNET
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sdfast import graphs, packing
+from sdfast import StableDiffusion, graphs, packing
 from sdfast.graphs import Capture, GraphCache, graphed, repeat
 from sdfast.models import UNet2DCondition
 from sdfast.models.config import config_from_dict
@@ -292,3 +292,23 @@ def test_captured_on_a_gpu():
         x = torch.randn(2, 4, size, size, device="cuda")
         torch.testing.assert_close(run(x, 500, text), unet(x, 500, text))
     assert len(cache) == 2 and cache.used_bytes() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm++2m"])
+def test_a_pipeline_on_a_gpu(sampler):
+    """The same kernels on the same numbers, whoever launches them."""
+    options = {"steps": 8, "seed": 3, "sampler": sampler, "output": "tensor"}
+    plain = StableDiffusion.digits(device="cuda", cuda_graphs=False)
+    by_graphs = StableDiffusion.digits(device="cuda")
+    expected = plain.text_to_image("a handwritten seven", **options).images
+    for _ in range(2):
+        assert torch.equal(by_graphs.text_to_image("a handwritten seven", **options).images, expected)
+    assert len(by_graphs.graphs) == 2
+    with torch.no_grad():
+        for pipe in (plain, by_graphs):
+            pipe.unet.conv_out.weight.mul_(0.5)
+    changed = plain.text_to_image("a handwritten seven", **options).images
+    assert not torch.equal(changed, expected)
+    assert torch.equal(by_graphs.text_to_image("a handwritten seven", **options).images, changed)

@@ -103,7 +103,7 @@ def _table_step_kernel(
     out_ptr, x0_ptr, input_ptr, next_counter_ptr,
     samples, size, x_stride, m_stride, previous_stride, out_stride, input_stride, clip, steps,
     middle, inner, index_outer, index_middle, index_inner,
-    CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x', x̂₀ and the model's next input of the step that `counter_ptr` holds; tables have `steps` rows."""
     blocks = tl.cdiv(size, BLOCK)
@@ -117,13 +117,13 @@ def _table_step_kernel(
     last = steps.to(tl.int64) - 1
     step = tl.minimum(tl.maximum(counter, 0), last)
     guidance_scale = 0.0
-    if guidance_ptr is not None:
+    if GUIDED:
         guidance_scale = tl.load(guidance_ptr + step).to(tl.float32)
     out, x0 = _step(
         x_ptr, m_ptr, k_ptr + 7 * step, previous_ptr, None, seeds_ptr,
         samples, n, first, size, x_stride, m_stride, previous_stride, 0,
         guidance_scale, clip, step, middle, inner, index_outer, index_middle, index_inner,
-        guidance_ptr is not None, CLIPPED, IN_ROWS, BLOCK,
+        GUIDED, CLIPPED, IN_ROWS, BLOCK,
     )  # fmt: skip
     at = first + tl.arange(0, BLOCK)
     mask = at < size
@@ -133,7 +133,7 @@ def _table_step_kernel(
     scale = tl.load(scale_ptr + tl.minimum(step + 1, last)).to(tl.float32)
     scaled = (rounded.to(tl.float32) * scale).to(input_ptr.dtype.element_ty)
     tl.store(input_ptr + n * input_stride + at, scaled, mask)
-    if guidance_ptr is not None:
+    if GUIDED:
         tl.store(input_ptr + (n + samples) * input_stride + at, scaled, mask)
 
 
@@ -246,7 +246,8 @@ def diffusion_step_from_table(
         None if seeds is None else seeds.contiguous(), o.out, o.x0, model_input, next_counter, samples, size,
         _stride(o.x), _stride(o.m), _stride(o.previous), _stride(o.out), _stride(model_input),
         0.0 if clip is None else float(clip), len(coefficients), *o.places,
-        config=launch_config, CLIPPED=clip is not None, IN_ROWS=o.in_rows,
+        config=launch_config,
+        GUIDED=guidance_scale is not None, CLIPPED=clip is not None, IN_ROWS=o.in_rows,
     )  # fmt: skip
     if o.is_moved:
         moved = _moved(o.out, sample), _moved(o.x0, sample), _moved(model_input, sample, copies)
