@@ -52,7 +52,7 @@ def code_cases() -> dict[str, Callable[[], object]]:
         "diffusion_step, 512, drawn": lambda: _step(64, drawn=True),
         "diffusion_step, 1024, channels_last, drawn": lambda: _step(128, True, True),
         "diffusion_step_from_table, 512": lambda: _table_step(64),
-        "diffusion_step_from_table, 512, 30 steps": lambda: _table_step(64, steps=30),
+        "diffusion_step_from_table, 512, 30 steps, drawn": lambda: _table_step(64, steps=30, drawn=True),
         "diffusion_step_from_table, 1024, channels_last, drawn": lambda: _table_step(128, 64, True, True),
         "add_noise": lambda: _noised("add_noise_triton"),
         "add_noise_velocity": lambda: _noised("add_noise_velocity_triton"),

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from diffusers_runs import CLASSES, start
+from on_device import OnTheDevice
 from test_graphs import Recorder, Scaled
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdfast import diffusion, graphs
 from sdfast.diffusion import SAMPLERS, NoiseSchedule, sample, sample_on_device
 from sdfast.diffusion.device_loop import LoopStep, repeat_step
 from sdfast.dispatch import use_backend
 
-aten = torch.ops.aten
 SEEDS = torch.tensor([11, -12])
 
 
@@ -144,14 +143,6 @@ def test_on_step_sees_the_latents():
         latents.zero_()
 
     assert torch.equal(sample_on_device(plan, denoiser, start(), on_step=spoil), kept)
-
-
-class OnTheDevice(TorchDispatchMode):
-    """Refuses what reads a tensor's values, or brings some from the host: both would break a capture."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (aten._local_scalar_dense.default, aten.lift_fresh.default), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from elementwise import ARRANGEMENTS, arranged
-from test_device_loop import OnTheDevice
+from on_device import OnTheDevice
 
 from sdfast import _library
 from sdfast.dispatch import use_backend

@@ -5,7 +5,7 @@ import functools
 import pytest
 import tiny_pipelines
 import torch
-from test_device_loop import OnTheDevice
+from on_device import OnTheDevice
 from test_graphs import Recorder
 
 import sdfast
