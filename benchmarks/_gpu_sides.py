@@ -1,8 +1,8 @@
 """The sides of bench_gpu_models.py, each in a process of its own.
 
 A process that compiles for too long, dies or fails can be ended, and the others go on; its memory is its own,
-and its caches of compiled kernels are a folder that was empty when the run began. Idle processes leave the GPU
-alone.
+and so are its caches of compiled kernels, a folder that was empty when the run began unless another was asked
+for. Idle processes leave the GPU alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole models for the GPU: Stable Diffusion 1.5, SDXL and their VAE at real sizes, and the sides that run them.
+"""Whole models for the GPU: SD 1.5, SDXL and their VAE at real sizes, and the sides that run them.
 
 Weights are drawn by the names of parameters, so that our classes and diffusers', and every process, have the
 same ones. Where diffusers is not installed our own class under `use_backend("torch")` stands for it: the same
@@ -176,7 +176,7 @@ def make_model(work: Work, ours: bool, dtype: torch.dtype, device: str, channels
 
 
 def plain_forward(model: nn.Module, work: Work) -> Callable[..., Tensor]:
-    """A function of the values of `Work.inputs` that projects text and timestep itself, as diffusers' user calls."""
+    """A function of `_each_image`'s values that projects text and timestep itself, as in diffusers' loop."""
     options = {} if isinstance(model, AutoencoderKL | UNet2DCondition) else {"return_dict": False}
 
     def first(result: Any) -> Any:
@@ -275,7 +275,7 @@ def _in(backend: str | None, call: Run) -> Run:
 def _training_call(
     model: nn.Module, work: Work, inputs: dict[str, Tensor], backend: str | None, compiled: bool
 ) -> Call:
-    """Forward, squared error of a predicted noise, backward, AdamW; launched one by one, but where compiled."""
+    """Forward, squared error of a predicted noise, backward, AdamW; one by one unless compiled."""
     function, arguments = plain_forward(model, work), _each_image(inputs, work)
     if compiled:
         function = torch.compile(function, mode="max-autotune", fullgraph=True)

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: sdfast beside eager torch and torch.compile, at the sizes of SD 1.5, SDXL and their VAE.
+"""Whole models on a GPU, SD 1.5, SDXL and their VAE: sdfast beside eager torch and torch.compile.
 
     python benchmarks/bench_gpu_models.py [--minutes 60] [--work sd15 sdxl ...] [--side eager sdfast ...]
                                           [--rounds 7] [--dtype bfloat16] [--caches FOLDER] [--tiny]
@@ -6,16 +6,17 @@
 Random weights from a seed, the same on every side. Eager is diffusers in either memory format, or where that
 is not installed our own model under `use_backend("torch")`, as the record says; it is also what
 `torch.compile(mode="max-autotune", fullgraph=True)` compiles, channels_last and with CUDA graphs. Ours is
-channels_last and captured by `graphs.graphed`, once as `dispatch.py` chooses and once with every Triton kernel;
+channels_last and captured by `graphs.graphed`, once as `dispatch.py` chooses, once with every Triton kernel;
 its U-Net has projected text and timestep before the loop. A training step has bf16 weights (under autocast
-torch decides the dtypes and no kernel of ours runs), AdamW, and no graph. All have cudnn.benchmark.
+torch decides the dtypes and no kernel of ours runs), AdamW, and of ours no graph. All have cudnn.benchmark.
 
 The result is checked before it is timed: against fp32 eager without TF32, at most 1.5 times the error of
-eager in the same dtype. Then sides take turns; a time is CUDA events around calls that follow each other, and
-a ratio is of neighbours in time. Every side has a process of its own (`_gpu_sides.py`), so that its memory can
-be told, and that one which fails or takes too long is recorded as such and hides no other. `--minutes` bounds
-the run; the most important works come first, then torch.compile beside ours, then first results from full
-caches. Each row is written to results/<device>/gpu_models.json when it is there. `--tiny` tries it out.
+eager in the same dtype. Then sides take turns; a time is CUDA events around calls that follow each other,
+and a ratio is of neighbours in time. Every side has a process of its own (`_gpu_sides.py`), so that its
+memory can be told, and that one which fails or takes too long is recorded as such and hides no other.
+`--minutes` bounds the run; the most important works come first, then torch.compile beside ours, then first
+results from full caches. Each row is written to results/<device>/gpu_models.json as soon as it is there.
+`--tiny` tries it out.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class Benchmark:
         elif not side["error"] <= _LARGEST_ERROR * self.eager_errors[work]:
             self.ask(name, "unload")
             raise SideError(
-                f"error {side['error']:.1e} exceeds {_LARGEST_ERROR} times eager's {self.eager_errors[work]:.1e}"
+                f"error {side['error']:.1e} exceeds {_LARGEST_ERROR} times eager's,"
+                f" {self.eager_errors[work]:.1e}"
             )
         return side
 
