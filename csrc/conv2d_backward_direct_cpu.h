@@ -175,7 +175,8 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
         return gemm::step_rows(dy + step * s.out_channels + begin, s.out_channels, count, steps,
                                scratch);
       },
-      PixelPanels<T>{s, x}, gemm::store_to(dw, width));
+      PixelPanels<T>{s, x},
+      gemm::store_to(dw, width, simd::streams_gradient(dw, s.out_channels, width)));
 }
 
 }  // namespace sdfast::conv2d::direct

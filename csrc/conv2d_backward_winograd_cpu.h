@@ -66,10 +66,11 @@ void transform_result_tile(const Shape& s, const T* dy, const Position& at, int6
 }
 
 // 36 sums to nine weights, for one out_channel and a panel of channels. With `accumulate` they are
-// added to what an earlier round left. dw: (3, 3, channels) of the out_channel.
+// added to what an earlier round left, else stored past the caches if `streamed`. dw: (3, 3,
+// channels) of the out_channel.
 template <typename T>
 void finish_weights(const float* sums, int64_t point_stride, int64_t column, int64_t channels,
-                    bool accumulate, T* dw) {
+                    bool accumulate, bool streamed, T* dw) {
   const int64_t end = std::min<int64_t>(column + gemm::kColumns, channels);
   simd::for_each_vector(column, end, [&](int64_t c, auto lanes) {
     Vec half[kSide][kPatch];
@@ -86,7 +87,11 @@ void finish_weights(const float* sums, int64_t point_stride, int64_t column, int
       transform_gradient(half[i], out);
       for (int j = 0; j < kSide; ++j) {
         T* to = dw + (i * kSide + j) * channels + c;
-        simd::store(to, accumulate ? simd::load(to, lanes) + out[j] : out[j], lanes);
+        if (streamed) {
+          simd::stream(to, out[j], lanes);
+        } else {
+          simd::store(to, accumulate ? simd::load(to, lanes) + out[j] : out[j], lanes);
+        }
       }
     }
   });
@@ -102,6 +107,8 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
   const int64_t channels = simd::round_up(s.channels);
   const int64_t groups = (s.out_channels + kGroup - 1) / kGroup;
   const int64_t panels = (s.channels + kColumns - 1) / kColumns;
+  const bool streamed =
+      tiling.count <= round && simd::streams_gradient(dw, s.out_channels, kTaps * s.channels);
   // Points in other cache sets.
   const int64_t x_stride = round * channels + 3 * simd::kLanes;
   const int64_t dy_stride = round * groups * kGroup + 3 * simd::kLanes;
@@ -134,9 +141,10 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
         }
         for (int64_t row = 0; row < rows; ++row) {
           finish_weights(sums.get() + row * kColumns, kSums, column, s.channels, first > 0,
-                         dw + (group * kGroup + row) * kTaps * s.channels);
+                         streamed, dw + (group * kGroup + row) * kTaps * s.channels);
         }
       }
+      if (streamed) simd::finish_streams();
     });
   }
 }

@@ -190,25 +190,20 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
   });
 }
 
-// Writes c to y: (rows, columns), rounded; `add(row, column, lanes)` is added before.
-template <typename T, typename Add>
-auto store_to(T* y, int64_t columns, const Add& add) {
+// Writes c to y: (rows, columns), rounded; past the caches if `streamed`.
+template <typename T>
+auto store_to(T* y, int64_t columns, bool streamed = false) {
   return [=](int64_t begin, int64_t count, int64_t column, const float* c) {
     const int64_t end = std::min<int64_t>(column + kColumns, columns);
     for (int64_t r = 0; r < count; ++r) {
       simd::for_each_vector(column, end, [&](int64_t j, auto lanes) {
         const Vec sum = simd::load(c + r * kColumns + (j - column));
-        simd::store(y + (begin + r) * columns + j, add(sum, begin + r, j, lanes), lanes);
+        T* to = y + (begin + r) * columns + j;
+        streamed ? simd::stream(to, sum, lanes) : simd::store(to, sum, lanes);
       });
     }
+    if (streamed) simd::finish_streams();
   };
-}
-
-template <typename T>
-auto store_to(T* y, int64_t columns) {
-  return store_to(y, columns, [](Vec sum, int64_t, int64_t, auto) __attribute__((always_inline)) {
-    return sum;
-  });
 }
 
 // Sums over the rows of each group: x (groups, rows, columns) to sums (groups, columns).

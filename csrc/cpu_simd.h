@@ -288,6 +288,15 @@ SDFAST_INLINE void stream(T* p, Vec v, Lanes lanes) {
   store(p, v, lanes);
 }
 
+// Whether to stream the gradient of a weight, rows of `width` elements: nothing reads it before the
+// optimiser does.
+constexpr int64_t kStreamedGradient = 1 << 18;
+template <typename T>
+bool streams_gradient(const T* p, int64_t rows, int64_t width) {
+  return std::is_same_v<T, float> && rows * width >= kStreamedGradient && width % kLanes == 0 &&
+         is_aligned(p);
+}
+
 SDFAST_INLINE void finish_streams() {
 #if defined(__SSE__)
   _mm_sfence();

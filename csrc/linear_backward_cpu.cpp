@@ -74,13 +74,14 @@ Tensor linear_weight_gradient(Tensor dh, Tensor x) {
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Matrix<T> a(dh), b(x);
+    T* to = static_cast<T*>(dw.mutable_data_ptr());
     gemm::multiply_packing(
         {a.columns, b.columns, a.rows},
         [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
           return gemm::step_rows(a.data + step * a.stride + begin, a.stride, count, steps, scratch);
         },
         gemm::MatrixPanels<T>{b.data, b.stride, b.columns},
-        gemm::store_to(static_cast<T*>(dw.mutable_data_ptr()), b.columns));
+        gemm::store_to(to, b.columns, simd::streams_gradient(to, a.columns, b.columns)));
   });
   return dw;
 }

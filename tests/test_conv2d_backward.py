@@ -94,6 +94,15 @@ def test_sizes_of_a_model() -> None:
     check_winograd((1, 32, 23, 24, 32, 3, 1, 1), True)
 
 
+def test_large_weight_gradients() -> None:
+    """As many numbers as are stored past the caches, of Winograd and of the direct kernel."""
+    case = (1, 176, 7, 6, 178, 3, 1, 1)
+    check_winograd(case, False)
+    call = Call(case, torch.float32)
+    with dispatch.use_numerics("exact"):
+        check_gradients(call.ours, call.eager, call.tensors, call.dy)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     call = Call((2, 33, 9, 8, 34, 3, 1, 1), dtype)
@@ -219,6 +228,7 @@ def test_lower_instruction_sets(isa: str) -> None:
             for dtype in t.DTYPES:
                 t.test_direct(dtype, upsample)
         t.test_sizes_of_a_model()
+        t.test_large_weight_gradients()
         t._conv2d_training._WINOGRAD_PIXELS = t._conv2d_training._WINOGRAD_GRADIENT_PIXELS = 1
         for case in t.WINOGRAD_CASES:
             t.check_winograd(case, False)

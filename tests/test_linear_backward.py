@@ -36,6 +36,19 @@ def test_shapes(activation: str | None, dtype: torch.dtype) -> None:
             check_gradients(ours, eager, given, dy, f"{tokens, rows, k}")
 
 
+def test_large_weight_gradients() -> None:
+    """As many numbers as are stored past the caches; the last block is not whole."""
+    tensors, dy = make(40, 530, 512, torch.float32), torch.randn(40, 530)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return ops.linear(x, weight, bias, residual=residual, backend="cpu")
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return linear_torch(x, weight, bias, residual=residual)
+
+    check_gradients(ours, eager, tensors, dy)
+
+
 def geglu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return ops.linear(x, weight, bias, activation="geglu", residual=residual, backend="cpu")
 
@@ -153,4 +166,5 @@ def test_lower_instruction_sets(isa: str) -> None:
                 t.test_shapes(activation, dtype)
             t.test_strides(dtype)
         t.test_slopes_far_from_zero()
+        t.test_large_weight_gradients()
     """)  # fmt: skip

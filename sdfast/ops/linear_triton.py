@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdfast.ops._launch_table import choose, near
 from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
 
 # Places in linear.ACTIVATIONS.
@@ -158,16 +159,17 @@ _SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; a
 
 
 class Plan(NamedTuple):
-    """How one product is launched."""
+    """How one product is launched; `cost` is the work of the busiest multiprocessor."""
 
     config: Config
     tiles: int
     splits: int
     steps: int
+    cost: float
 
 
-def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> Plan:
-    """The tile with the least work for the busiest multiprocessor.
+def plans_of(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> list[Plan]:
+    """A plan for each tile that suits the shape.
 
     Args:
         a: the first factor, (M, K).
@@ -181,7 +183,7 @@ def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool =
     tiles: tuple[_Tile, ...] = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
     tiles = _FP32 if fp32 else tiles if aligned else _UNALIGNED
     available, processors = shared_memory_bytes(a.device), multiprocessors(a.device)
-    best, best_cost = None, float("inf")
+    plans = []
     for tile in tiles:
         tile_n = tile.n // 2 if paired and tile.n > 64 else tile.n
         block_k = 128 if tile.m == 16 else 64 if aligned else 32
@@ -197,14 +199,19 @@ def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool =
         steps = triton.cdiv(steps, splits)
         cost = triton.cdiv(count * splits, processors) * tile.m * tile_n * (1 + paired) / tile.share
         cost *= (steps + _SPLIT_STEPS * (splits > 1)) * block_k
-        if cost < best_cost:
-            constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
-            # Two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold.
-            num_warps = 8 if paired else tile.num_warps
-            config = Config(constants, num_warps, min(4, available // stage_bytes))
-            best, best_cost = Plan(config, count, splits, steps), cost
-    assert best is not None
-    return best
+        constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
+        # Two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold.
+        num_warps = 8 if paired else tile.num_warps
+        config = Config(constants, num_warps, min(4, available // stage_bytes))
+        plans.append(Plan(config, count, splits, steps, cost))
+    return plans
+
+
+def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> Plan:
+    """The plan that serves a product; arguments as of `plans_of`."""
+    contiguous = tuple("K" if t.stride(axis) == 1 else "rows" for t, axis in ((a, 1), (b, 0)))
+    bucket = ("paired" if paired else "plain", a.dtype, near(a.shape[0]), n, near(a.shape[1]), *contiguous)
+    return choose("linear", bucket, plans_of(a, b, n, precision, paired=paired), a.device)
 
 
 def _dense(t: Tensor) -> Tensor:

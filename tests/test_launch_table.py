@@ -1,0 +1,112 @@
+"""Which plan serves a launch: the rule's, what a table names, what no longer exists; and how tables are made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from processes import PACKAGE
+
+pytest.importorskip("triton")
+from sdfast.ops import _launch_table
+from sdfast.ops._launch_table import choose, exploring, name_of, near, preferring
+from sdfast.ops._triton import Config, recording
+
+DEVICE = torch.device("cpu")
+
+
+class Plan(NamedTuple):
+    config: Config
+    splits: int
+    cost: float
+
+
+PLANS = [
+    Plan(Config({"BLOCK": block}, num_warps=4), 1, cost)
+    for block, cost in ((64, 3.0), (128, 1.0), (256, 2.0))
+]
+KEY = ("matmul", "float16 64 320")
+
+
+def chosen() -> int:
+    plan = choose("matmul", (torch.float16, near(40), 320), PLANS, DEVICE)
+    return plan.config.constants["BLOCK"]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of sm_90's table, which is not there yet."""
+    monkeypatch.setattr(_launch_table, "FOLDER", tmp_path)
+    _launch_table.table.cache_clear()
+    yield tmp_path / "sm_90.json"
+    _launch_table.table.cache_clear()
+
+
+def write(table: Path, plan: str) -> None:
+    table.write_text(json.dumps({"plans": {KEY[0]: {KEY[1]: plan}}}))
+    _launch_table.table.cache_clear()
+
+
+def test_near_is_the_power_of_two_above() -> None:
+    assert [near(size) for size in (0, 1, 2, 3, 64, 65, 4096, 4097)] == [1, 1, 2, 4, 64, 128, 4096, 8192]
+
+
+def test_the_rule_decides_where_nothing_was_measured(table: Path) -> None:
+    assert chosen() == 128
+
+
+def test_a_table_decides_on_its_architecture_alone(table: Path) -> None:
+    write(table, name_of(PLANS[2]))
+    assert chosen() == 256
+    with recording(80):
+        assert chosen() == 128
+
+
+def test_a_plan_that_is_no_longer_listed_is_ignored(table: Path) -> None:
+    write(table, "BLOCK=512 warps=4 stages=3 splits=1")
+    assert chosen() == 128
+
+
+def test_exploring_and_preferring(table: Path) -> None:
+    with exploring() as met:
+        chosen()
+    assert met == {KEY: [name_of(PLANS[i]) for i in (1, 2, 0)]}
+    write(table, name_of(PLANS[2]))
+    with preferring(KEY, name_of(PLANS[0])):
+        assert chosen() == 64
+    assert chosen() == 256
+
+
+def test_tables_are_made_and_serve(table: Path) -> None:
+    """Measured in the interpreter, where times mean nothing, but which plans there are does."""
+    script = PACKAGE / "benchmarks" / "tune_launches.py"
+    command = [
+        sys.executable,
+        str(script),
+        "linear",
+        "--only",
+        "linear odd fp32",
+        "--folder",
+        str(table.parent),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "TRITON_INTERPRET": "1"}
+
+    def run() -> str:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert "linear odd fp32: linear plain float32 64 34" in run()
+    content = json.loads(table.read_text())
+    measured = content["ms"]["linear"]
+    assert all(len(ms) > 1 and min(ms.values()) > 0 for ms in measured.values())
+    for bucket, plan in content["plans"].get("linear", {}).items():
+        assert plan in measured[bucket]
+    assert run() == ""  # nothing is measured twice
+    assert json.loads(table.read_text()) == content
