@@ -33,6 +33,10 @@ class SideError(RuntimeError):
     """A side could not do it; the message says why."""
 
 
+class OutOfTime(SideError):
+    """It was not done when it had to be, which says nothing against it."""
+
+
 class Side:
     """A side's process, started when it is first asked, and again after it was ended."""
 
@@ -58,13 +62,13 @@ class Side:
     def ask(self, seconds: float, request: str, *arguments: object) -> Any:
         """The answer, or SideError; a process without one after so many seconds is ended."""
         if seconds <= 0:
-            raise SideError("the time of the run was over")
+            raise OutOfTime("the time of the run was over")
         self.start()
         try:
             self.connection.send((request, *arguments))
             if not self.connection.poll(seconds):
                 self.end()
-                raise SideError(f"{request}: not done within {seconds:.0f} s")
+                raise OutOfTime(f"{request}: not done within {seconds:.0f} s")
             answer = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(5)

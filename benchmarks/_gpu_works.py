@@ -139,7 +139,7 @@ WORKS = {
 }
 TINY_WORKS = {
     "sd15": Work("tiny U-Net, guided step", "step", TINY_UNET, 1, 8, 7),
-    "train": Work("tiny U-Net, training step", "train", TINY_UNET, 1, 8, 7),
+    "train": Work("tiny U-Net, training step", "train", TINY_UNET, 2, 8, 7),
     "decode512": Work("tiny VAE, decode", "decode", TINY_VAE, 1, 4),
     "encode512": Work("tiny VAE, encode", "encode", TINY_VAE, 1, 8),
 }
@@ -229,7 +229,7 @@ def make_call(work: Work, side: str, dtype: torch.dtype, device: str) -> Call:
     inputs = work.inputs(dtype, device, channels_last)
     backend = OURS.get(side, "torch")
     if work.kind == "train":
-        return _training_call(model, work, inputs, backend, side == "compiled")
+        return _training_call(model, work, inputs, backend, side)
     direct: Run
     if ours and work.kind == "step":
         added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
@@ -273,21 +273,25 @@ def _in(backend: str | None, call: Run) -> Run:
 
 
 def _training_call(
-    model: nn.Module, work: Work, inputs: dict[str, Tensor], backend: str | None, compiled: bool
+    model: nn.Module, work: Work, inputs: dict[str, Tensor], backend: str | None, side: str
 ) -> Call:
     """Forward, squared error of a predicted noise, backward, AdamW; one by one unless compiled."""
     function, arguments = plain_forward(model, work), _each_image(inputs, work)
-    if compiled:
+    if side == "compiled":
         function = torch.compile(function, mode="max-autotune", fullgraph=True)
+    # fp32 needs the memory of one image at a time; the mean of their gradients is that of the batch.
+    parts = work.images if side == "reference" else 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     checked = [p for _, p in sorted(model.named_parameters())][CHECKED]
 
     def gradients() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
+        rows = [t.chunk(parts) for t in (*arguments, inputs["target"])]
         with _backend(backend):
-            torch.compiler.cudagraph_mark_step_begin()
-            loss = F.mse_loss(function(*arguments), inputs["target"])
-            loss.backward()
+            for *given, target in zip(*rows, strict=True):
+                torch.compiler.cudagraph_mark_step_begin()
+                loss = F.mse_loss(function(*given), target) / parts
+                loss.backward()
         return loss.detach()
 
     def result() -> Tensor:

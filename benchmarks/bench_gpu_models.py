@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from _gpu_sides import Side, SideError
+from _gpu_sides import OutOfTime, Side, SideError
 from _gpu_timing import Timer, card, ceilings, kernels_there, versions
 from _gpu_works import HAS_DIFFUSERS, OURS, SIDES, TINY_WORKS, WORKS
 from _record import results_path, write_json
@@ -59,7 +59,9 @@ class Benchmark:
         }
         self.works = TINY_WORKS if options.tiny else WORKS
         self.eager_errors: dict[str, float] = {}
+        self.no_reference: dict[str, SideError] = {}
         self.rows: list[Row] = []
+        self.faults: list[str] = []
         self.more: Row = {}
 
     def ask(self, name: str, request: str, *arguments: object) -> Any:
@@ -98,14 +100,14 @@ class Benchmark:
             do()
         except SideError as error:
             row["failed"][what] = str(error)
+            if not isinstance(error, OutOfTime):
+                self.faults.append(f"{row['work']}, {what}: {error}")
             return False
         return True
 
     def load(self, work: str, name: str) -> Row:
         """What a side says of its first result, judged."""
-        if not (self.folder / f"{work}.pt").exists():
-            self.ask("reference", "load", work)
-            self.sides["reference"].end()
+        self.need_reference(work)
         compiled_before = any(self.sides[name].caches.glob("*/*"))
         side = {**self.ask(name, "load", work), "compiled_before": compiled_before}
         if name in _EAGER:
@@ -119,6 +121,17 @@ class Benchmark:
                 f" {self.eager_errors[work]:.1e}"
             )
         return side
+
+    def need_reference(self, work: str) -> None:
+        """The expected result, computed once; where it cannot be, nothing of this work is judged or timed."""
+        if work in self.no_reference:
+            raise self.no_reference[work]
+        if not (self.folder / f"{work}.pt").exists():
+            try:
+                self.ask("reference", "load", work)
+            except SideError as error:
+                self.no_reference[work] = type(error)(f"reference, {error}")
+                raise self.no_reference[work] from None
 
     def load_again(self, row: Row) -> None:
         """First results of new processes that find all kernels compiled, where the row has that of none."""
@@ -153,7 +166,8 @@ class Benchmark:
                 for work in works:
                     self.measure(work, ("compiled", *ours))
             for row in self.rows:
-                self.load_again(row)
+                if time.monotonic() < self.deadline:
+                    self.load_again(row)
         finally:
             for side in self.sides.values():
                 side.end()
@@ -222,7 +236,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what each side takes, write results/<device>/gpu_models.json; fail where a side failed."""
+    """Print what each side takes, write results/<device>/gpu_models.json; fail where a side did.
+
+    One that ran out of time did not.
+    """
     options = parse(arguments)
     device = "cpu" if options.tiny else "cuda"
     with tempfile.TemporaryDirectory() as folder:
@@ -230,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timer = Timer(device)
         copy, product = ceilings(timer, getattr(torch, options.dtype), device)
         del timer
+        if device == "cuda":
+            torch.cuda.empty_cache()
         benchmark.more = {
             "eager_model": "diffusers" if HAS_DIFFUSERS else 'sdfast.models with use_backend("torch")',
             "triton_kernels": kernels_there(),
@@ -241,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if missing:
             print(f"no Triton kernel yet: {', '.join(missing)}", flush=True)
         benchmark.run()
-    if failed := [row["work"] for row in benchmark.rows if row["failed"]]:
-        raise SystemExit(f"not all was measured: {'; '.join(dict.fromkeys(failed))}")
+    if benchmark.faults:
+        raise SystemExit("\n".join(benchmark.faults))
 
 
 if __name__ == "__main__":
