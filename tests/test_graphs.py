@@ -282,7 +282,6 @@ def test_bad_arguments(on_cpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_captured_on_a_gpu():
     unet, cache = tiny_unet().cuda(), GraphCache()
