@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdfast.ops._conv2d_operations import kernel_op, statistics_op
+from sdfast.ops._conv2d_training import TRITON, conv2d_training
 from sdfast.ops._linear_rows import rows_triton_op
 from sdfast.ops.group_norm import group_norm
 
@@ -54,6 +55,39 @@ def conv2d_triton(
     if is_product and not norm and skip is None and time_embedding is None:
         return _product(x, weight, bias, residual)
     return cast(Tensor, kernel_op(*operands))
+
+
+def conv2d_triton_training(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    upsample: bool = False,
+    time_embedding: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    norm_groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    norm_silu: bool = False,
+    norm_statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """y, with a gradient that cannot be differentiated again; torch's can.
+
+    The weight's gradient needs what the convolution read, as one image: `skip` is concatenated, and the norm
+    is an operation of its own, with a gradient of its own.
+    """
+    if norm_groups:
+        x = group_norm(
+            x, norm_groups, norm_weight, norm_bias, norm_eps, activation="silu" if norm_silu else None,
+            skip=skip, statistics=norm_statistics if skip is None else None, backend="triton",
+        )  # fmt: skip
+    elif skip is not None:
+        x = torch.cat([x, skip], 1)
+    return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual, TRITON)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

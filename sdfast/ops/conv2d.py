@@ -23,7 +23,7 @@ from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
 from sdfast.ops._conv2d_choice import folds, shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
-from sdfast.ops._conv2d_fused import conv2d_triton
+from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
 from sdfast.ops._native import requires_grad, unavailable
@@ -148,10 +148,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
     else:
-        reasons = unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
-        if requires_grad(x, weight, *others):
-            reasons["triton"] = "this gradient needs torch or reference"
-        return reasons
+        return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
     return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
 
 
@@ -263,15 +260,25 @@ def conv2d(
     named, trains = dispatch.is_named(backend), requires_grad(x, weight, bias, *others)
     order: tuple[str, ...] | None = None
     if x.is_cuda:
-        order = _order_on_cuda(x, weight, stride, sides, upsample)
+        order = ("torch", "triton") if trains else _order_on_cuda(x, weight, stride, sides, upsample)
     if (x.is_cuda or named) and dispatch.choose(
         "conv2d", x.device.type, reasons, backend, order=order
     ) == "triton":
+        more: dict[str, Any] = {"skip": skip, "norm_statistics": norm.statistics if norm else None}
+        if trains:
+            y = conv2d_triton_training(x, weight, bias, stride, sides, **fused, **more)
+            return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
         return conv2d_triton(
-            x, weight, bias, stride, sides, **fused, skip=skip,
-            norm_statistics=norm.statistics if norm else None,
-            stats_groups=stats_groups or 0, stats_eps=stats_eps,
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            stride,
+            sides,
+            **fused,
+            **more,
+            stats_groups=stats_groups or 0,
+            stats_eps=stats_eps,
+        )
     if skip is not None:
         x = torch.cat([x, skip], 1)
     if "cpu" not in reasons and not named:

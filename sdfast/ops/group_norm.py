@@ -128,7 +128,9 @@ def _check_skip(skip: Tensor, x: Tensor) -> None:
     check_tensor("skip", skip, rank=x.dim())
     expected = (x.shape[0], "C2", *x.shape[2:])
     if skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]:
-        raise ValueError(f"skip: got shape {tuple(skip.shape)}, expected {expected} for x of {tuple(x.shape)}")
+        raise ValueError(
+            f"skip: got shape {tuple(skip.shape)}, expected {expected} for x of {tuple(x.shape)}"
+        )
     if skip.device != x.device:
         raise ValueError(f"skip: is on {skip.device}, expected {x.device} as x")
     if skip.dtype != x.dtype:

@@ -1,4 +1,4 @@
-"""group_norm in Triton, y = act((x̂ · weight + bias) · (1 + scale) + shift), of one or two sources of channels.
+"""group_norm in Triton, y = act((x̂ weight + bias) (1 + scale) + shift), of one or two sources of channels.
 
 A program owns some whole groups, as many channels as make runs of whole 16 bytes. Where their pixels fit its
 registers it computes mean, squares and y from these: one launch. Else programs take chunks of pixels, each
@@ -9,14 +9,18 @@ Bytes: x + y, or 2 x + y. The limit is memory, of small images the launch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._group_norm_layout import arranged, empty_concatenation, empty_in_layout, pixels_of
+from sdfast.ops._group_norm_layout import (
+    arranged,
+    empty_concatenation,
+    empty_in_layout,
+    is_last,
+    pixels_of,
+)
 from sdfast.ops._group_norm_plan import Shape, Tiling, blocks_of_tiles, tiling, whole_tiling
 from sdfast.ops._triton import launch
 
@@ -24,11 +28,14 @@ _PARTIALS = tl.constexpr(32)  # chunks that are combined at a time
 
 
 @triton.jit
-def place(n, pixel, channel, pixels, channels, LAST: tl.constexpr):
-    """Where (n, pixel, channel) lies: pixel, (P, 1), channel, (1, C), int64."""
+def tile_of(x, n, first, row, channel, pixels, channels, LAST: tl.constexpr):
+    """Pointers to pixels first + row, (P, 1), of image n, at channel, (1, C); x: (N, pixels, channels).
+
+    What is large is added to the pointer; channels last, what differs inside a tile is kept in 32 bits.
+    """
     if LAST:
-        return (n * pixels + pixel) * channels + channel
-    return (n * channels + channel) * pixels + pixel
+        return x + (n * pixels + first) * channels + (row * channels + channel)
+    return x + (n * channels * pixels + first) + (channel.to(tl.int64) * pixels + row)
 
 
 @triton.jit
@@ -51,7 +58,8 @@ def affine(weight, bias, scale, shift, n, channel, inside, scale_row, shift_row)
 
 @triton.jit
 def _channels(span, group_channels, channels, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A span's first group, its channels, which of these there are, and the group of each among the span's."""
+    """A span's first group, its channels, which of them there are, and the group of each among the span's."""
+    span = span.to(tl.int32)
     local = tl.arange(0, BLOCK_C)
     if PARTS == 1:
         first_group = span * (SPAN // group_channels)
@@ -59,7 +67,7 @@ def _channels(span, group_channels, channels, SPAN: tl.constexpr, PARTS: tl.cons
         inside = (local < SPAN) & (channel < channels)
     else:
         first_group = span // PARTS
-        local += (span % PARTS * SPAN).to(tl.int32)
+        local += span % PARTS * SPAN
         channel = first_group * group_channels + local
         inside = local < group_channels
     return first_group, channel, inside, local // group_channels
@@ -85,21 +93,24 @@ def _rstd(squares, elements, eps):
 
 @triton.jit
 def _load(
-    x, skip, n, pixel, channel, inside, pixels, channels, skip_channels, LAST: tl.constexpr
+    x, skip, n, first, row, channel, inside, pixels, channels, skip_channels, LAST: tl.constexpr
 ):  # fmt: skip
     """A tile of the one source, or of the two, whose channels follow each other, in fp32."""
-    at = x + place(n, pixel, channel, pixels, channels, LAST)
+    at = tile_of(x, n, first, row, channel, pixels, channels, LAST)
     if skip is not None:
-        other = skip + place(n, pixel, channel - channels, pixels, skip_channels, LAST)
+        other = tile_of(skip, n, first, row, channel - channels, pixels, skip_channels, LAST)
         at = tl.where(channel < channels, at, other)
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(y, z, n, pixel, channel, inside, pixels, channels, SILU: tl.constexpr, LAST: tl.constexpr):
+def _store(
+    y, z, n, first, row, channel, inside, pixels, channels, SILU: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    """act(z)."""
     if SILU:
         z = z * tl.sigmoid(z)
-    at = y + place(n, pixel, channel, pixels, channels, LAST)
+    at = tile_of(y, n, first, row, channel, pixels, channels, LAST)
     tl.store(at, z.to(y.dtype.element_ty), mask=inside)
 
 
@@ -123,11 +134,11 @@ def _whole_kernel(
         program % spans, group_channels, total, SPAN, PARTS, BLOCK_C
     )
     member = local[None, :] == tl.arange(0, GROUPS)[:, None]
-    pixel = tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
-    inside = (pixel < pixels) & there[None, :]
+    row = tl.arange(0, BLOCK_P)[:, None]
+    inside = (row < pixels) & there[None, :]
     column = channel[None, :]
 
-    value = _load(x, skip, n, pixel, column, inside, pixels, channels, skip_channels, LAST)
+    value = _load(x, skip, n, 0, row, column, inside, pixels, channels, skip_channels, LAST)
     elements = pixels * 1.0 * group_channels
     mean = tl.div_rn(_to_groups(tl.sum(value, axis=0), member), elements)
     value = tl.where(inside, value - _to_channels(mean, member)[None, :], 0.0)
@@ -137,7 +148,7 @@ def _whole_kernel(
     factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
     factor *= _to_channels(rstd, member)
     z = value * factor[None, :] + offset[None, :]
-    _store(y, z, n, pixel, column, inside, pixels, total, SILU, LAST)
+    _store(y, z, n, 0, row, column, inside, pixels, total, SILU, LAST)
     if mean_out is not None:
         group = first_group + tl.arange(0, GROUPS)
         owned = (group < groups) & (tl.arange(0, GROUPS) < SPAN // group_channels)
@@ -164,25 +175,28 @@ def _partials_kernel(
     first_group, channel, there, local = _channels(
         span, group_channels, channels + skip_channels, SPAN, PARTS, BLOCK_C
     )
-    row = chunk * steps * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = tl.arange(0, BLOCK_P)[:, None]
+    column = channel[None, :]
+    begin = chunk * steps * BLOCK_P
     mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for step in range(0, steps):
-        pixel = (row + step * BLOCK_P)[:, None]
-        inside = (pixel < pixels) & there[None, :]
-        value = _load(x, skip, n, pixel, channel[None, :], inside, pixels, channels, skip_channels, LAST)
+        first = begin + step * BLOCK_P
+        inside = (row < pixels - first) & there[None, :]
+        value = _load(x, skip, n, first, row, column, inside, pixels, channels, skip_channels, LAST)
         delta = tl.where(inside, value - mean, 0.0)
         mean += delta * (1.0 / (step + 1))
         square += delta * (value - mean)
 
     # What every place of the tile has seen: all steps, or, at the image's end, fewer.
-    seen = tl.minimum(tl.maximum((pixels - row + BLOCK_P - 1) // BLOCK_P, 0), steps).to(tl.float32)[:, None]
+    left = tl.minimum(pixels - begin, steps * BLOCK_P)
+    seen = (tl.maximum(left - row + BLOCK_P - 1, 0) // BLOCK_P).to(tl.float32)
     part = span % PARTS
     width = group_channels
     if PARTS > 1:
         width = tl.minimum(group_channels - part * SPAN, SPAN)
         local = tl.zeros_like(local)
-    elements = tl.minimum(pixels - chunk * steps * BLOCK_P, steps * BLOCK_P) * 1.0 * width
+    elements = left * 1.0 * width
     member = local[None, :] == tl.arange(0, GROUPS)[:, None]
     group_mean = tl.div_rn(_to_groups(tl.sum(mean * seen, axis=0), member), elements)
     mean -= _to_channels(group_mean, member)[None, :]
@@ -261,20 +275,20 @@ def _apply_kernel(
             means, squares, n, group, owned, pixels, groups, group_channels, eps, chunks, chunk_pixels,
             SPAN, PARTS, GROUPS,
         )  # fmt: skip
-    if mean_out is not None:
-        first = owned & (block == 0)
-        tl.store(mean_out + n * groups + group, mean, mask=first)
-        tl.store(rstd_out + n * groups + group, rstd, mask=first)
+    if mean_out is not None and block == 0:
+        tl.store(mean_out + n * groups + group, mean, mask=owned)
+        tl.store(rstd_out + n * groups + group, rstd, mask=owned)
     factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
     factor *= _to_channels(rstd, member)
     centre = _to_channels(mean, member)[None, :]
-    row = block * steps * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = tl.arange(0, BLOCK_P)[:, None]
+    column = channel[None, :]
     for step in range(0, steps):
-        pixel = (row + step * BLOCK_P)[:, None]
-        inside = (pixel < pixels) & there[None, :]
-        value = _load(x, skip, n, pixel, channel[None, :], inside, pixels, channels, skip_channels, LAST)
+        first = (block * steps + step) * BLOCK_P
+        inside = (row < pixels - first) & there[None, :]
+        value = _load(x, skip, n, first, row, column, inside, pixels, channels, skip_channels, LAST)
         z = (value - centre) * factor[None, :] + offset[None, :]
-        _store(y, z, n, pixel, channel[None, :], inside, pixels, total, SILU, LAST)
+        _store(y, z, n, first, row, column, inside, pixels, total, SILU, LAST)
 
 
 def row_stride(t: Tensor | None) -> tuple[Tensor | None, int]:
@@ -289,10 +303,11 @@ class _Call:
     """One call's operands as kernels take them, and the sizes that they are launched with."""
 
     def __init__(
-        self, sources: list[Tensor], y: Tensor, last: bool, num_groups: int, weight: Tensor | None,
+        self, x: Tensor, skip: Tensor | None, y: Tensor, num_groups: int, weight: Tensor | None,
         bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, eps: float,
     ) -> None:  # fmt: skip
-        x, skip = sources[0], sources[1] if len(sources) > 1 else None
+        last = is_last(x) and (skip is None or is_last(skip))
+        x, skip = arranged(x, last), None if skip is None else arranged(skip, last)
         scale, scale_row = row_stride(scale)
         shift, shift_row = row_stride(shift)
         weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
@@ -304,6 +319,7 @@ class _Call:
         self.operands = (x, skip, weight, bias, scale, shift, y)
         self.sizes = (pixels, channels, skip_channels, num_groups, group_channels)
         self.numbers = (*self.sizes, eps, scale_row, shift_row)
+        self.modulated = scale is not None or shift is not None
         self.keywords = {"SILU": silu, "LAST": last}
 
     def apply(
@@ -321,7 +337,7 @@ class _Call:
     def run(self, mean: Tensor | None = None, rstd: Tensor | None = None) -> None:
         """y and, where given, mean and rstd."""
         shape, x = self.shape, self.sources[0]
-        whole = whole_tiling(shape)
+        whole = whole_tiling(shape, self.modulated)
         if whole is not None:
             launch(
                 _whole_kernel, (shape.images * whole.spans,), *self.operands, mean, rstd, *self.numbers,
@@ -353,8 +369,7 @@ def group_norm(
     """sdfast::group_norm."""
     y = empty_in_layout(x)
     if y.numel():
-        sources, last = arranged(x)
-        _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, eps).run()
+        _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, eps).run()
     return y
 
 
@@ -372,8 +387,7 @@ def group_norm_forward(
     y = empty_in_layout(x)
     mean, rstd = (x.new_zeros((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     if y.numel():
-        sources, last = arranged(x)
-        _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, eps).run(mean, rstd)
+        _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, eps).run(mean, rstd)
     return y, mean, rstd
 
 
@@ -391,8 +405,7 @@ def group_norm_pair(
     """(N, C, *) and (N, C2, *) -> (N, C + C2, *)."""
     y = empty_concatenation(x, skip)
     if y.numel():
-        sources, last = arranged(x, skip)
-        _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, eps).run()
+        _Call(x, skip, y, num_groups, weight, bias, scale, shift, silu, eps).run()
     return y
 
 
@@ -410,7 +423,6 @@ def group_norm_apply(
     """x, (N, C, *), and its statistics, (N, num_groups) -> (N, C, *)."""
     y = empty_in_layout(x)
     if y.numel():
-        sources, last = arranged(x)
-        call = _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, 0.0)
+        call = _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, 0.0)
         call.apply(tiling(call.shape), mean.contiguous(), rstd.contiguous(), 0, 0)
     return y
