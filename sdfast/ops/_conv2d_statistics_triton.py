@@ -97,7 +97,7 @@ def combine(
     images, tiles, _, channels = partials.shape
     mean = partials.new_empty((images, num_groups))
     rstd = partials.new_empty((images, num_groups))
-    config = Config({"BLOCK": 2048}, num_warps=8)
+    config = Config({"BLOCK": 2048}, num_warps=16)
     launch(
         _groups_kernel, (images * num_groups,), partials, mean, rstd, tiles, tiles // phases, pixels,
         channels, num_groups, channels // num_groups, eps, config=config, ROWS=rows,
