@@ -6,6 +6,7 @@ fp32 has few pixels here: the interpreter adds a tile's rows one after the other
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -69,21 +70,20 @@ def test_against_fp64(dtype: torch.dtype, layout: str, silu: bool) -> None:
     check(make_case((1, 24, 2, 3, 4), 4, dtype, layout, silu=silu, affine=False, scale_shift=False))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_odd_channels(dtype: torch.dtype) -> None:
-    """Every number of channels to 17 with one number of groups each, and every divisor somewhere."""
-    sizes = (1, 2, 7, 8, 9, 5)
+    sizes = (1, 2, 5, 3, 7, 4)
     for channels in range(1, 18):
         divisors = [g for g in range(1, channels + 1) if channels % g == 0]
         groups = divisors[(channels + DTYPES.index(dtype)) % len(divisors)]
         layout = LAYOUTS[channels % 2]
-        check(make_case((2, channels, sizes[channels % 6], sizes[channels // 3]), groups, dtype, layout))
+        shape = (1 + channels % 2, channels, sizes[channels % 6], sizes[channels // 3])
+        check(make_case(shape, groups, dtype, layout))
 
 
-@pytest.mark.parametrize("layout", ["first", "last"])
-def test_real_channels(layout: str) -> None:
+def test_real_channels() -> None:
     """The widths of the models' groups, of images that are cut small."""
-    for channels in (320, 640, 960, 1280, 1920, 2560):
+    for channels, layout in ((320, "last"), (640, "first"), (960, "last"), (1280, "last"), (2560, "last")):
         case = make_case((1, channels, 3, 2), 32, torch.float16, layout, scale_shift=False)
         check(case, backward=channels == 320)
 
@@ -92,10 +92,8 @@ def test_real_channels(layout: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_are_combined(dtype: torch.dtype, layout: str) -> None:
     """Images larger than a program's registers: partial statistics, the last chunk shorter than the others."""
-    shape = (1, 120, 36, 31) if dtype is torch.float32 else (2, 20, 48, 45)
+    shape = (1, 60, 36, 31) if dtype is torch.float32 else (1, 20, 40, 37)
     check(make_case(shape, 4, dtype, layout), backward=dtype is torch.float16)
-    # A span of several steps: more images than programs are wanted.
-    check(make_case((1100, 4, 33, 32), 2, dtype, layout)) if DEVICE == "cuda" else None
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -103,8 +101,7 @@ def test_several_steps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few multiprocessors, so that a program takes several tiles, of which the last is cut."""
     for module in ("sdfast.ops._group_norm_plan", "sdfast.ops.group_norm_backward_triton"):
         monkeypatch.setattr(f"{module}.multiprocessors", lambda device: 1)
-    check(make_case((2, 60, 37, 41), 6, torch.float16, layout))
-    check(make_case((1, 64, 35, 34), 32, torch.float32, layout))
+    check(make_case((2, 60, 33, 35), 6, torch.float16, layout))
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -131,7 +128,7 @@ def test_outliers_among_the_first_pixels(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_stay_in_their_group(value: float, layout: str) -> None:
-    for shape in ((2, 12, 9, 5), (2, 12, 65, 17)):
+    for shape in ((2, 12, 9, 5), (2, 12, 32, 33)):
         case = on_device(make_case(shape, 3, torch.float16, layout))
         case.x[1, 5, 3, 2] = value
         y = case.run("triton")
@@ -173,16 +170,18 @@ def concatenated(
     return group_norm(x, groups, *parameters, activation="silu", skip=skip, backend=backend, **more).cpu()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("channels", "skip_channels", "groups", "size"),
-    [(20, 10, 3, (5, 7)), (7, 5, 4, (3, 3)), (640, 320, 32, (2, 3)), (20, 10, 3, (41, 28)), (280, 20, 1, (3, 2))],
+    ("channels", "skip_channels", "groups", "size", "dtype"),
+    [
+        (20, 10, 3, (5, 7), torch.float32), (7, 5, 4, (3, 3), torch.float32), (7, 5, 4, (3, 3), torch.bfloat16),
+        (640, 320, 32, (2, 1), torch.float16), (20, 10, 3, (40, 27), torch.float16),
+        (280, 20, 1, (3, 2), torch.float32),
+    ],
 )  # fmt: skip
 def test_skip(
     channels: int, skip_channels: int, groups: int, size: tuple[int, int], dtype: torch.dtype
-) -> None:
-    if dtype is torch.float32 and size[0] > 40:
-        channels, skip_channels, groups = 6 * channels, 6 * skip_channels, 18
+) -> None:  # fmt: skip
+    """Groups that straddle the two sources, images of one launch and of two, a group in parts."""
     x = (torch.randn(2, channels, *size) * 2 + 0.7).to(dtype)
     skip = torch.randn(2, skip_channels, *size).to(dtype)
     total = channels + skip_channels
@@ -195,7 +194,6 @@ def test_skip(
         y = concatenated(*sources, groups, "triton", (weight, bias))
         assert_within_budget(y, both.run("torch"), exact, magnitude=sizes["y"])
         assert y.is_contiguous(memory_format=torch.channels_last) == (layouts == ("last", "last"))
-        assert torch.equal(y, concatenated(*sources, groups, "triton", (weight, bias)))
 
 
 def test_skip_is_the_concatenation() -> None:
@@ -231,7 +229,7 @@ def statistics_of(x: Tensor, groups: int, eps: float = 1e-5) -> tuple[Tensor, Te
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(dtype: torch.dtype, layout: str) -> None:
-    for shape, groups in (((2, 60, 7, 5), 6), ((1, 34, 37, 29), 2), ((1, 594, 3, 2), 1)):
+    for shape, groups in (((2, 60, 7, 5), 6), ((1, 34, 17, 19), 2), ((1, 294, 3, 2), 1)):
         case = make_case(shape, groups, dtype, layout)
         given, exact = on_device(case), case.converted(torch.float64).run("torch")
         more = {"activation": "silu", "scale": given.scale, "shift": given.shift, "backend": "triton"}
@@ -272,50 +270,42 @@ def test_launches() -> None:
     """One where a program holds its groups or knows their statistics, two else; nothing is copied for these."""
     small = torch.randn(2, 40, 16, 16).half().to(memory_format=torch.channels_last)
     large = torch.randn(2, 40, 64, 64).half().to(memory_format=torch.channels_last)
-    mean = torch.zeros(2, 4)
+    other, mean = small.clone(), torch.zeros(2, 4)
     common = (4, None, None, 1e-5, True, None, None)
     calls = (
         (lambda: OPS.group_norm_triton(small, *common), 1, (small,)),
         (lambda: OPS.group_norm_triton(large, *common), 2, (large,)),
         (lambda: OPS.group_norm_apply_triton(large, mean, mean, 4, None, None, True, None, None), 1, (large,)),
-        (lambda: OPS.group_norm_pair_triton(small, small[:1].repeat(2, 1, 1, 1), *common), 1, (small,)),
+        (lambda: OPS.group_norm_pair_triton(small, other, *common), 1, (small, other)),
         (lambda: OPS.group_norm_pair_triton(large, large, *common), 2, (large,)),
     )  # fmt: skip
-    for call, count, read in calls:
+    for call, count, sources in calls:
         with _triton.recording() as launches:
             call()
         assert len(launches) == count
-        assert all(any(a is x for a in launch.arguments) for launch in launches for x in read)
+        for launch in launches:
+            read = {a.data_ptr() for a in launch.arguments if isinstance(a, Tensor)}
+            assert {x.data_ptr() for x in sources} <= read
 
 
 def test_plans_cover_the_channels() -> None:
-    """Spans are whole groups, or parts of one, whose runs start at multiples of 16 bytes where that can be."""
-    for width in (1, 3, 4, 8, 10, 16, 20, 30, 37, 40, 60, 80, 257, 600):
-        for groups in (1, 2, 32):
-            for element_bytes, last, pixels in (
-                (2, True, 64),
-                (2, True, 4096),
-                (4, True, 4096),
-                (2, False, 900),
-            ):
-                shape = Shape(2, pixels, groups, width, element_bytes, last)
-                for plan in (tiling(shape), whole_tiling(shape, False)):
-                    if plan is None:
-                        continue
-                    span, block = plan.config.constants["SPAN"], plan.config.constants["BLOCK_C"]
-                    assert span <= block
-                    if plan.parts == 1:
-                        assert (
-                            span % width == 0
-                            and plan.spans * span >= groups * width > (plan.spans - 1) * span
-                        )
-                        assert span // width <= plan.config.constants["GROUPS"]
-                    else:
-                        assert plan.spans == groups * plan.parts and plan.parts * span >= width
-                    if last and groups == 32 and width in (10, 20, 40, 60, 80):
-                        assert (
-                            span * element_bytes % (16 if plan is not whole_tiling(shape, False) else 8) == 0
-                        )
+    """Spans are whole groups, or parts of one, whose runs start at multiples of a vector where that can be."""
+    layouts = ((2, True, 64), (2, True, 4096), (4, True, 4096), (2, False, 900))
+    widths = (1, 3, 4, 8, 10, 16, 20, 30, 37, 40, 60, 80, 257, 600)
+    for width, groups, (element_bytes, last, pixels) in itertools.product(widths, (1, 2, 32), layouts):
+        shape = Shape(2, pixels, groups, width, element_bytes, last)
+        for plan, vector in ((tiling(shape), 16), (whole_tiling(shape, False), 8)):
+            if plan is None:
+                continue
+            span, constants = plan.config.constants["SPAN"], plan.config.constants
+            assert span <= constants["BLOCK_C"]
+            if plan.parts == 1:
+                assert span % width == 0 and span // width <= constants["GROUPS"]
+                assert plan.spans * span >= groups * width > (plan.spans - 1) * span
+            else:
+                assert plan.spans == groups * plan.parts and plan.parts * span >= width
+            if last and groups == 32 and width in (10, 20, 40, 60, 80):
+                assert span * element_bytes % vector == 0
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
@@ -332,8 +322,8 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout: str) -> None:
-    for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)]:
-        case = on_device(make_case((2, 12, 5, 3), 3, dtype, layout, affine=optional, scale_shift=optional))
+    for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)][layout != "last" :]:
+        case = on_device(make_case((2, 9, 2, 3), 3, dtype, layout, affine=optional, scale_shift=optional))
         affine, last = (case.weight, case.bias), (case.scale, case.shift)
         forward = (case.x, 3, *affine, 1e-5, True, *last)
         torch.library.opcheck(OPS.group_norm_triton, forward)

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._group_norm_layout import arranged, empty_in_layout, is_last, pixels_of
+from sdfast.ops._group_norm_tiles_triton import affine, tile_of
 from sdfast.ops._triton import Config, launch, multiprocessors
-from sdfast.ops.group_norm_triton import affine, row_stride, tile_of
+from sdfast.ops.group_norm_triton import row_stride
 
 
 @triton.jit

@@ -22,96 +22,18 @@ from sdfast.ops._group_norm_layout import (
     pixels_of,
 )
 from sdfast.ops._group_norm_plan import Shape, Tiling, blocks_of_tiles, tiling, whole_tiling
+from sdfast.ops._group_norm_tiles_triton import (
+    affine,
+    load_tile,
+    rstd_of,
+    span_channels,
+    store_tile,
+    to_channels,
+    to_groups,
+)
 from sdfast.ops._triton import launch
 
 _PARTIALS = tl.constexpr(32)  # chunks that are combined at a time
-
-
-@triton.jit
-def tile_of(x, n, first, row, channel, pixels, channels, LAST: tl.constexpr):
-    """Pointers to pixels first + row, (P, 1), of image n, at channel, (1, C); x: (N, pixels, channels).
-
-    What is large is added to the pointer; channels last, what differs inside a tile is kept in 32 bits.
-    """
-    if LAST:
-        return x + (n * pixels + first) * channels + (row * channels + channel)
-    return x + (n * channels * pixels + first) + (channel.to(tl.int64) * pixels + row)
-
-
-@triton.jit
-def affine(weight, bias, scale, shift, n, channel, inside, scale_row, shift_row):
-    """What x̂ is multiplied by and what is added, for each channel."""
-    factor = tl.zeros_like(channel).to(tl.float32) + 1.0
-    offset = factor - 1.0
-    if weight is not None:
-        factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    if scale is not None:
-        s = 1.0 + tl.load(scale + n * scale_row + channel, mask=inside, other=0.0).to(tl.float32)
-        factor *= s
-        offset *= s
-    if shift is not None:
-        offset += tl.load(shift + n * shift_row + channel, mask=inside, other=0.0).to(tl.float32)
-    return factor, offset
-
-
-@triton.jit
-def _channels(span, group_channels, channels, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A span's first group, its channels, which of them there are, and the group of each among the span's."""
-    span = span.to(tl.int32)
-    local = tl.arange(0, BLOCK_C)
-    if PARTS == 1:
-        first_group = span * (SPAN // group_channels)
-        channel = span * SPAN + local
-        inside = (local < SPAN) & (channel < channels)
-    else:
-        first_group = span // PARTS
-        local += span % PARTS * SPAN
-        channel = first_group * group_channels + local
-        inside = local < group_channels
-    return first_group, channel, inside, local // group_channels
-
-
-@triton.jit
-def _to_groups(values, member):
-    """(C,) -> (G,): the sum over each group's channels."""
-    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
-
-
-@triton.jit
-def _to_channels(values, member):
-    """(G,) -> (C,): each group's value at its channels."""
-    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
-
-
-@triton.jit
-def _rstd(squares, elements, eps):
-    """1 / √(squares / elements + eps), rounded well: it is a factor of every result."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, elements) + eps))
-
-
-@triton.jit
-def _load(
-    x, skip, n, first, row, channel, inside, pixels, channels, skip_channels, LAST: tl.constexpr
-):  # fmt: skip
-    """A tile of the one source, or of the two, whose channels follow each other, in fp32."""
-    at = tile_of(x, n, first, row, channel, pixels, channels, LAST)
-    if skip is not None:
-        other = tile_of(skip, n, first, row, channel - channels, pixels, skip_channels, LAST)
-        at = tl.where(channel < channels, at, other)
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(
-    y, z, n, first, row, channel, inside, pixels, channels, SILU: tl.constexpr, LAST: tl.constexpr
-):  # fmt: skip
-    """act(z)."""
-    if SILU:
-        z = z * tl.sigmoid(z)
-    at = tile_of(y, n, first, row, channel, pixels, channels, LAST)
-    tl.store(at, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -130,7 +52,7 @@ def _whole_kernel(
     program = tl.program_id(0).to(tl.int64)
     n = program // spans
     total = channels + skip_channels
-    first_group, channel, there, local = _channels(
+    first_group, channel, there, local = span_channels(
         program % spans, group_channels, total, SPAN, PARTS, BLOCK_C
     )
     member = local[None, :] == tl.arange(0, GROUPS)[:, None]
@@ -138,17 +60,17 @@ def _whole_kernel(
     inside = (row < pixels) & there[None, :]
     column = channel[None, :]
 
-    value = _load(x, skip, n, 0, row, column, inside, pixels, channels, skip_channels, LAST)
+    value = load_tile(x, skip, n, 0, row, column, inside, pixels, channels, skip_channels, LAST)
     elements = pixels * 1.0 * group_channels
-    mean = tl.div_rn(_to_groups(tl.sum(value, axis=0), member), elements)
-    value = tl.where(inside, value - _to_channels(mean, member)[None, :], 0.0)
-    squares = _to_groups(tl.sum(value * value, axis=0), member)
-    rstd = _rstd(squares, elements, eps)
+    mean = tl.div_rn(to_groups(tl.sum(value, axis=0), member), elements)
+    value = tl.where(inside, value - to_channels(mean, member)[None, :], 0.0)
+    squares = to_groups(tl.sum(value * value, axis=0), member)
+    rstd = rstd_of(squares, elements, eps)
 
     factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
-    factor *= _to_channels(rstd, member)
+    factor *= to_channels(rstd, member)
     z = value * factor[None, :] + offset[None, :]
-    _store(y, z, n, 0, row, column, inside, pixels, total, SILU, LAST)
+    store_tile(y, z, n, 0, row, column, inside, pixels, total, SILU, LAST)
     if mean_out is not None:
         group = first_group + tl.arange(0, GROUPS)
         owned = (group < groups) & (tl.arange(0, GROUPS) < SPAN // group_channels)
@@ -172,7 +94,7 @@ def _partials_kernel(
     span = program % spans
     chunk = program // spans % chunks
     n = program // spans // chunks
-    first_group, channel, there, local = _channels(
+    first_group, channel, there, local = span_channels(
         span, group_channels, channels + skip_channels, SPAN, PARTS, BLOCK_C
     )
     row = tl.arange(0, BLOCK_P)[:, None]
@@ -183,7 +105,7 @@ def _partials_kernel(
     for step in range(0, steps):
         first = begin + step * BLOCK_P
         inside = (row < pixels - first) & there[None, :]
-        value = _load(x, skip, n, first, row, column, inside, pixels, channels, skip_channels, LAST)
+        value = load_tile(x, skip, n, first, row, column, inside, pixels, channels, skip_channels, LAST)
         delta = tl.where(inside, value - mean, 0.0)
         mean += delta * (1.0 / (step + 1))
         square += delta * (value - mean)
@@ -198,10 +120,10 @@ def _partials_kernel(
         local = tl.zeros_like(local)
     elements = left * 1.0 * width
     member = local[None, :] == tl.arange(0, GROUPS)[:, None]
-    group_mean = tl.div_rn(_to_groups(tl.sum(mean * seen, axis=0), member), elements)
-    mean -= _to_channels(group_mean, member)[None, :]
+    group_mean = tl.div_rn(to_groups(tl.sum(mean * seen, axis=0), member), elements)
+    mean -= to_channels(group_mean, member)[None, :]
     square = tl.where(there[None, :], square + mean * mean * seen, 0.0)
-    group_square = _to_groups(tl.sum(square, axis=0), member)
+    group_square = to_groups(tl.sum(square, axis=0), member)
 
     group = first_group + tl.arange(0, GROUPS)
     owned = (group < groups) & (tl.arange(0, GROUPS) < tl.maximum(SPAN // group_channels, 1))
@@ -234,7 +156,7 @@ def _combine(
         away = tl.load(means + row + i[None, :], mask=inside, other=0.0) - mean[:, None]
         within = tl.load(squares + row + i[None, :], mask=inside, other=0.0)
         total += tl.where(inside, within + away * away * count, 0.0)
-    return mean, _rstd(tl.sum(total, axis=1), elements, eps)
+    return mean, rstd_of(tl.sum(total, axis=1), elements, eps)
 
 
 @triton.jit
@@ -261,7 +183,7 @@ def _apply_kernel(
     block = program // spans % blocks
     n = program // spans // blocks
     total = channels + skip_channels
-    first_group, channel, there, local = _channels(span, group_channels, total, SPAN, PARTS, BLOCK_C)
+    first_group, channel, there, local = span_channels(span, group_channels, total, SPAN, PARTS, BLOCK_C)
     if PARTS > 1:
         local = tl.zeros_like(local)
     member = local[None, :] == tl.arange(0, GROUPS)[:, None]
@@ -279,16 +201,16 @@ def _apply_kernel(
         tl.store(mean_out + n * groups + group, mean, mask=owned)
         tl.store(rstd_out + n * groups + group, rstd, mask=owned)
     factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
-    factor *= _to_channels(rstd, member)
-    centre = _to_channels(mean, member)[None, :]
+    factor *= to_channels(rstd, member)
+    centre = to_channels(mean, member)[None, :]
     row = tl.arange(0, BLOCK_P)[:, None]
     column = channel[None, :]
     for step in range(0, steps):
         first = (block * steps + step) * BLOCK_P
         inside = (row < pixels - first) & there[None, :]
-        value = _load(x, skip, n, first, row, column, inside, pixels, channels, skip_channels, LAST)
+        value = load_tile(x, skip, n, first, row, column, inside, pixels, channels, skip_channels, LAST)
         z = (value - centre) * factor[None, :] + offset[None, :]
-        _store(y, z, n, first, row, column, inside, pixels, total, SILU, LAST)
+        store_tile(y, z, n, first, row, column, inside, pixels, total, SILU, LAST)
 
 
 def row_stride(t: Tensor | None) -> tuple[Tensor | None, int]:

@@ -186,11 +186,15 @@ def _parameters_kernel(
 
 
 def _config(width: int) -> tuple[bool, Config]:
-    """Whether a row is held whole, and tiles of 16 elements to a thread, of at least 4 warps."""
+    """Whether a row is held whole, and tiles of 16 elements to a thread, of at least 4 warps.
+
+    Rows that start anywhere are loaded number by number, each with its address in registers: 8 to a thread.
+    """
     whole = width <= _MAX_BLOCK
     block = triton.next_power_of_2(width) if whole else _MAX_BLOCK // 2
     rows = max(2048 // block, 1)
-    return whole, Config({"ROWS": rows, "BLOCK": block}, max(rows * block // 512, 4), 1)
+    num_warps = max(rows * block // (512 if width % 16 == 0 else 256), 4)
+    return whole, Config({"ROWS": rows, "BLOCK": block}, num_warps, 1)
 
 
 def _rows(x: Tensor, axes: int) -> tuple[int, int]:

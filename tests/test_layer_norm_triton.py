@@ -1,0 +1,147 @@
+"""layer_norm's Triton kernels against fp64: widths, rows, views, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_layer_norm import NAMES, Case, make_case, strided, terms
+from torch import Tensor
+
+from sdfast.ops import _triton, layer_norm
+from sdfast.testing import assert_within_budget
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = torch.ops.sdfast
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        _triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))
+    ),
+]  # fmt: skip
+
+
+def on_device(case: Case) -> Case:
+    moved = {n: None if (t := getattr(case, n)) is None else t.to(DEVICE) for n in NAMES}
+    return dataclasses.replace(case, **moved)
+
+
+def check(case: Case) -> None:
+    """Within the budget of eager on the CPU, contiguous, and the same bits twice."""
+    given, exact_case = on_device(case), case.converted(torch.float64)
+    y = given.run("triton")
+    dy = torch.randn(y.shape).to(y.dtype)
+    sizes = terms(case, dy)
+    assert_within_budget(
+        y.cpu(), case.run("torch"), exact_case.run("torch"), magnitude=sizes["y"], what="y"
+    )  # fmt: skip
+    actual, again = (given.gradients("triton", dy.to(DEVICE)) for _ in range(2))
+    eager, exact = case.gradients("torch", dy), exact_case.gradients("torch", dy.double())
+    for name, value in actual.items():
+        assert value.shape == getattr(case, name).shape and torch.equal(value, again[name])
+        assert_within_budget(
+            value.cpu(), eager[name], exact[name], magnitude=sizes[name], what=f"d{name}"
+        )  # fmt: skip
+    assert y.is_contiguous() and actual["x"].is_contiguous() and torch.equal(y, given.run("triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_fp64(dtype: torch.dtype) -> None:
+    for shape, axes in [((2, 7, 320), 1), ((13, 64), 1), ((3, 2, 7, 12), 2), ((2, 3, 4, 5), 4), ((9,), 1)]:
+        check(make_case(shape, dtype, axes))
+        check(make_case(shape, dtype, axes, weight=False, bias=False))
+    check(make_case((5, 24), dtype, bias=False))
+    check(make_case((5, 24), dtype, weight=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_odd_widths(dtype: torch.dtype) -> None:
+    for width in (1, 2, 3, 5, 8, 13, 17, 31, 33, 127, 769):
+        check(make_case((1 + width % 5, width), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows(dtype: torch.dtype) -> None:
+    """The widest row that registers hold, and rows of several strips, the last one shorter."""
+    check(make_case((2, 8192), dtype))
+    check(make_case((3, 8193), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shares_are_added(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few multiprocessors, so that a program goes through several blocks of rows, of which the last is cut."""
+    monkeypatch.setattr("sdfast.ops.layer_norm_triton.multiprocessors", lambda device: 1)
+    check(make_case((3, 31, 320), dtype))
+    check(make_case((7, 1700), dtype))
+
+
+def test_large_mean() -> None:
+    for shape in ((4, 300), (2, 9000)):
+        case = make_case(shape, torch.float32, bias=False)
+        case.x += 1e4
+        check(case)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_stay_in_their_row(value: float) -> None:
+    for width in (40, 8200):
+        case = on_device(make_case((5, width), torch.float16))
+        case.x[3, 7] = value
+        y = case.run("triton")
+        assert y[3].isnan().all() and int(y.isnan().sum()) == width
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_fp32_parameters_with_a_half_precision_input(dtype: torch.dtype) -> None:
+    case = make_case((5, 48), dtype)
+    check(dataclasses.replace(case, weight=torch.randn(48), bias=torch.randn(48)))
+
+
+def test_views() -> None:
+    """Strided or off its alignment, between NaN: the bits of the plain call."""
+    case = make_case((6, 40), torch.float16)
+    memory = torch.full((242,), float("nan"), dtype=torch.float16)
+    memory[1:-1].view(6, 40).copy_(case.x)
+    dy = torch.randn(40, 6).t().to(DEVICE)
+    expected = on_device(case).gradients("triton", dy)
+    for x in (strided(case.x), case.x.t().contiguous().t(), memory[1:-1].view(6, 40)):
+        views = dataclasses.replace(case, x=x, weight=strided(case.weight), bias=strided(case.bias))
+        assert torch.equal(on_device(views).run("triton"), on_device(case).run("triton"))
+        actual = on_device(views).gradients("triton", dy)
+        assert all(torch.equal(actual[name], expected[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    case = on_device(make_case(shape, torch.float32))
+    gradients = case.gradients("triton", torch.empty(shape, device=DEVICE))
+    assert case.run("triton").shape == gradients["x"].shape == shape
+    assert all(not gradients[name].any() for name in NAMES)
+
+
+def test_opcheck() -> None:
+    for dtype, parameters, x_strides in [(torch.float32, True, False), (torch.bfloat16, False, True)]:
+        case = on_device(make_case((2, 3, 8), dtype, 2, weight=parameters, bias=parameters))
+        x = strided(case.x) if x_strides else case.x
+        forward = (x, 2, case.weight, case.bias, 1e-5)
+        torch.library.opcheck(OPS.layer_norm_triton, forward)
+        torch.library.opcheck(OPS.layer_norm_forward_triton, forward)
+        y, mean, rstd = OPS.layer_norm_forward_triton(*forward)
+        assert torch.equal(OPS.layer_norm_triton(*forward), y)
+        rows = x.reshape(2, 24).double()
+        torch.testing.assert_close(mean, rows.mean(1).float())
+        torch.testing.assert_close(rstd, (rows.var(1, correction=0) + 1e-5).rsqrt().float())
+        backward = (torch.randn_like(y), x, mean, rstd, 2, case.weight, case.bias)
+        torch.library.opcheck(OPS.layer_norm_backward_triton, backward)
+
+
+def test_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+
+    def call(x: Tensor) -> Tensor:
+        return layer_norm(x * 2, (24,), backend="triton") + 1
+
+    x = torch.randn(3, 24, device=DEVICE)
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
