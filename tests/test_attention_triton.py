@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from guarded import Guards
-from test_attention import Case, check, check_gradients, in_layout, make_case
+from test_attention import Case, check, check_gradients, gradient_terms, in_layout, make_case
 from torch import Tensor
 
 from sdfast import ops
 from sdfast.ops import _attention_triton, _triton
-from sdfast.testing import assert_within_budget
+from sdfast.testing import error_budget, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bf16 wrongly in tl.dot.
@@ -37,64 +37,63 @@ def device() -> Iterator[None]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_fp64(dtype: torch.dtype, head_dim: int) -> None:
-    for queries, keys in ((77, 77), (1, 33), (35, 1)):
-        check(make_case(queries, keys, head_dim, dtype), "triton")
-    check(make_case(70, 45, head_dim, dtype, is_causal=True, heads=1), "triton")
+    many = 77 if dtype.itemsize == 2 else 35  # fp32's blocks are of 16
+    for queries, keys in ((37, many), (1, 33), (35, 1)):
+        check(make_case(queries, keys, head_dim, dtype, heads=1), "triton")
+    check(make_case(30, 20, head_dim, dtype, is_causal=True, heads=1), "triton")
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_against_fp64(dtype: torch.dtype, head_dim: int) -> None:
-    check_gradients(make_case(70, 77, head_dim, dtype, heads=1), "triton")
-    check_gradients(make_case(35, 20, head_dim, dtype, is_causal=True), "triton")
+    if dtype.itemsize == 2:
+        check_gradients(make_case(70, 77, head_dim, dtype, heads=1), "triton")
+    check_gradients(make_case(19, 17, head_dim, dtype, heads=1, is_causal=head_dim > 16), "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths(dtype: torch.dtype) -> None:
     """One row on either side, and blocks that end with the rows and just beyond them."""
-    for queries, keys in ((1, 1), (64, 64), (65, 129), (128, 80), (7, 208)):
-        check(make_case(queries, keys, 40, dtype, batch=2), "triton")
-        check_gradients(make_case(queries, keys, 40, dtype, heads=max(2, 64 // queries)), "triton")
+    for queries, keys in ((1, 1), (7, 70), (64, 64), (65, 80)):
+        case = make_case(queries, keys, 24, dtype, heads=max(1, 8 // queries))
+        check(case, "triton")
+        check_gradients(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_causal(dtype: torch.dtype) -> None:
-    for queries, keys in ((1, 5), (65, 190), (190, 65), (7, 1), (128, 128)):
-        case = make_case(queries, keys, 48, dtype, is_causal=True, heads=max(1, 64 // queries))
+    for queries, keys in ((7, 1), (65, 80), (80, 35), (64, 64)):
+        case = make_case(queries, keys, 24, dtype, is_causal=True, heads=max(1, 16 // queries))
         check(case, "triton")
         check_gradients(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("queries, keys, head_dim", [(64, 600, 40), (600, 77, 40), (530, 530, 16)])
+@pytest.mark.parametrize("queries, keys", [(35, 530), (530, 20)])
 def test_splits(
-    monkeypatch: pytest.MonkeyPatch,
-    queries: int,
-    keys: int,
-    head_dim: int,
-    is_causal: bool,
-    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, is_causal: bool, dtype: torch.dtype
 ) -> None:
-    """Few blocks whose walks are shared out: as right as what nobody shares, and not the same bits."""
-    case = make_case(queries, keys, head_dim, dtype, heads=1, is_causal=is_causal)
+    """Few blocks whose walks are shared out: as right as what nobody shares, if not the same bits."""
+    case = make_case(queries, keys, 16, dtype, heads=1, is_causal=is_causal)
     check(case, "triton")
-    check_gradients(case, "triton")
     do = torch.randn(case.q.shape).to(dtype)
+    check_gradients(case, "triton", do)
     split = (case.run("triton"), *case.gradients("triton", do))
     monkeypatch.setattr(_attention_triton, "multiprocessors", lambda device: 1)
     whole = (case.run("triton"), *case.gradients("triton", do))
-    check(case, "triton")
-    same = [torch.equal(a, b) for a, b in zip(split, whole, strict=True)]
-    keys_are_split = (min(queries, keys) if is_causal else keys) >= 512
-    assert same == [not keys_are_split, not keys_are_split, queries < 512, queries < 512]
+    if dtype is torch.float32:  # half precision rounds most differences away
+        o, dq, dk, dv = (torch.equal(a, b) for a, b in zip(split, whole, strict=True))
+        are_keys_split = keys >= 512 and not is_causal
+        assert o == dq == (not are_keys_split)
+        assert dk == dv == (not are_keys_split and queries < 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lse(dtype: torch.dtype) -> None:
     """Base 2, with and without splits, the forward's bits the same with it."""
-    for queries, keys, is_causal, scale in ((70, 600, False, 0.3), (40, 77, True, -0.2), (3, 5, False, 0.0)):
-        case = make_case(queries, keys, 40, dtype)
+    for queries, keys, is_causal, scale in ((20, 530, False, 0.3), (40, 77, True, -0.2), (3, 5, False, 0.0)):
+        case = make_case(queries, keys, 16, dtype)
         arguments = (case.q, case.k, case.v, is_causal, scale)
         o, lse = torch.ops.sdfast.attention_with_lse_triton(*arguments)
         assert torch.equal(torch.ops.sdfast.attention_forward_triton(*arguments), o)
@@ -109,8 +108,8 @@ def test_lse(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "odd", "scattered"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(dtype: torch.dtype, layout: str) -> None:
-    for head_dim in (1, 8, 13, 40):
-        case = make_case(35, 79, head_dim, dtype, batch=2)
+    for head_dim in (1, 13, 40):
+        case = make_case(19, 23, head_dim, dtype, batch=2)
         do = torch.randn(case.q.shape).to(dtype)
         other = Case(*(in_layout(t, layout) for t in (case.q, case.k, case.v)))
         expected = (case.run("triton"), *case.gradients("triton", do))
@@ -127,7 +126,7 @@ def packed(case: Case) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_and_expanded(dtype: torch.dtype) -> None:
-    case = make_case(40, 40, 40, dtype, heads=3, batch=2)
+    case = make_case(20, 20, 40, dtype, batch=2)
     assert torch.equal(packed(case).run("triton"), case.run("triton"))
     one = dataclasses.replace(case, k=case.k[:, :1].expand_as(case.k), v=case.v[:, :1].expand_as(case.v))
     check(one, "triton")
@@ -137,7 +136,7 @@ def test_slices_and_expanded(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale(dtype: torch.dtype, scale: float) -> None:
-    case = make_case(70, 150, 40, dtype, heads=1, scale=scale)
+    case = make_case(40, 50, 24, dtype, heads=1, scale=scale)
     check(case, "triton")
     check_gradients(case, "triton")
 
@@ -146,19 +145,25 @@ def test_scale(dtype: torch.dtype, scale: float) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_scores(dtype: torch.dtype, sign: int) -> None:
     """They grow along the keys to a thousand, so that every block brings a new maximum, or fall."""
-    ramp = torch.linspace(-sign, sign, 301)[:, None].expand(301, 40).to(dtype)
-    case = Case(torch.ones(1, 1, 5, 40, dtype=dtype), ramp[None, None], torch.randn(1, 1, 301, 40).to(dtype))
+    ramp = torch.linspace(-sign, sign, 201)[:, None].expand(201, 40).to(dtype)
+    case = Case(torch.ones(1, 1, 7, 40, dtype=dtype), ramp[None, None], torch.randn(1, 1, 201, 40).to(dtype))
+    do = torch.randn(case.q.shape).to(dtype)
     for scale in (25.0, -25.0):
         case = dataclasses.replace(case, scale=scale)
         check(case, "triton")
-        check_gradients(case, "triton")
+        exact, eager = case.converted(torch.float64).gradients("torch", do), case.gradients("torch", do)
+        # Every weight carries the rounding of one lse, whose magnitude the scores set.
+        rounding = torch.finfo(torch.float32).eps * 1000 / math.log(2)
+        sizes = gradient_terms(case, do)
+        for a, b, c, size in zip(case.gradients("triton", do), eager, exact, sizes, strict=True):
+            assert relative_error(a, c, magnitude=size) <= error_budget(b, c, magnitude=size) + rounding
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_values(dtype: torch.dtype, value: float) -> None:
     """A query's stay with it, a value's with its column, a NaN of a key reaches every query of the head."""
-    plain = make_case(40, 90, 40, dtype)
+    plain = make_case(20, 90, 40, dtype)
     expected = plain.run("triton")
     for name, row in (("q", 3), ("k", 80), ("v", 80)):
         case = dataclasses.replace(plain, **{name: getattr(plain, name).clone()})
@@ -177,17 +182,17 @@ def test_non_finite_values(dtype: torch.dtype, value: float) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="it is malloc that is poisoned")
 @pytest.mark.usefixtures("poisoned_memory")
 def test_everything_is_written() -> None:
-    for queries, keys, head_dim in ((1, 1, 1), (33, 77, 40), (64, 600, 13), (600, 20, 13)):
+    for queries, keys, head_dim in ((1, 1, 1), (33, 35, 40), (5, 520, 13), (520, 5, 13)):
         for is_causal in (False, True):
-            case = make_case(queries, keys, head_dim, torch.float32, heads=1, is_causal=is_causal)
-            do = torch.randn(case.q.shape)
+            case = make_case(queries, keys, head_dim, torch.float16, heads=1, is_causal=is_causal)
+            do = torch.randn(case.q.shape).half()
             assert all(t.isfinite().all() for t in (case.run("triton"), *case.gradients("triton", do)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reads_nothing_beside(dtype: torch.dtype) -> None:
-    for head_dim in (16, 21, 40):
-        case = make_case(35, 43, head_dim, dtype)
+    for head_dim in (21, 40):
+        case = make_case(17, 35, head_dim, dtype)
         do = torch.randn(case.q.shape).to(dtype)
         expected = (case.run("triton"), *case.gradients("triton", do))
         for offset in (0, 3):
@@ -200,31 +205,36 @@ def test_reads_nothing_beside(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_bit_for_bit(dtype: torch.dtype) -> None:
-    for case in (make_case(64, 600, 40, dtype, heads=1), make_case(600, 77, 16, dtype, heads=1)):
+    for case in (make_case(5, 520, 16, dtype, heads=1), make_case(520, 5, 16, dtype, heads=1)):
         do = torch.randn(case.q.shape).to(dtype)
         once, again = ((case.run("triton"), *case.gradients("triton", do)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_tf32_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tiles are others; the interpreter multiplies in fp32 all the same."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    case = make_case(70, 77, 160, torch.float32, heads=1)
+@pytest.fixture
+def allow_tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.usefixtures("allow_tf32")
+def test_tf32_where_it_is_allowed() -> None:
+    """Its tiles are others; 10 bits of a factor's mantissa are kept, of the interpreter's all."""
+    case = make_case(35, 40, 160, torch.float32, heads=1)
     do, exact = torch.randn(case.q.shape), case.converted(torch.float64)
-    for actual, wanted in zip(
-        (case.run("triton"), *case.gradients("triton", do)),
-        (exact.run("torch"), *exact.gradients("torch", do)),
-        strict=True,
-    ):
-        assert_within_budget(actual, wanted.bfloat16().float(), wanted)
+    actual = (case.run("triton"), *case.gradients("triton", do))
+    wanted = (exact.run("torch"), *exact.gradients("torch", do))
+    for a, b in zip(actual, wanted, strict=True):
+        assert relative_error(a, b) <= 2 * torch.finfo(torch.float16).eps
 
 
 def test_other_architectures_have_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of 512 streamed and not kept, smaller tiles of 160."""
     for architecture in (80, 89):
         monkeypatch.setattr(_triton, "_architecture", architecture)
-        check(make_case(40, 77, 512, torch.float16, heads=1), "triton")
-        check_gradients(make_case(40, 77, 160, torch.float16, heads=1), "triton")
+        check(make_case(20, 40, 512, torch.float16, heads=1), "triton")
+        check_gradients(make_case(20, 40, 160, torch.float16, heads=1), "triton")
 
 
 def test_chunks() -> None:
@@ -250,14 +260,13 @@ def test_empty() -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "odd"])
 def test_opcheck(layout: str) -> None:
-    for dtype in (torch.float32, torch.float16):
-        case = make_case(5, 7, 8, dtype, layout)
-        arguments = (case.q, case.k, case.v, True, 0.3)
-        torch.library.opcheck(torch.ops.sdfast.attention_forward_triton, arguments)
-        torch.library.opcheck(torch.ops.sdfast.attention_with_lse_triton, arguments)
-        o, lse = torch.ops.sdfast.attention_with_lse_triton(*arguments)
-        backward = (torch.randn_like(o), *arguments[:3], o, lse, True, 0.3)
-        torch.library.opcheck(torch.ops.sdfast.attention_backward_triton, backward)
+    case = make_case(5, 7, 8, torch.float16 if layout == "odd" else torch.float32, layout)
+    arguments = (case.q, case.k, case.v, True, 0.3)
+    torch.library.opcheck(torch.ops.sdfast.attention_forward_triton, arguments)
+    torch.library.opcheck(torch.ops.sdfast.attention_with_lse_triton, arguments)
+    o, lse = torch.ops.sdfast.attention_with_lse_triton(*arguments)
+    backward = (torch.randn_like(o), *arguments[:3], o, lse, True, 0.3)
+    torch.library.opcheck(torch.ops.sdfast.attention_backward_triton, backward)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, under vmap

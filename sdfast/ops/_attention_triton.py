@@ -79,9 +79,9 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def rows(stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the rows of a tile begin, (BLOCK, 1), int64."""
-    return (tl.arange(0, BLOCK).to(tl.int64) * (stride * tl.full((), UNIT, tl.int64)))[:, None]
+def rows(first, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the rows of a tile begin, in elements: (BLOCK, 1), int64."""
+    return ((first + tl.arange(0, BLOCK)).to(tl.int64) * stride * UNIT)[:, None]
 
 
 @triton.jit

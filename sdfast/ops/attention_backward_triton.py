@@ -68,7 +68,6 @@ def _keys_kernel(
     key = first_key + tl.arange(0, BLOCK_N)
     inside = (key < S)[:, None]
     column0 = (first_column + tl.arange(0, D0))[None, :]
-    column1 = column0
     if D1 > 0:
         column1 = (first_column + D0 + tl.arange(0, D1))[None, :]
     END1: tl.constexpr = SLICES * (D0 + D1)  # where the columns of the last slice end
@@ -79,10 +78,10 @@ def _keys_kernel(
     if IS_CAUSAL:
         first = tl.maximum(first, first_key)
     b, h = head // heads, head % heads
-    do += (b * do_batch + h * do_head + first.to(tl.int64) * do_row) * UNIT + rows(do_row, UNIT, BLOCK_M)
-    q += (b * q_batch + h * q_head + first.to(tl.int64) * q_row) * UNIT + rows(q_row, UNIT, BLOCK_M)
-    k += (b * k_batch + h * k_head + first_key.to(tl.int64) * k_row) * UNIT + rows(k_row, UNIT, BLOCK_N)
-    v += (b * v_batch + h * v_head + first_key.to(tl.int64) * v_row) * UNIT + rows(v_row, UNIT, BLOCK_N)
+    do += (b * do_batch + h * do_head) * UNIT + rows(first, do_row, UNIT, BLOCK_M)
+    q += (b * q_batch + h * q_head) * UNIT + rows(first, q_row, UNIT, BLOCK_M)
+    k += (b * k_batch + h * k_head) * UNIT + rows(first_key, k_row, UNIT, BLOCK_N)
+    v += (b * v_batch + h * v_head) * UNIT + rows(first_key, v_row, UNIT, BLOCK_N)
     lse += head * L
     delta += head * L
     if CHUNK == 0:
@@ -134,15 +133,14 @@ def _keys_kernel(
         q += q_row * tl.full((), BLOCK_M * UNIT, tl.int64)
         do += do_row * tl.full((), BLOCK_M * UNIT, tl.int64)
 
-    at = ((split * batch + b) * dk_batch + h * dk_head + first_key.to(tl.int64) * dk_row) * O_UNIT
-    at += rows(dk_row, O_UNIT, BLOCK_N)
-    tl.store(dk + at + column0, (scale * dk0).to(dk.dtype.element_ty), mask=inside & (column0 < O_COLUMNS))
-    tl.store(dv + at + column0, dv0.to(dv.dtype.element_ty), mask=inside & (column0 < O_COLUMNS))
+    at = ((split * batch + b) * dk_batch + h * dk_head) * O_UNIT + rows(first_key, dk_row, O_UNIT, BLOCK_N)
+    mask = inside & (column0 < O_COLUMNS)
+    tl.store(dk + at + column0, (scale * dk0).to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + at + column0, dv0.to(dv.dtype.element_ty), mask=mask)
     if D1 > 0:
-        tl.store(
-            dk + at + column1, (scale * dk1).to(dk.dtype.element_ty), mask=inside & (column1 < O_COLUMNS)
-        )
-        tl.store(dv + at + column1, dv1.to(dv.dtype.element_ty), mask=inside & (column1 < O_COLUMNS))
+        mask = inside & (column1 < O_COLUMNS)
+        tl.store(dk + at + column1, (scale * dk1).to(dk.dtype.element_ty), mask=mask)
+        tl.store(dv + at + column1, dv1.to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -172,19 +170,16 @@ def _queries_kernel(
     query = first_query + tl.arange(0, BLOCK_M)
     inside = (query < L)[:, None]
     column0 = (first_column + tl.arange(0, D0))[None, :]
-    column1 = column0
     if D1 > 0:
         column1 = (first_column + D0 + tl.arange(0, D1))[None, :]
     END1: tl.constexpr = SLICES * (D0 + D1)
     END0: tl.constexpr = END1 - D1
 
     b, h = head // heads, head % heads
-    do += (b * do_batch + h * do_head + first_query.to(tl.int64) * do_row) * UNIT + rows(
-        do_row, UNIT, BLOCK_M
-    )
-    q += (b * q_batch + h * q_head + first_query.to(tl.int64) * q_row) * UNIT + rows(q_row, UNIT, BLOCK_M)
-    k += (b * k_batch + h * k_head) * UNIT + rows(k_row, UNIT, BLOCK_N)
-    v += (b * v_batch + h * v_head) * UNIT + rows(v_row, UNIT, BLOCK_N)
+    do += (b * do_batch + h * do_head) * UNIT + rows(first_query, do_row, UNIT, BLOCK_M)
+    q += (b * q_batch + h * q_head) * UNIT + rows(first_query, q_row, UNIT, BLOCK_M)
+    k += (b * k_batch + h * k_head) * UNIT + rows(0, k_row, UNIT, BLOCK_N)
+    v += (b * v_batch + h * v_head) * UNIT + rows(0, v_row, UNIT, BLOCK_N)
     if CHUNK == 0:
         q0 = load(q + column0, inside, column0, True, D, END0)
         do0 = load(do + column0, inside, column0, True, D, END0)
@@ -229,9 +224,7 @@ def _queries_kernel(
         k += k_row * tl.full((), BLOCK_N * UNIT, tl.int64)
         v += v_row * tl.full((), BLOCK_N * UNIT, tl.int64)
 
-    dq += (b * dq_batch + h * dq_head + first_query.to(tl.int64) * dq_row) * UNIT + rows(
-        dq_row, UNIT, BLOCK_M
-    )
+    dq += (b * dq_batch + h * dq_head) * O_UNIT + rows(first_query, dq_row, O_UNIT, BLOCK_M)
     tl.store(dq + column0, (scale * dq0).to(dq.dtype.element_ty), mask=inside & (column0 < O_COLUMNS))
     if D1 > 0:
         tl.store(dq + column1, (scale * dq1).to(dq.dtype.element_ty), mask=inside & (column1 < O_COLUMNS))

@@ -52,8 +52,8 @@ def _walk(
     END1: tl.constexpr = SLICES * (V0 + V1)  # where the columns of the last slice end
     END0: tl.constexpr = END1 - V1
     in_block = tl.arange(0, BLOCK_N)
-    k_rows = rows(k_row, UNIT, BLOCK_N)
-    v_rows = rows(v_row, UNIT, BLOCK_N)
+    k += rows(first, k_row, UNIT, BLOCK_N)
+    v += rows(first, v_row, UNIT, BLOCK_N)
     v_column0 = (first_column + tl.arange(0, V0))[None, :]
     if V1 > 0:
         v_column1 = (first_column + V0 + tl.arange(0, V1))[None, :]
@@ -61,21 +61,18 @@ def _walk(
         k_column0 = tl.arange(0, K0)[None, :]
     if K1 > 0:
         k_column1 = K0 + tl.arange(0, K1)[None, :]
-    k += first.to(tl.int64) * k_row * UNIT
-    v += first.to(tl.int64) * v_row * UNIT
     for key in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         there = (in_block < S - key)[:, None]
         if CHUNK > 0:
-            s = streamed_product(
-                q, k + k_rows, (query < L)[:, None], there, D, CHUNK, BLOCK_M, BLOCK_N, PRECISION
-            )
+            inside = (query < L)[:, None]
+            s = streamed_product(q, k, inside, there, D, CHUNK, BLOCK_M, BLOCK_N, PRECISION)
         else:
-            k0 = load(k + k_rows + k_column0, there, k_column0, MASKED, D, K0)
+            k0 = load(k + k_column0, there, k_column0, MASKED, D, K0)
             s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
             if K1 > 0:
-                k1 = load(k + k_rows + k_column1, there, k_column1, MASKED, D, K0 + K1)
+                k1 = load(k + k_column1, there, k_column1, MASKED, D, K0 + K1)
                 s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-        v0 = load(v + v_rows + v_column0, there, v_column0, MASKED, D, END0)
+        v0 = load(v + v_column0, there, v_column0, MASKED, D, END0)
         if MASKED:
             seen = (key + in_block < S)[None, :]
             if IS_CAUSAL:
@@ -91,7 +88,7 @@ def _walk(
         weights = weights.to(v.dtype.element_ty)
         acc0 = tl.dot(weights, v0, acc0 * fading[:, None], input_precision=PRECISION)
         if V1 > 0:
-            v1 = load(v + v_rows + v_column1, there, v_column1, MASKED, D, END1)
+            v1 = load(v + v_column1, there, v_column1, MASKED, D, END1)
             acc1 = tl.dot(weights, v1, acc1 * fading[:, None], input_precision=PRECISION)
         k += k_row * tl.full((), BLOCK_N * UNIT, tl.int64)
         v += v_row * tl.full((), BLOCK_N * UNIT, tl.int64)
@@ -104,7 +101,7 @@ def _forward_kernel(
     k,  # (B, heads, S, D)
     v,  # (B, heads, S, D)
     o,  # (splits B, heads, L, O_COLUMNS); D, of the others, is that or more
-    lse,  # (splits, B, heads, L), or None
+    lse,  # (splits B, heads, L), or None
     L, S, batch, heads, blocks, splits, split_keys,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     factor,  # scale log2 e, not negative
@@ -126,14 +123,13 @@ def _forward_kernel(
     part = part // SLICES
     split = part % splits
     head = (part // splits).to(tl.int64)
-    q += (head // heads * q_batch + head % heads * q_head) * UNIT
-    k += (head // heads * k_batch + head % heads * k_head) * UNIT
-    v += (head // heads * v_batch + head % heads * v_head) * UNIT
-    o += ((split * batch + head // heads) * o_batch + head % heads * o_head) * O_UNIT
     first_query = block * BLOCK_M
     query = first_query + tl.arange(0, BLOCK_M)
     inside = (query < L)[:, None]
-    q += first_query.to(tl.int64) * q_row * UNIT + rows(q_row, UNIT, BLOCK_M)
+    b, h = head // heads, head % heads
+    q += (b * q_batch + h * q_head) * UNIT + rows(first_query, q_row, UNIT, BLOCK_M)
+    k += (b * k_batch + h * k_head) * UNIT
+    v += (b * v_batch + h * v_head) * UNIT
     q0 = q
     if CHUNK == 0:
         column = tl.arange(0, K0)[None, :]
@@ -182,7 +178,7 @@ def _forward_kernel(
         value = tl.where(hidden, -float("inf"), top * factor + tl.log2(total))
         tl.store(at, value, mask=query < tl.where(first_column == 0, L, 0))
     total = total[:, None]
-    o += first_query.to(tl.int64) * o_row * O_UNIT + rows(o_row, O_UNIT, BLOCK_M)
+    o += ((split * batch + b) * o_batch + h * o_head) * O_UNIT + rows(first_query, o_row, O_UNIT, BLOCK_M)
     column = (first_column + tl.arange(0, V0))[None, :]
     tl.store(o + column, (acc0 / total).to(o.dtype.element_ty), mask=inside & (column < O_COLUMNS))
     if V1 > 0:
