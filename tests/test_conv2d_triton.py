@@ -109,7 +109,7 @@ def test_statistics(dtype: torch.dtype, offset: float) -> None:
     for case, groups, upsample in (
         ((2, 16, 13, 11, 40, 1, 2, 0), 8, False),  # groups of 5 channels, a tile that is not full
         ((2, 16, 9, 11, 40, 1, 1, 0), 40, False),
-        ((1, 8, 20, 17, 70, 1, 1, 0), 1, False),
+        ((1, 8, 20, 17, 70, 1, 1, 0), 7, False),
         (SPLIT, 4, False),
         ((2, 9, 5, 7, 6, 3, 1, 1), 2, True),
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import Config, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import Config, architecture, multiprocessors, shared_memory_bytes
 
 
 class Convolution(NamedTuple):
@@ -120,7 +120,10 @@ def _tiles(call: Convolution) -> Sequence[_Tile]:
         call.normalised or call.statistics
     ):  # which the accumulators of the largest tile leave no registers for
         tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]
-    return [tile._replace(num_warps=8) for tile in tiles] if call.normalised else tiles
+    # Without wgmma both factors pass through registers, in any case.
+    if call.normalised or architecture(weight.device) not in (90, 100):
+        tiles = [tile._replace(num_warps=8) for tile in tiles]
+    return tiles
 
 
 def _block_k(call: Convolution) -> int:

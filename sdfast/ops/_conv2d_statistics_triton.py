@@ -71,7 +71,7 @@ def _groups_kernel(
         at = first + tile.to(tl.int64) * 3 * channels + place % size
         off = _off(at, channels, tile < tiles, pivot, 0.0)
         weighted += off * _count(tile, tiles_per_phase, pixels, ROWS)
-    mean = tl.sum(weighted, axis=0) / total
+    mean = tl.div_rn(tl.sum(weighted, axis=0), total)
     m2 = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, tiles * size, BLOCK):
         place = begin + tl.arange(0, BLOCK)
@@ -81,7 +81,8 @@ def _groups_kernel(
         m2 += off * off * _count(tile, tiles_per_phase, pixels, ROWS)
         m2 += tl.load(at + 2 * channels, mask=tile < tiles, other=0.0)
     tl.store(mean_at + program, pivot + mean)
-    tl.store(rstd_at + program, 1.0 / tl.sqrt(tl.sum(m2, axis=0) / total + eps))
+    variance = tl.div_rn(tl.sum(m2, axis=0), total)
+    tl.store(rstd_at + program, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)))
 
 
 def combine(
