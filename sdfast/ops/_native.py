@@ -61,3 +61,9 @@ def empty_by_sample(x: Tensor) -> Tensor:
     if x.dim() == 0 or x.shape[0] <= 1:
         return x.new_empty_strided(x.shape, x.stride())
     return x.new_empty_strided(x.shape, (expected, *x.stride()[1:]))
+
+
+def empty_by_token(t: Tensor) -> Tensor:
+    """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
+    batch, heads, rows, head_dim = t.shape
+    return t.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
