@@ -1,10 +1,9 @@
-"""How group_norm's tensors, (N, C, *), lie in memory: channels first or channels last, else channels first."""
+"""How group_norm's tensors, (N, C, *), lie in memory: channels first, which others become, or last."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 
@@ -44,12 +43,11 @@ def empty_concatenation(x: Tensor, skip: Tensor) -> Tensor:
     return x.new_empty((n, channels, *image))
 
 
-def arranged(*tensors: Tensor) -> tuple[list[Tensor], bool]:
-    """Tensors that lie alike, copied where they do not, and whether that is channels last."""
-    if all(is_last(t) for t in tensors):
-        return list(tensors), True
-    first = [t if is_first(t) else t.contiguous(memory_format=torch.contiguous_format) for t in tensors]
-    return first, False
+def arranged(t: Tensor, last: bool) -> Tensor:
+    """t itself where it lies channels last, or first, as asked for, else a copy that does."""
+    if is_last(t) if last else is_first(t):
+        return t
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t.contiguous()
 
 
 def pixels_of(x: Tensor) -> int:

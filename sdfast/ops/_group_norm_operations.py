@@ -1,4 +1,4 @@
-"""The operations of group_norm's kernels, csrc/group_norm_cpu.cpp and group_norm_triton.py, and their gradient.
+"""The operations of group_norm's kernels, csrc/group_norm_cpu.cpp and group_norm_triton.py, with gradients.
 
 The forward that trains also returns mean and rstd, (N, num_groups), fp32, from which, with x, the backward
 recomputes x̂ and z. Triton has two operations more: `group_norm_pair`, whose channels are those of two

@@ -95,7 +95,7 @@ def tiling(shape: Shape) -> Tiling:
 def blocks_of_tiles(
     shape: Shape, tiles: Tiling, programs: int, device: torch.device
 ) -> tuple[int, int]:  # fmt: skip
-    """Into how many runs an image's pixels are cut, and their tiles, for so many programs on a multiprocessor."""
+    """Runs of tiles that an image's pixels are cut into, and their tiles, for `programs` a multiprocessor."""
     rows = triton.cdiv(shape.pixels, tiles.config.constants["BLOCK_P"])
     wanted = triton.cdiv(programs * multiprocessors(device), max(shape.images * tiles.spans, 1))
     steps = triton.cdiv(rows, min(wanted, rows))

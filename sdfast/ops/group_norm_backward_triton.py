@@ -2,7 +2,7 @@
 
     dz = dy act'(z),  dx̂ = dz (1 + scale) weight
     dx = rstd (dx̂ − mean(dx̂) − x̂ mean(dx̂ x̂)), means over each group
-    dshift = Σ dz,  dscale = Σ dz (x̂ weight + bias);  dbias, dweight = Σ dz (1 + scale) {1, x̂}, over images too
+    dshift = Σ dz,  dscale = Σ dz (x̂ weight + bias);  over images too dbias, dweight = Σ dz (1 + scale) {1, x̂}
 
 All of these follow from two sums of each channel and image, Σ dz and Σ dz x̂. Programs sum them over chunks of
 pixels; a second launch adds the chunks in order, to groups and to parameters; a third writes dx. x̂ and z are
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._group_norm_layout import arranged, empty_in_layout, pixels_of
+from sdfast.ops._group_norm_layout import arranged, empty_in_layout, is_last, pixels_of
 from sdfast.ops._triton import Config, launch, multiprocessors
 from sdfast.ops.group_norm_triton import affine, row_stride, tile_of
 
@@ -26,7 +26,7 @@ def _at_channels(
     mean, rstd, weight, bias, scale, shift, n, block, channels, groups, group_channels, scale_row, shift_row,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A block's channels, which there are, their mean, rstd, factor and offset, and the places of their groups."""
+    """A block's channels, which there are, their mean, rstd, factor, offset and the places of the groups."""
     channel = block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     there = channel < channels
     group = n * groups + channel // group_channels
@@ -91,7 +91,7 @@ def _finish_kernel(
     pixels, channels, groups, group_channels, scale_row, images, chunks,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunks. Grid: (images + 1) groups; the last row of programs adds the images too, for the parameters."""
+    """Adds the chunks. Grid: (images + 1) groups; the last row of programs adds images, for parameters."""
     program = tl.program_id(0).to(tl.int64)
     group = program % groups
     n = program // groups
@@ -112,12 +112,11 @@ def _finish_kernel(
             at = sums + (begin + row)[:, None] * channels + channel[None, :]
             dz = tl.load(at, mask=inside, other=0.0)
             dz_xhat = tl.load(at + distance, mask=inside, other=0.0)
-            if scale is not None:
-                if n == images:
-                    s = scale + (row // chunks)[:, None] * scale_row + channel[None, :]
-                    s = 1.0 + tl.load(s, mask=inside, other=0.0).to(tl.float32)
-                    dz *= s
-                    dz_xhat *= s
+            if scale is not None and n == images:
+                s = scale + (row // chunks)[:, None] * scale_row + channel[None, :]
+                s = 1.0 + tl.load(s, mask=inside, other=0.0).to(tl.float32)
+                dz *= s
+                dz_xhat *= s
             total += dz
             total_xhat += dz_xhat
         dz = tl.sum(total, axis=0)
@@ -203,7 +202,8 @@ def group_norm_backward(
     results = (dx, *(x.new_empty(0) if g is None else g for g in gradients))
     if x.numel() == 0:
         return (dx, *(g.zero_() for g in results[1:]))
-    (dy, x), last = arranged(dy, x)
+    last = is_last(x)
+    dy, x = arranged(dy, last), arranged(x, last)
     images, channels, pixels = x.shape[0], x.shape[1], pixels_of(x)
     group_channels = channels // num_groups
     weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))

@@ -1,4 +1,4 @@
-"""group_norm in Triton, y = act((x̂ · weight + bias) · (1 + scale) + shift), of one or two sources of channels.
+"""group_norm in Triton, y = act((x̂ weight + bias) (1 + scale) + shift), of one or two sources of channels.
 
 A program owns some whole groups, as many channels as make runs of whole 16 bytes. Where their pixels fit its
 registers it computes mean, squares and y from these: one launch. Else programs take chunks of pixels, each
@@ -9,14 +9,18 @@ Bytes: x + y, or 2 x + y. The limit is memory, of small images the launch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._group_norm_layout import arranged, empty_concatenation, empty_in_layout, pixels_of
+from sdfast.ops._group_norm_layout import (
+    arranged,
+    empty_concatenation,
+    empty_in_layout,
+    is_last,
+    pixels_of,
+)
 from sdfast.ops._group_norm_plan import Shape, Tiling, blocks_of_tiles, tiling, whole_tiling
 from sdfast.ops._triton import launch
 
@@ -54,7 +58,7 @@ def affine(weight, bias, scale, shift, n, channel, inside, scale_row, shift_row)
 
 @triton.jit
 def _channels(span, group_channels, channels, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A span's first group, its channels, which of these there are, and the group of each among the span's."""
+    """A span's first group, its channels, which of them there are, and the group of each among the span's."""
     span = span.to(tl.int32)
     local = tl.arange(0, BLOCK_C)
     if PARTS == 1:
@@ -271,10 +275,9 @@ def _apply_kernel(
             means, squares, n, group, owned, pixels, groups, group_channels, eps, chunks, chunk_pixels,
             SPAN, PARTS, GROUPS,
         )  # fmt: skip
-    if mean_out is not None:
-        if block == 0:
-            tl.store(mean_out + n * groups + group, mean, mask=owned)
-            tl.store(rstd_out + n * groups + group, rstd, mask=owned)
+    if mean_out is not None and block == 0:
+        tl.store(mean_out + n * groups + group, mean, mask=owned)
+        tl.store(rstd_out + n * groups + group, rstd, mask=owned)
     factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
     factor *= _to_channels(rstd, member)
     centre = _to_channels(mean, member)[None, :]
@@ -300,10 +303,11 @@ class _Call:
     """One call's operands as kernels take them, and the sizes that they are launched with."""
 
     def __init__(
-        self, sources: list[Tensor], y: Tensor, last: bool, num_groups: int, weight: Tensor | None,
+        self, x: Tensor, skip: Tensor | None, y: Tensor, num_groups: int, weight: Tensor | None,
         bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, silu: bool, eps: float,
     ) -> None:  # fmt: skip
-        x, skip = sources[0], sources[1] if len(sources) > 1 else None
+        last = is_last(x) and (skip is None or is_last(skip))
+        x, skip = arranged(x, last), None if skip is None else arranged(skip, last)
         scale, scale_row = row_stride(scale)
         shift, shift_row = row_stride(shift)
         weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
@@ -365,8 +369,7 @@ def group_norm(
     """sdfast::group_norm."""
     y = empty_in_layout(x)
     if y.numel():
-        sources, last = arranged(x)
-        _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, eps).run()
+        _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, eps).run()
     return y
 
 
@@ -384,8 +387,7 @@ def group_norm_forward(
     y = empty_in_layout(x)
     mean, rstd = (x.new_zeros((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     if y.numel():
-        sources, last = arranged(x)
-        _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, eps).run(mean, rstd)
+        _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, eps).run(mean, rstd)
     return y, mean, rstd
 
 
@@ -403,8 +405,7 @@ def group_norm_pair(
     """(N, C, *) and (N, C2, *) -> (N, C + C2, *)."""
     y = empty_concatenation(x, skip)
     if y.numel():
-        sources, last = arranged(x, skip)
-        _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, eps).run()
+        _Call(x, skip, y, num_groups, weight, bias, scale, shift, silu, eps).run()
     return y
 
 
@@ -422,7 +423,6 @@ def group_norm_apply(
     """x, (N, C, *), and its statistics, (N, num_groups) -> (N, C, *)."""
     y = empty_in_layout(x)
     if y.numel():
-        sources, last = arranged(x)
-        call = _Call(sources, y, last, num_groups, weight, bias, scale, shift, silu, 0.0)
+        call = _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, 0.0)
         call.apply(tiling(call.shape), mean.contiguous(), rstd.contiguous(), 0, 0)
     return y

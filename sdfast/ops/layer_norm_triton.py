@@ -30,7 +30,7 @@ def _rstd(squares, width, eps):
 @triton.jit
 def _apply(x, weight, bias, y, at, column, inside, there, mean, rstd):
     """y = (x − mean) rstd weight + bias of a tile of values x; `at`, (rows, columns), is where it lies."""
-    result = (x - mean) * rstd
+    result = (x - mean[:, None]) * rstd[:, None]
     if weight is not None:
         result *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
@@ -60,7 +60,7 @@ def _forward_kernel(
         away = tl.where(inside, value - mean[:, None], 0.0)
         rstd = _rstd(tl.sum(away * away, axis=1), width, eps)
         _apply(
-            value, weight, bias, y, base + column[None, :], column, inside, there, mean[:, None], rstd[:, None]
+            value, weight, bias, y, base + column[None, :], column, inside, there, mean, rstd
         )  # fmt: skip
     else:
         total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -80,7 +80,7 @@ def _forward_kernel(
             at = base + (first + column)[None, :]
             value = tl.load(x + at, mask=there[None, :], other=0.0).to(tl.float32)
             _apply(
-                value, weight, bias, y, at, first + column, there[None, :], there, mean[:, None], rstd[:, None]
+                value, weight, bias, y, at, first + column, there[None, :], there, mean, rstd
             )  # fmt: skip
     if mean_out is not None:
         tl.store(mean_out + row, mean, mask=present)
@@ -208,10 +208,10 @@ def _normalise(
     rows, width = _rows(x, axes)
     if y.numel():
         whole, config = _config(width)
-        x, weight, bias = (None if t is None else t.contiguous() for t in (x, weight, bias))
+        weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
         launch(
-            _forward_kernel, (triton.cdiv(rows, config.constants["ROWS"]),), x, weight, bias, y, mean, rstd,
-            rows, width, eps, config=config, WHOLE=whole,
+            _forward_kernel, (triton.cdiv(rows, config.constants["ROWS"]),), x.contiguous(), weight, bias, y,
+            mean, rstd, rows, width, eps, config=config, WHOLE=whole,
         )  # fmt: skip
     return y
 
