@@ -55,10 +55,9 @@ sanitize: $(VENV)/.installed-dev
 check-gpu-code: $(VENV)/.installed-dev
 	PYTHONPATH=. $(RUN) tests/triton_code.py
 
-# On a GPU: the tests of what runs there, then the operations beside eager and compiled torch.
+# On a GPU, in ten minutes: tests, compute-sanitizer, operations and models beside eager and compiled torch.
 gpu: $(VENV)/.installed-dev
-	$(RUN) -m pytest tests/test_*_triton.py tests/test_graphs.py
-	$(RUN) benchmarks/bench_gpu.py
+	$(RUN) tests/gpu_check.py
 
 # Rebuilds the compiled libraries in place after a change under csrc/.
 native: $(VENV)/.installed

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from _models import TINY_WORKS, WORKS, Forward, Work
+from _record import error_text
 from torch import Tensor, nn
 
 from sdfast import dispatch, packing
@@ -237,7 +238,3 @@ def _memory() -> dict[str, int]:
     status = pathlib.Path("/proc/self/status").read_text()
     peak, resident = (1024 * int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) for name in ("VmHWM", "VmRSS"))
     return {"peak_bytes": peak, "resident_bytes": resident, "packed_bytes": packing.packed_bytes()}
-
-
-def error_text(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

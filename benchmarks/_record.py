@@ -45,3 +45,8 @@ def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> s
     cells = [list(columns)] + [[format(row[key], spec) for key, spec in columns.items()] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)  # noqa: B905
+
+
+def error_text(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,12 +1,14 @@
 """Operations on a GPU at the sizes of Stable Diffusion 1.5, SDXL and their VAE: Triton beside torch.
 
-    python benchmarks/bench_gpu.py [--dtype bfloat16] [--rounds 20] [--only group_norm ...] [--tiny]
+    python benchmarks/bench_gpu.py [--dtype bfloat16] [--rounds 20] [--only group_norm ...] [--minutes 10]
+                                   [--no-compiled] [--tiny]
 
 Three sides take turns: our Triton kernel, the same formula in eager torch, and that under torch.compile
 (max-autotune, fullgraph). Each result is checked against fp64 before it is timed, by the error budget that
 the tests use. Times are medians of CUDA events around a call whose launches are queued behind a filler, so
 that Python's own time is not in them; the L2 cache is flushed before each. Shares are of a device-to-device
-copy and of a large matrix product, measured in the same run. Writes results/<device>/operations.json.
+copy and of a large matrix product, measured in the same run. Writes results/<device>/operations.json after
+every case: one that fails is recorded as such, and those after the last minute as not measured.
 `--tiny` tries it out on whatever device there is and writes nothing.
 """
 
@@ -19,7 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from _record import results_path, table, write_json
+from _gpu_timing import KERNELS, Timer, card, ceilings, versions
+from _record import error_text, results_path, write_json
 from torch import Tensor
 
 from sdfast import _library, ops
@@ -120,51 +123,15 @@ CASES = (
     conv2d(2, 320, 64, 320), conv2d(2, 640, 32, 640), conv2d(2, 1280, 16, 1280), conv2d(2, 2560, 8, 1280),
     conv2d(1, 512, 64, 512), conv2d(1, 128, 512, 128), conv2d(1, 512, 64, 512, upsample=True),
 )  # fmt: skip
-# The operation whose Triton kernel serves a call.
-KERNELS = {
-    "group_norm": "group_norm_forward", "layer_norm": "layer_norm_forward", "linear": "linear_rows",
-    "attention": "attention_forward", "conv2d": "conv2d_kernel",
-}  # fmt: skip
 TINY = (
     group_norm(2, 64, 4), layer_norm(8, 64), linear(8, 32, 64, "geglu"), attention(1, 2, 16, 16, 16),
     conv2d(1, 32, 4, 32),
 )  # fmt: skip
 
 
-class Timer:
-    """Milliseconds of a call on the device, with cold caches."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
-        self.flush = torch.empty(1 << 28 if self.on_gpu else 1, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        if not self.on_gpu:
-            began = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - began)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        torch.cuda._sleep(1_000_000)  # while this runs, Python queues what follows
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last)
-
-
-def ceilings(timer: Timer, dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """GB/s of a copy, bytes read plus bytes written, and TFLOP/s of a matrix product."""
-    size = 8192 if timer.on_gpu else 256
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    large = torch.empty(1 << 29 if timer.on_gpu else 1 << 20, dtype=torch.int8, device=device)
-    target = torch.empty_like(large)
-    copy = spread([timer(lambda: target.copy_(large)) for _ in range(10)])[1]
-    product = spread([timer(lambda: a @ b) for _ in range(10)])[1]
-    return 2 * large.numel() / copy / 1e6, 2 * size**3 / product / 1e9
-
-
-def measure(case: Case, dtype: torch.dtype, device: str, rounds: int, timer: Timer) -> dict[str, object]:
+def measure(
+    case: Case, dtype: torch.dtype, device: str, rounds: int, timer: Timer, compiled: bool
+) -> dict[str, object]:
     """Checks the result, then the row of the record."""
     tensors = case.tensors(dtype, device)
     exact = case.call(*(t.double() for t in tensors), backend="reference")
@@ -172,15 +139,17 @@ def measure(case: Case, dtype: torch.dtype, device: str, rounds: int, timer: Tim
         "eager": lambda: case.call(*tensors, backend="torch"),
         "triton": lambda: case.call(*tensors, backend="triton"),
     }
-    if timer.on_gpu:
-        compiled = torch.compile(
+    if compiled:
+        torch._dynamo.reset()  # it counts the cases before as recompilations, and allows eight
+        function = torch.compile(
             lambda *t: case.call(*t, backend="torch"),
             mode="max-autotune-no-cudagraphs",
             fullgraph=True,
             dynamic=False,
         )
-        sides["compiled"] = lambda: compiled(*tensors)
+        sides["compiled"] = lambda: function(*tensors)
     assert_within_budget(sides["triton"](), sides["eager"](), exact, what=f"{case.op}, {case.what}")
+    del exact
     for _ in range(3):
         for side in sides.values():
             side()
@@ -193,51 +162,79 @@ def measure(case: Case, dtype: torch.dtype, device: str, rounds: int, timer: Tim
     best = min(median for name, (_, median, _) in times.items() if name != "triton")
     ours = times["triton"][1]
     return {
-        "op": case.op, "shape": case.what, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds,
+        "rounds": rounds,
         **{f"{name}_{part}": ms for name in times for part, ms in zip(parts, times[name], strict=True)},
         "ratio": best / ours,
         "gb_per_s": case.nbytes(dtype) / ours / 1e6, "tflop_per_s": case.flops / ours / 1e9,
     }  # fmt: skip
 
 
+def attempt(case: Case, options: argparse.Namespace, timer: Timer, deadline: float) -> dict[str, object]:
+    """The row of a case; where there is nothing to time it says why."""
+    row: dict[str, object] = {"op": case.op, "shape": case.what, "dtype": options.dtype}
+    if not _library.has_kernel(KERNELS[case.op], "triton"):
+        return {**row, "not_measured": "no Triton kernel yet"}
+    if time.monotonic() > deadline:
+        return {**row, "not_measured": f"the {options.minutes:g} minutes of the run were over"}
+    device = "cuda" if timer.on_gpu else "cpu"
+    compiled = timer.on_gpu and options.compiled
+    try:
+        times = measure(case, getattr(torch, options.dtype), device, options.rounds, timer, compiled)
+    except Exception as error:  # one kernel's fault is to hide no other's time
+        return {**row, "not_measured": error_text(error)}
+    return {**row, **times}
+
+
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table, write results/<device>/operations.json."""
+    """Print a line a case, write results/<device>/operations.json; fail where a case did."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20, help="of each side (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=sorted({case.op for case in CASES}))
+    parser.add_argument("--minutes", type=float, default=60, help="no case begins later (%(default)s)")
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="without torch.compile")
     parser.add_argument("--tiny", action="store_true", help="try it out; writes nothing")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         parser.error("there is no CUDA device; --tiny tries the benchmark out in Triton's interpreter")
-    dtype, timer, rows = getattr(torch, options.dtype), Timer(device), []
-    copy, product = ceilings(timer, dtype, device)
+    deadline = time.monotonic() + 60 * options.minutes
+    torch.backends.cudnn.benchmark = True
+    timer, rows = Timer(device), []
+    copy, product = ceilings(timer, getattr(torch, options.dtype), device)
     print(f"copy {copy:.0f} GB/s, matrix product {product:.0f} TFLOP/s", flush=True)
-    columns = {
-        "op": "",
-        "shape": "",
-        "eager_ms": ".4f",
-        "triton_ms": ".4f",
-        "ratio": ".2f",
-        "of_ceiling": ".0%",
-    }
+    machine = {
+        "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product},
+        "card": card(), "versions": versions(),
+    }  # fmt: skip
     for case in TINY if options.tiny else CASES:
         if options.only and case.op not in options.only:
             continue
-        if not _library.has_kernel(KERNELS[case.op], "triton"):
-            print(f"{case.op}, {case.what}: no Triton kernel yet")
-            continue
-        row = measure(case, dtype, device, options.rounds, timer)
-        row["of_ceiling"] = max(row["gb_per_s"] / copy, row["tflop_per_s"] / product)  # type: ignore[operator]
+        row = attempt(case, options, timer, deadline)
+        if "ratio" in row:
+            row["of_ceiling"] = max(row["gb_per_s"] / copy, row["tflop_per_s"] / product)  # type: ignore[operator]
         rows.append(row)
-    print(table(rows, columns))
-    if not options.tiny:
-        ceiling = {"copy_gb_per_s": copy, "matrix_tflop_per_s": product}
-        write_json(results_path("operations", "cuda"), rows, ceilings=ceiling)
+        print(line(row), flush=True)
+        if not options.tiny:
+            write_json(results_path("operations", "cuda"), rows, **machine)
+    failed = [row for row in rows if "Error" in str(row.get("not_measured"))]
+    if failed:
+        parser.exit(1, "\n".join(map(line, failed)) + "\n")
+
+
+def line(row: dict[str, object]) -> str:
+    """A row for the terminal."""
+    title = f"{row['op']}, {row['shape']}: "
+    if "not_measured" in row:
+        return title + str(row["not_measured"])
+    compiled = f", compiled {row['compiled_ms']:.4f}" if "compiled_ms" in row else ""
+    return (
+        f"{title}eager {row['eager_ms']:.4f} ms{compiled}, triton {row['triton_ms']:.4f},"
+        f" {row['ratio']:.2f}x, {row['of_ceiling']:.0%} of the ceiling"
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from _report_gpu import gpu_models_lines, operations_lines, traffic_lines
 from _report_models import markdown_table, models_rows, models_table, peers_lines, profile_lines
 
 HERE = Path(__file__).parent
@@ -22,11 +23,14 @@ _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of
 
 _ORDER = (
     "models", "peers", "training", "profile", "conv2d", "linear", "attention", "group_norm", "layer_norm",
-    "diffusion_step", "digits_quality",
+    "diffusion_step", "digits_quality", "operations", "gpu_models",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
-_HEADINGS = {"peers": "models beside other engines", "profile": "a profile of one step"}
+_HEADINGS = {
+    "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
+}  # fmt: skip
+_TRAFFIC = HERE / "results/triton_traffic.json"
 
 Row = dict[str, Any]
 
@@ -34,6 +38,11 @@ Row = dict[str, Any]
 def provenance(name: str, record: Row) -> str:
     """Where a table's numbers come from."""
     machine = record["environment"]
+    if "card" in record:
+        return (
+            f"`{record['command']}`, {machine['gpu']}, commit {machine['commit']}, {machine['date'][:10]};"
+            f" [{name}](results/{name})."
+        )
     return (
         f"`{record['command']}`, {machine['cpu']} with {machine['threads']} threads"
         f" ({machine['cpu_capability']}), torch {machine['torch']}, commit {machine['commit']},"
@@ -113,7 +122,7 @@ def results_md(records: dict[str, Row]) -> list[str]:
         "",
         "Written by `python benchmarks/report.py` from the JSON files beside it. Every benchmark checks its",
         "result before it times it; both sides take turns in one process; times are medians, ratios are",
-        "medians of neighbours in time. No GPU kernel exists yet, and nothing here was measured on a GPU.",
+        f"medians of neighbours in time. {_gpu_line(records)}",
     ]
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
@@ -153,7 +162,25 @@ def results_md(records: dict[str, Row]) -> list[str]:
             lines += markdown_table(head, bandwidth_rows(record))
         elif kind == "digits_quality":
             lines += quality(record)
+        elif kind == "operations":
+            lines += operations_lines(record)
+        elif kind == "gpu_models":
+            lines += gpu_models_lines(record)
+    if _TRAFFIC.exists():
+        lines += traffic_lines(json.loads(_TRAFFIC.read_text()))
     return lines
+
+
+def _gpu_line(records: dict[str, Row]) -> str:
+    """When kernels last ran on which GPU."""
+    runs = {
+        record["environment"]["gpu"]: record["environment"]["date"][:10]
+        for record in records.values()
+        if "card" in record
+    }
+    if not runs:
+        return "No kernel has run on a GPU yet, and nothing here was measured on one."
+    return f"Last run on a GPU: {', '.join(f'{gpu}, {date}' for gpu, date in runs.items())}."
 
 
 def quality(record: Row) -> list[str]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -138,6 +138,13 @@ def _state_of(weight: Tensor) -> State:
     layout = (weight.dtype, weight.shape, weight.stride())
     sample = _fingerprint(weight.detach()) if weight.device.type == "cpu" else None
     return version, weight.data_ptr(), sample, layout
+
+
+def copies_of(weights: Iterable[Tensor]) -> list[Tensor]:
+    """All copies of these weights, for who reads them by address: as long as it holds them they stay."""
+    with _lock:
+        known = [_copies[weight] for weight in weights if weight in _copies]
+        return [copy.values for copies in known for copy in copies.by_kind.values()]
 
 
 def packed_bytes() -> int:

@@ -63,6 +63,16 @@ def test_copies_die_with_the_weight() -> None:
     assert packing.packed_bytes() == 0
 
 
+def test_values_on_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them would wait for it, and cannot be captured in a graph: version and storage have to do."""
+    monkeypatch.setattr(packing, "_fingerprint", lambda weight: pytest.fail("it was read"))
+    weight = torch.empty(64, 32, device="meta")
+    first = copy(weight)
+    assert first is copy(weight)
+    weight.add_(1)
+    assert first is not copy(weight)
+
+
 def test_what_is_worth_more_takes_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "FREE_BYTES", 0)
     weights = [torch.randn(1000) for _ in range(4)]

@@ -1,8 +1,9 @@
-"""Small models of diffusers and transformers with random weights, for the tests of checkpoints."""
+"""Small models of diffusers and transformers with random weights, for the tests of checkpoints.
 
-import diffusers
+Neither is imported for the configurations alone, which tests of our models on a GPU use too.
+"""
+
 import torch
-import transformers
 
 from sdfast.models.ldm_keys import current_name
 
@@ -37,13 +38,17 @@ CLIP = {
 
 
 def make_unet():
+    import diffusers
+
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(**UNET)
 
 
-def make_clip(their_class=transformers.CLIPTextModel):
+def make_clip(their_class=None):
+    import transformers
+
     torch.manual_seed(0)
-    return their_class(transformers.CLIPTextConfig(**CLIP))
+    return (their_class or transformers.CLIPTextModel)(transformers.CLIPTextConfig(**CLIP))
 
 
 def assert_same_tensors(ours, theirs):

@@ -5,6 +5,7 @@ from sdfast.ops.add_noise import add_noise
 from sdfast.ops.attention import attention
 from sdfast.ops.conv2d import NormPrologue, conv2d
 from sdfast.ops.diffusion_step import diffusion_step
+from sdfast.ops.diffusion_step_from_table import diffusion_step_from_table
 from sdfast.ops.group_norm import group_norm
 from sdfast.ops.layer_norm import layer_norm
 from sdfast.ops.linear import linear
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "conv2d",
     "diffusion_step",
+    "diffusion_step_from_table",
     "group_norm",
     "layer_norm",
     "linear",

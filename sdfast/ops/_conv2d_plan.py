@@ -47,8 +47,10 @@ _HALF = (
     _Tile(128, 256, 8, 1.0), _Tile(128, 128, 8, 0.95), _Tile(64, 256, 8, 0.8), _Tile(128, 64, 4, 0.8),
     _Tile(64, 128, 4, 0.75), _Tile(64, 64, 4, 0.65),
 )  # fmt: skip
+# For GPUs whose tensor cores take both factors from registers.
+_HALF_IN_REGISTERS = (_Tile(128, 128, 8, 1.0), _Tile(128, 64, 8, 0.85), _Tile(64, 128, 8, 0.85))
 _NARROW = (_Tile(128, 16, 4, 0.2),)  # for a picture's 3 channels or a latent's 4
-_UNALIGNED = (_Tile(64, 64, 4, 0.3),)  # loaded number by number, each with its address in registers
+_UNALIGNED = (_Tile(64, 64, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FP32 = (_Tile(64, 64, 8, 1.0), _Tile(32, 64, 4, 0.7))
 _UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7),)
 _MAX_SPLITS = 8
@@ -114,16 +116,14 @@ def _tiles(call: Convolution) -> Sequence[_Tile]:
         tiles = _FP32 if aligned else _UNALIGNED_FP32
     elif not aligned:
         tiles = _UNALIGNED
+    elif weight.shape[-4] <= 16:
+        tiles = _NARROW
     else:
-        tiles = _NARROW if weight.shape[-4] <= 16 else _HALF
-    if (
-        call.normalised or call.statistics
-    ):  # which the accumulators of the largest tile leave no registers for
+        tiles = _HALF if architecture(weight.device) in (90, 100) else _HALF_IN_REGISTERS
+    # None of these finds registers beside the accumulators of the largest tile.
+    if call.normalised or call.statistics or len(call.channels) > 1:
         tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]
-    # Without wgmma both factors pass through registers, in any case.
-    if call.normalised or architecture(weight.device) not in (90, 100):
-        tiles = [tile._replace(num_warps=8) for tile in tiles]
-    return tiles
+    return [tile._replace(num_warps=8) for tile in tiles] if call.normalised else tiles
 
 
 def _block_k(call: Convolution) -> int:

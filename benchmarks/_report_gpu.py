@@ -1,0 +1,144 @@
+"""The tables of GPUs: operations, whole models and their profiles, and what the kernels move, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from _report_models import markdown_table
+
+Row = dict[str, Any]
+
+
+def card_line(record: Row) -> str:
+    """What the times depend on beside the commit."""
+    ceilings = record["ceilings"]
+    clocks = record["card"].get("clocks.max.sm")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    return (
+        f"In the same run a copy moved {ceilings['copy_gb_per_s']:.0f} GB/s, a matrix product"
+        f" {ceilings['matrix_tflop_per_s']:.0f} TFLOP/s"
+        + (f"; at most {clocks} MHz, driver {record['card']['driver_version']}" if clocks else "")
+        + f". {versions}."
+    )
+
+
+def operations_lines(record: Row) -> list[str]:
+    """Each beside eager and compiled torch; then what was not measured."""
+    measured = [row for row in record["rows"] if "ratio" in row]
+    rows = (
+        (
+            row["op"], row["shape"], row["dtype"], f"{row['eager_ms']:.4f}",
+            f"{row['compiled_ms']:.4f}" if "compiled_ms" in row else "", f"{row['triton_ms']:.4f}",
+            f"{row['ratio']:.2f}x", f"{row['of_ceiling']:.0%}",
+        )
+        for row in measured
+    )  # fmt: skip
+    head = ("op", "shape", "dtype", "eager ms", "compiled ms", "Triton ms", "ratio to the best", "of ceiling")
+    absent = [
+        f"- Not measured: {row['op']}, {row['shape']}: {row['not_measured']}."
+        for row in record["rows"]
+        if "not_measured" in row
+    ]
+    return [card_line(record), "", *markdown_table(head, rows), *([""] if absent else []), *absent]
+
+
+def gpu_models_lines(record: Row) -> list[str]:
+    """A table of all sides, one of what starting costs, what failed, and a profile of ours."""
+    lines = [
+        card_line(record),
+        f"Eager is {record['eager_model']}; a ratio is of the fastest other side in the same turns.",
+        "",
+        *markdown_table(
+            ("work", "dtype", "side", "ms", "p20–p80", "ratio", "error", "peak memory", "launches", "idle"),
+            (cells for row in record["rows"] for cells in _sides(row)),
+        ),
+    ]
+    first = [cells for row in record["rows"] for cells in _first_results(row)]
+    if first:
+        lines += [
+            "",
+            "Seconds from having the weights to the first result, in a process that has compiled nothing:",
+        ]
+        lines += ["", *markdown_table(("work", "side", "caches empty", "caches full"), first)]
+    missing = [op for op, there in record["triton_kernels"].items() if not there]
+    if missing:
+        lines += ["", f"- No Triton kernel: {', '.join(missing)}."]
+    failed = [
+        f"- {row['work']}, {side}: {why}." for row in record["rows"] for side, why in row["failed"].items()
+    ]
+    lines += [*([""] if failed and not missing else []), *failed]
+    for row in record["rows"]:
+        for side, values in row["sides"].items():
+            lines += _profile(f"{row['work']}, {side}", values.get("profile", {}))
+    return lines
+
+
+def _sides(row: Row) -> Iterator[tuple[object, ...]]:
+    for name, side in row["sides"].items():
+        profile = side.get("profile", {})
+        idle = f"{profile['idle_share']:.0%}" if "idle_share" in profile else ""
+        peak = "" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**30:.1f} GiB"
+        ratio = f"**{side['ratio']:.2f}x** of {side['beside']}" if "ratio" in side else ""
+        yield (
+            row["work"], row["dtype"], name, f"{side['ms']:.2f}",
+            f"{side['p20_ms']:.2f}–{side['p80_ms']:.2f}", ratio, f"{side['error']:.1e}", peak,
+            profile.get("launches", ""), idle,
+        )  # fmt: skip
+
+
+def _first_results(row: Row) -> Iterator[tuple[object, ...]]:
+    for name, side in row["sides"].items():
+        if "first_again_seconds" in side:
+            empty = "" if side["compiled_before"] else f"{side['first_seconds']:.1f}"
+            yield row["work"], name, empty, f"{side['first_again_seconds']:.1f}"
+
+
+def _profile(title: str, profile: Row) -> list[str]:
+    if not profile.get("kernels"):
+        return []
+    waits = profile["waits_for"]
+    host = f"the host waits: {waits}" if waits else "nothing waits for the device"
+    return [
+        "",
+        f"{title}: {profile['launches']} launches in {profile['span_ms']:.2f} ms, of which"
+        f" {profile['idle_share']:.1%} idle; {host}.",
+        "",
+        *markdown_table(
+            ("kernel", "calls", "ms", "share"),
+            (
+                (f"`{kernel['kernel']}`", kernel["calls"], f"{kernel['ms']:.3f}", f"{kernel['share']:.1%}")
+                for kernel in profile["kernels"]
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def traffic_lines(record: Row) -> list[str]:
+    """Of bf16 and of what has no dtype in its name; fp16 moves the same."""
+    shown = [row for row in record["rows"] if not row["case"].endswith(("fp16", "fp32", "tf32"))]
+    environment = record["environment"]
+    return [
+        "",
+        "## What the Triton kernels move, counted without a GPU",
+        "",
+        f"`{record['command']}`, Triton {environment['triton']}, commit {environment['commit']}.",
+        "Bytes of the tensors that the launches read and write, each once a launch, beside those that the",
+        "operation takes and gives, each once: partial results, second passes and copies show. FLOP are the",
+        "formula's.",
+        "",
+        *markdown_table(
+            ("call", "operation", "launches", "MiB", "least", "ratio", "GFLOP", "FLOP a byte"),
+            (
+                (
+                    row["case"], f"`{row['op']}`" if row["least_bytes"] else row["op"],
+                    row["launches"], f"{row['moved_bytes'] / 2**20:.2f}",
+                    f"{row['least_bytes'] / 2**20:.2f}" if row["least_bytes"] else "",
+                    f"{row['ratio']:.2f}x" if row["ratio"] else "",
+                    f"{row['flop'] / 1e9:.2f}" if row["flop"] else "",
+                    f"{row['flop'] / row['least_bytes']:.0f}" if row["flop"] and row["least_bytes"] else "",
+                )
+                for row in shown
+            ),
+        ),
+    ]  # fmt: skip

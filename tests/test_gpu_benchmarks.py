@@ -1,0 +1,225 @@
+"""The benchmarks of a GPU and `make gpu`, tried out without one; their times are nobody's business here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_check  # noqa: E402
+from _gpu_profile import Span, summary  # noqa: E402
+from _report_gpu import gpu_models_lines, operations_lines, traffic_lines  # noqa: E402
+
+pytest.importorskip("triton")
+
+PYTHON = [sys.executable]
+
+
+def run(*command):
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [*PYTHON, *command], capture_output=True, text=True, timeout=600, env=variables, cwd=ROOT
+    )
+
+
+def models(output, *arguments):
+    return run(
+        "benchmarks/bench_gpu_models.py", "--tiny", "--dtype", "float16", "--rounds", "1", "--output", output, *arguments
+    )  # fmt: skip
+
+
+def test_models_are_measured_and_reported(tmp_path):
+    done = models(
+        tmp_path / "r.json", "--work", "decode512", "train", "--side", "eager channels_last", "sdfast"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    record = json.loads((tmp_path / "r.json").read_text())
+    for row in record["rows"]:
+        assert row["failed"] == {} and set(row["sides"]) == {"eager channels_last", "sdfast"}
+        ours = row["sides"]["sdfast"]
+        assert ours["beside"] == "eager channels_last" and 0 < ours["error"] < 1e-2 and ours["ratio"] > 0
+    text = "\n".join(gpu_models_lines(record))
+    assert "| tiny VAE, decode | float16 | sdfast |" in text and "tiny U-Net, training step" in text
+
+
+def test_a_side_out_of_time_hides_no_other(tmp_path):
+    """The one that compiles has a hundredth of a second; what was there before is kept."""
+    done = models(
+        tmp_path / "r.json", "--work", "decode512", "--side", "eager channels_last", "sdfast triton", "compiled",
+        "--compile-minutes", "0.0002",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    first, second = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert set(first["sides"]) == {"eager channels_last", "sdfast triton"} and first["failed"] == {}
+    assert first["sides"]["sdfast triton"]["first_again_seconds"] > 0
+    assert second["failed"] == {"compiled": "load: not done within 0 s"} and set(second["sides"]) == {
+        "sdfast triton"
+    }
+
+
+def test_a_run_out_of_time_says_so(tmp_path):
+    models(tmp_path / "r.json", "--work", "decode512", "--side", "eager", "--minutes", "0")
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["failed"] == {"eager": "reference, the time of the run was over"}
+
+
+@pytest.fixture
+def run_of_two_rounds(tmp_path):
+    import bench_gpu_models
+
+    options = bench_gpu_models.parse(
+        ["--tiny", "--rounds", "2", "--side", "eager", "sdfast", "sdfast triton"]
+    )
+    (tmp_path / "sd15.pt").touch()  # the reference is there
+    return bench_gpu_models.Benchmark(options, tmp_path)
+
+
+def test_a_fault_is_recorded_and_named(run_of_two_rounds, monkeypatch):
+    """One side is too far from the reference, one dies while it is timed; the others' times are kept."""
+    from _gpu_sides import SideError
+
+    times = iter((4.0, 2.0, 3.0))
+
+    def ask(name, request, *arguments):
+        if request == "load":
+            return {
+                "first_seconds": 1.0,
+                "error": {"sdfast triton": 2e-3}.get(name, 1e-3),
+                "peak_bytes": None,
+            }
+        if request == "time":
+            if name == "sdfast" and len(run_of_two_rounds.asked) > 6:
+                raise SideError("time: its process ended with exit code -9")
+            return next(times)
+        return {}
+
+    run_of_two_rounds.asked = []
+    monkeypatch.setattr(run_of_two_rounds, "ask", lambda *a: (run_of_two_rounds.asked.append(a), ask(*a))[1])
+    run_of_two_rounds.measure("sd15", ("eager", "sdfast", "sdfast triton"))
+    (row,) = run_of_two_rounds.rows
+    assert set(row["sides"]) == {"eager"} and row["sides"]["eager"]["ms"] == 3.5
+    assert row["failed"] == {
+        "sdfast triton": "error 2.0e-03 exceeds 1.5 times eager's, 1.0e-03",
+        "sdfast": "time: its process ended with exit code -9",
+    }
+    assert len(run_of_two_rounds.faults) == 2
+
+
+def test_profile_of_kernels_that_overlap_and_wait():
+    spans = [Span("a", 0, 10), Span("b", 5, 20), Span("a", 30, 40), Span("c", 32, 35)]
+    found = summary(reversed(spans))
+    assert found["launches"] == 4 and found["span_ms"] == 0.04 and found["idle_share"] == 0.25
+    assert [(k["kernel"], k["calls"], k["ms"]) for k in found["kernels"]] == [
+        ("a", 2, 0.02), ("b", 1, 0.015), ("c", 1, 0.003)
+    ]  # fmt: skip
+    rest = summary([Span(f"k{i}", i, i + 1) for i in range(40)])["kernels"][-1]
+    assert (rest["kernel"], rest["calls"], round(rest["share"], 6)) == ("10 others", 10, 0.25)
+    assert summary([])["launches"] == 0
+
+
+def test_every_kernel_has_a_call():
+    done = run("tests/each_kernel.py")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_parts_of_make_gpu(tmp_path):
+    """A red part, one without end, and one whose program is absent stop no other."""
+    python = [sys.executable, "-c"]
+    parts = {
+        "tests": gpu_check.Part([*python, "print('seen'); raise SystemExit(3)"], 1.0),
+        "memcheck": gpu_check.Part([*python, "import time; time.sleep(60)"], 0.05),
+        "racecheck": gpu_check.Part([*python, ""], 1.0, "no-such-program"),
+        "models": gpu_check.Part([*python, "import sys; print(sys.argv[1])"], 1.0),
+    }
+    results = gpu_check.run_all(parts, 0.5, tmp_path)
+    assert [result.status for result in results.values()] == [
+        "failed", "took too long", "no-such-program is not installed", "passed"
+    ]  # fmt: skip
+    assert gpu_check.last_lines(tmp_path / "tests.log", 9) == "  seen"
+    assert gpu_check.last_lines(tmp_path / "models.log", 9) == "  --minutes"
+    assert list(gpu_check.parts(9.5, tiny=False)) == [
+        "tests",
+        "memcheck",
+        "racecheck",
+        "operations",
+        "models",
+    ]
+
+
+CARD = {
+    "card": {"driver_version": "580", "clocks.max.sm": "1980"},
+    "ceilings": {"copy_gb_per_s": 4300.0, "matrix_tflop_per_s": 790.0},
+    "versions": {"torch": "2", "triton": "3", "diffusers": None},
+}  # fmt: skip
+
+
+def test_report_of_operations():
+    row = {"op": "linear", "shape": "8x8", "dtype": "bfloat16"}
+    times = {"eager_ms": 2.0, "compiled_ms": 1.5, "triton_ms": 1.0, "ratio": 1.5, "of_ceiling": 0.5}
+    text = "\n".join(
+        operations_lines({**CARD, "rows": [{**row, **times}, {**row, "not_measured": "no kernel"}]})
+    )
+    assert "| linear | 8x8 | bfloat16 | 2.0000 | 1.5000 | 1.0000 | 1.50x | 50% |" in text
+    assert "- Not measured: linear, 8x8: no kernel." in text
+    assert (
+        "a copy moved 4300 GB/s, a matrix product 790 TFLOP/s; at most 1980 MHz, driver 580. torch 2, triton 3."
+        in text
+    )
+
+
+def test_report_of_models():
+    profile = {
+        "launches": 300, "span_ms": 4.0, "idle_share": 0.1, "waits_for": None,
+        "kernels": [{"kernel": "conv", "calls": 9, "ms": 3.0, "share": 0.75}],
+    }  # fmt: skip
+    side = {
+        "ms": 4.0, "p20_ms": 3.9, "p80_ms": 4.1, "error": 1e-3, "peak_bytes": 2**31, "first_seconds": 30.0,
+        "compiled_before": False,
+    }  # fmt: skip
+    row = {
+        "work": "U-Net", "dtype": "bfloat16", "failed": {"compiled": "load: not done within 600 s"},
+        "sides": {
+            "eager": side,
+            "sdfast": {**side, "ratio": 2.0, "beside": "eager", "first_again_seconds": 3.0, "profile": profile},
+        },
+    }  # fmt: skip
+    kernels = {"linear": True, "conv2d": False}
+    text = "\n".join(
+        gpu_models_lines({**CARD, "eager_model": "diffusers", "triton_kernels": kernels, "rows": [row]})
+    )
+    assert (
+        "| U-Net | bfloat16 | sdfast | 4.00 | 3.90–4.10 | **2.00x** of eager | 1.0e-03 | 2.0 GiB | 300 | 10% |"
+        in text
+    )
+    assert "| U-Net | sdfast | 30.0 | 3.0 |" in text and "- No Triton kernel: conv2d." in text
+    assert "- U-Net, compiled: load: not done within 600 s." in text
+    assert (
+        "U-Net, sdfast: 300 launches in 4.00 ms, of which 10.0% idle; nothing waits for the device." in text
+    )
+    assert "| `conv` | 9 | 3.000 | 75.0% |" in text
+
+
+def test_report_of_traffic():
+    row = {
+        "case": "linear bf16", "op": "linear_rows", "launches": 2, "copies": 0, "moved_bytes": 2**21,
+        "least_bytes": 2**20, "ratio": 2.0, "flop": 2**21,
+    }  # fmt: skip
+    record = {
+        "command": "c",
+        "environment": {"triton": "3", "commit": "1"},
+        "rows": [row, {**row, "case": "linear fp16"}],
+    }
+    text = "\n".join(traffic_lines(record))
+    assert (
+        "| linear bf16 | `linear_rows` | 2 | 2.00 | 1.00 | 2.00x | 0.00 | 2 |" in text and "fp16" not in text
+    )
