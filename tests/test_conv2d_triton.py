@@ -322,11 +322,14 @@ def test_compiles_whole() -> None:
         assert torch.equal(compiled(args[0]), run(args[0]))
 
 
+@torch.no_grad()
 def test_who_is_served_by_it() -> None:
     x, weight = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(8, 16, 3, 3, device=DEVICE)
     assert not conv2d_fuses(x)
     with dispatch.use_backend("triton"):
         assert conv2d_fuses(x) and not conv2d_fuses(x.double())
+        with torch.enable_grad():
+            assert not conv2d_fuses(x)
         named = ops.conv2d(x, weight, padding=1)
     assert torch.equal(named, triton(x, weight, padding=1))
     with dispatch.use_backend("torch"):

@@ -156,8 +156,10 @@ def conv2d_fuses(x: Tensor) -> bool:
     """Whether kernels serve convolutions of x that read two sources and gather statistics as they store.
 
     Where they do, `skip` and `stats_groups` save passes over memory; elsewhere they cost what they say. True
-    under `use_backend("triton")` where Triton can run.
+    under `use_backend("triton")` where Triton can run, but for training, which reads the concatenation again.
     """
+    if torch.is_grad_enabled():
+        return False
     reasons = _unavailable(x, x)
     return dispatch.choose("conv2d", x.device.type, reasons, None, order=("torch",)) == "triton"
 
