@@ -50,7 +50,7 @@ _HALF = (
 # For GPUs whose tensor cores take both factors from registers.
 _HALF_IN_REGISTERS = (_Tile(128, 128, 8, 1.0), _Tile(128, 64, 8, 0.85), _Tile(64, 128, 8, 0.85))
 _NARROW = (_Tile(128, 16, 4, 0.2),)  # for a picture's 3 channels or a latent's 4
-_UNALIGNED = (_Tile(64, 64, 4, 0.3),)  # loaded number by number, each with its address in registers
+_UNALIGNED = (_Tile(64, 64, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FP32 = (_Tile(64, 64, 8, 1.0), _Tile(32, 64, 4, 0.7))
 _UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7),)
 _MAX_SPLITS = 8

@@ -74,7 +74,8 @@ def _weight_gradient_kernel(
     row -= top
     x_pixel = (image * height + row) * width + x_column
     dy_k = tl.arange(0, BLOCK_K)[None, :]
-    dy_at = dy + (first + dy_k) * out_channels + o
+    dy_at = dy_k * out_channels + o
+    dy += first * out_channels
     remaining = pixels - first
 
     # A block further, in digits, and what a carry adds.
@@ -86,15 +87,16 @@ def _weight_gradient_kernel(
 
     total = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
     for _ in range(0, steps):
-        dy_tile = tl.load(dy_at, mask=(o < out_channels) & (dy_k < remaining), other=0.0)
+        there = tl.minimum(remaining, BLOCK_K).to(tl.int32)
+        dy_tile = tl.load(dy + dy_at, mask=(o < out_channels) & (dy_k < there), other=0.0)
         meets_row = (row + tap_row >= 0) & (row + tap_row < height)
         meets_column = (x_column + tap_column >= 0) & (x_column + tap_column < width)
-        meets = (k < remaining) & (column < columns) & meets_row & meets_column
+        meets = (k < there) & (column < columns) & meets_row & meets_column
         x_tile = tl.load(x + x_pixel * channels + tap_at, mask=meets, other=0.0)
         total = tl.dot(dy_tile, x_tile, total, input_precision=PRECISION)
 
         remaining -= BLOCK_K
-        dy_at += BLOCK_K * out_channels
+        dy += BLOCK_K * out_channels
         x_column += more_columns
         carry = x_column >= column_end - left
         x_column -= tl.where(carry, column_end, 0)
@@ -133,12 +135,13 @@ class _Tile(NamedTuple):
 
 
 _WIDE = (
-    _Tile(256, 128, 64, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(128, 64, 64, 4, 0.75),
+    _Tile(256, 128, 32, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(128, 64, 64, 4, 0.75),
     _Tile(64, 128, 64, 4, 0.75), _Tile(64, 64, 64, 4, 0.6),
 )  # fmt: skip
 _UNALIGNED = (_Tile(64, 64, 16, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
 _FP32 = (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7))
+_UNALIGNED_FP32 = (_Tile(32, 64, 16, 8, 0.7),)
 _TF32 = (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7))
 _MAX_SPLITS = 128
 _LEAST_STEPS = 8  # of a split
@@ -170,7 +173,7 @@ def plans_of(
     """
     tiles: tuple[_Tile, ...] = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
     if itemsize == 4:
-        tiles = _TF32 if precision == "tf32" and aligned else _FP32
+        tiles = _UNALIGNED_FP32 if not aligned else _TF32 if precision == "tf32" else _FP32
     plans = []
     for tile in tiles:
         block_k = tile.k if deep else min(tile.k, 32)
