@@ -24,6 +24,9 @@ from sdfast.request import Request
 
 # Image pixels that the VAE decodes at once: its memory grows with them, its speed hardly.
 _IMAGE_PIXELS_PER_DECODE = 512 * 512
+# The VAE decodes larger images without a graph: its kernels take longer than their launches there, and the
+# graph would keep gigabytes. Assumed, not measured.
+_MOST_PIXELS_BY_GRAPH = 1024 * 1024
 
 OnStep = Callable[[int, int], None]
 # (which images, their generators) -> their first latents, (n, c, h, w)
@@ -156,15 +159,17 @@ class Generation:
         unet = self._graphed(self.unet, self.unet)
         return unet(torch.cat([x, x]) if self.request.guided else x, timestep, context)
 
-    def _graphed(self, function: Callable[..., Tensor], model: torch.nn.Module) -> Callable[..., Tensor]:
-        return graphed(function, model, self.cache, enabled=self.cache is not None)
+    def _graphed(
+        self, function: Callable[..., Tensor], model: torch.nn.Module, *, enabled: bool = True
+    ) -> Callable[..., Tensor]:
+        return graphed(function, model, self.cache, enabled=enabled and self.cache is not None)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (N, c, h, w) -> images (N, C, H, W) float32 in [0, 1]."""
         z = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.config.scaling_factor
         pixels = self.request.height * self.request.width
         parts = z.split(max(1, _IMAGE_PIXELS_PER_DECODE // pixels))
-        decode = self._graphed(self.vae.decode, self.vae)
+        decode = self._graphed(self.vae.decode, self.vae, enabled=pixels <= _MOST_PIXELS_BY_GRAPH)
         images = torch.cat([decode(part).float() for part in parts])
         if not images.isfinite().all():
             warnings.warn(
