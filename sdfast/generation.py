@@ -83,13 +83,9 @@ class Generation:
         reset_peak_memory(device)
         began, stepping = self._now(), 0.0
         batches = list(request.batches())
-        done, total = 0, len(batches) * len(self.plan)
-
-        def step_done(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            assert on_step is not None
-            on_step(done, total)
+        total = len(batches) * len(self.plan)
+        done = itertools.count(1)
+        tell = None if on_step is None else lambda *_: on_step(next(done), total)
 
         encoded = functools.lru_cache(maxsize=1)(self._encoded)  # often all batches have one text
         outputs = []
@@ -98,9 +94,7 @@ class Generation:
             latents = start(part, generators)
             context, timesteps = encoded(self._texts(part))
             before = self._now()
-            latents = self._sample(
-                latents, context, timesteps, generators, None if on_step is None else step_done
-            )
+            latents = self._sample(latents, context, timesteps, generators, tell)
             stepping += self._now() - before
             outputs.append(latents if request.output == "latent" else self._decode(latents))
         result = torch.cat(outputs)
