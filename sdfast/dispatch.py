@@ -137,6 +137,11 @@ def tuning() -> str:
     return _tuning
 
 
+def switches() -> tuple[str | None, ...]:
+    """All that the switches above say: what else a recorded sequence of kernels depends on."""
+    return _forced, _numerics, _memory, _tuning
+
+
 def choose(
     op: str,
     device_type: str,

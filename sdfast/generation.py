@@ -24,6 +24,9 @@ from sdfast.request import Request
 
 # Image pixels that the VAE decodes at once: its memory grows with them, its speed hardly.
 _IMAGE_PIXELS_PER_DECODE = 512 * 512
+# The VAE decodes larger images without a graph: its kernels take longer than their launches there, and the
+# graph would keep gigabytes. Assumed, not measured.
+_MOST_PIXELS_BY_GRAPH = 1024 * 1024
 
 OnStep = Callable[[int, int], None]
 # (which images, their generators) -> their first latents, (n, c, h, w)
@@ -80,13 +83,9 @@ class Generation:
         reset_peak_memory(device)
         began, stepping = self._now(), 0.0
         batches = list(request.batches())
-        done, total = 0, len(batches) * len(self.plan)
-
-        def step_done(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            assert on_step is not None
-            on_step(done, total)
+        total = len(batches) * len(self.plan)
+        done = itertools.count(1)
+        tell = None if on_step is None else lambda *_: on_step(next(done), total)
 
         encoded = functools.lru_cache(maxsize=1)(self._encoded)  # often all batches have one text
         outputs = []
@@ -95,9 +94,7 @@ class Generation:
             latents = start(part, generators)
             context, timesteps = encoded(self._texts(part))
             before = self._now()
-            latents = self._sample(
-                latents, context, timesteps, generators, None if on_step is None else step_done
-            )
+            latents = self._sample(latents, context, timesteps, generators, tell)
             stepping += self._now() - before
             outputs.append(latents if request.output == "latent" else self._decode(latents))
         result = torch.cat(outputs)
@@ -156,15 +153,17 @@ class Generation:
         unet = self._graphed(self.unet, self.unet)
         return unet(torch.cat([x, x]) if self.request.guided else x, timestep, context)
 
-    def _graphed(self, function: Callable[..., Tensor], model: torch.nn.Module) -> Callable[..., Tensor]:
-        return graphed(function, model, self.cache, enabled=self.cache is not None)
+    def _graphed(
+        self, function: Callable[..., Tensor], model: torch.nn.Module, *, enabled: bool = True
+    ) -> Callable[..., Tensor]:
+        return graphed(function, model, self.cache, enabled=enabled and self.cache is not None)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (N, c, h, w) -> images (N, C, H, W) float32 in [0, 1]."""
         z = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.config.scaling_factor
         pixels = self.request.height * self.request.width
         parts = z.split(max(1, _IMAGE_PIXELS_PER_DECODE // pixels))
-        decode = self._graphed(self.vae.decode, self.vae)
+        decode = self._graphed(self.vae.decode, self.vae, enabled=pixels <= _MOST_PIXELS_BY_GRAPH)
         images = torch.cat([decode(part).float() for part in parts])
         if not images.isfinite().all():
             warnings.warn(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sdfast import packing
+from sdfast import dispatch, packing
 
 BUDGET_BYTES = 4 << 30
 # Runs before a capture: the first of them compile kernels and fill caches, which a capture must not.
@@ -118,7 +118,9 @@ class GraphCache:
         with self._lock:
             identity = tuple(_identity(weight) for weight in weights)
             entry = self._entries.pop(key, None)
-            if entry is None or entry.identity != identity:
+            if entry is not None and entry.identity != identity:
+                entry = None  # its memory serves the next
+            if entry is None:
                 capture = self.capture(function, tensors)
                 entry = _Entry(identity, capture, packing.copies_of(weights))
             self._entries[key] = entry
@@ -284,7 +286,7 @@ def _filled(leaves: Sequence[object], tensors: Sequence[Tensor]) -> list[object]
 def _key(function: Function, owner: nn.Module, leaves: Sequence[object], structure: object) -> Hashable:
     """All that the launches of a call depend on but addresses. Holds the function: its id might be reused."""
     kinds = tuple(_kind(leaf) for leaf in leaves)
-    return function, structure, kinds, owner.training, torch.is_inference_mode_enabled(), _autocast()
+    return function, structure, kinds, owner.training, torch.is_inference_mode_enabled(), _switches()
 
 
 def _modules(owner: nn.Module) -> Iterator[nn.Module]:
@@ -333,5 +335,9 @@ def _kind(leaf: object) -> Hashable:
     return type(leaf), leaf
 
 
-def _autocast() -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+def _switches() -> tuple[Hashable, ...]:
+    """The process-wide settings by which kernels are chosen."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    tf32 = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return *dispatch.switches(), *tf32, *autocast

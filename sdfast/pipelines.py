@@ -25,7 +25,7 @@ from sdfast import __version__
 from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, plan_from_config, sampler_name
 from sdfast.generation import GeneratedImages, Generation, OnStep, draw_noise
-from sdfast.graphs import GraphCache
+from sdfast.graphs import BUDGET_BYTES, GraphCache
 from sdfast.images import as_tensor
 from sdfast.loading import digits_folder, load_pipeline_parts
 from sdfast.memory import total_memory_bytes
@@ -43,8 +43,9 @@ class StableDiffusion:
     Attributes:
         unet, vae, text_encoders, tokenizers: the parts; SDXL has two of each of the last two.
         scheduler_config: the noise schedule and the kind of prediction it was trained with.
-        graphs: where the CUDA graphs of U-Net and VAE are kept, within its budget of memory; None runs both
-            without. A new size of image costs a capture and compiles nothing.
+        graphs: where the CUDA graphs of U-Net and VAE are kept, within its budget: 4 GiB, or a quarter of the
+            device's memory where that is more. None runs both without. A new size of image costs a capture
+            and compiles nothing; for what graphs do not see of a change of weights see `sdfast.graphs`.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class StableDiffusion:
         self.scheduler_config = dict(scheduler_config)
         self.name = name
         self.zero_empty_negative = zero_empty_negative
-        self.graphs = GraphCache() if cuda_graphs and self.device.type == "cuda" else None
+        self.graphs = _graph_cache(self.device) if cuda_graphs else None
         encoders = 2 if self.is_xl else 1
         if not len(self.text_encoders) == len(self.tokenizers) == encoders:
             raise ValueError(
@@ -332,6 +333,13 @@ class StableDiffusion:
             "version": f"sdfast {__version__}",
         }
         return values | more
+
+
+def _graph_cache(device: torch.device) -> GraphCache | None:
+    """A cache for the graphs of U-Net and VAE; the decoder's keep all that it holds at once."""
+    if device.type != "cuda":
+        return None
+    return GraphCache(max(BUDGET_BYTES, (total_memory_bytes(device) or 0) // 4))
 
 
 def _same(values: Sequence[Any]) -> Any:

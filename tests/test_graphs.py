@@ -11,7 +11,7 @@ from tiny_models import UNET
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sdfast import StableDiffusion, graphs, packing
+from sdfast import StableDiffusion, dispatch, graphs, packing
 from sdfast.graphs import Capture, GraphCache, graphed, repeat
 from sdfast.models import UNet2DCondition
 from sdfast.models.config import config_from_dict
@@ -76,6 +76,33 @@ def test_one_graph_for_each_kind_of_call(on_cpu):
     assert torch.equal(run(x.double())["y"], 2 * x.double()) and cache.captured == 6
     model.eval()
     assert torch.equal(run(x)["y"], 2 * x) and cache.captured == 7
+
+
+@torch.no_grad()
+def test_what_chooses_kernels_chooses_graphs(on_cpu):
+    model, cache, x = Scaled(), Recorder(), torch.ones(2)
+    run = graphed(model, cache=cache)
+    run(x)
+    for switch, value in (
+        (dispatch.use_backend, "reference"),
+        (dispatch.use_numerics, "exact"),
+        (dispatch.use_memory, "low"),
+        (dispatch.use_tuning, "off"),
+    ):
+        captured = cache.captured
+        with switch(value):
+            run(x)
+            assert cache.captured == captured + 1
+        run(x)
+        assert cache.captured == captured + 1
+    for flags, expected in ((torch.backends.cuda.matmul, 6), (torch.backends.cudnn, 7)):
+        before = flags.allow_tf32
+        try:
+            flags.allow_tf32 = not before
+            run(x)
+            assert cache.captured == expected
+        finally:
+            flags.allow_tf32 = before
 
 
 @torch.no_grad()

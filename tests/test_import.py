@@ -96,7 +96,7 @@ ALLOWED = {
     "sdfast.tokenizer": (),
     "sdfast.ops._conv2d_tuning": ("sdfast.dispatch", "sdfast.tuning", "sdfast.testing", "sdfast.ops"),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.tuning", "sdfast.ops"),
-    "sdfast.graphs": ("sdfast.packing",),
+    "sdfast.graphs": ("sdfast.dispatch", "sdfast.packing"),
     "sdfast.packing": ("sdfast._library", "sdfast.dispatch"),
     "sdfast.tuning": (
         "sdfast.__version__", "sdfast._library", "sdfast._tuning_file", "sdfast.dispatch", "sdfast.packing",

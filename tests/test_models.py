@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from sdfast import dispatch
 from sdfast.models import AutoencoderKL, UNet2D, UNet2DCondition
@@ -191,6 +192,22 @@ def test_encoded_text_and_time_give_the_bits_of_the_plain_call(settings, images,
         expected = ours(sample, timestep, text.repeat_interleave(each, 0), per_image)
         assert torch.equal(ours(sample, time, context), expected)
         assert torch.equal(ours(sample, timestep, text, added), expected)
+
+
+@torch.inference_mode()
+def test_encoded_time_is_picked_by_a_counter():
+    """As by a number, also from a table of which a pytree's tensors were cut."""
+    ours, timesteps, _, _ = precomputed_case(torch.float32)
+    times = ours.encode_time(timesteps)
+    first = pytree.tree_map_only(torch.Tensor, lambda rows: rows[:2], times)
+    assert len(first) == 2 and len(list(times)) == 3
+    for table, i in ((times, 0), (times, 2), (first, 1)):
+        picked, expected = table.at(torch.tensor(i)), times[i]
+        assert picked.by_layer.keys() == expected.by_layer.keys()
+        for layer, rows in expected.by_layer.items():
+            assert torch.equal(picked.by_layer[layer], rows) and picked.by_layer[layer].is_contiguous()
+    with pytest.raises(IndexError):
+        times[3]
 
 
 @torch.inference_mode()

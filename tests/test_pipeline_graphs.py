@@ -9,7 +9,7 @@ from on_device import OnTheDevice
 from test_graphs import Recorder
 
 import sdfast
-from sdfast import graphs
+from sdfast import generation, graphs, pipelines
 from sdfast.diffusion import plan_from_config, sample_on_device
 from sdfast.diffusion.device_loop import repeat_step
 from sdfast.dispatch import use_backend
@@ -161,9 +161,20 @@ def test_a_step_of_the_unet_reads_nothing_on_the_host(pipe):
         assert torch.equal(run(repeat=watched), run())
 
 
+def test_large_images_are_decoded_without(pipe, monkeypatch):
+    monkeypatch.setattr(generation, "_MOST_PIXELS_BY_GRAPH", 16 * 16)
+    pipe.graphs = Recorder()
+    assert_equal(both(pipe, height=16, width=16))
+    assert pipe.graphs.captured == 2
+    assert_equal(both(pipe, height=16, width=24))
+    assert pipe.graphs.captured == 3
+
+
 def test_where_there_are_graphs(pipe, monkeypatch):
     parts = (pipe.unet, pipe.vae, pipe.text_encoders, pipe.tokenizers, pipe.scheduler_config)
     assert pipe.graphs is None
     monkeypatch.setattr(sdfast.StableDiffusion, "device", torch.device("cuda"))
-    assert isinstance(sdfast.StableDiffusion(*parts).graphs, graphs.GraphCache)
+    for total, budget in ((None, 4 << 30), (8 << 30, 4 << 30), (80 << 30, 20 << 30)):
+        monkeypatch.setattr(pipelines, "total_memory_bytes", lambda device, total=total: total)
+        assert sdfast.StableDiffusion(*parts).graphs.budget_bytes == budget
     assert sdfast.StableDiffusion(*parts, cuda_graphs=False).graphs is None

@@ -79,7 +79,7 @@ def sample(
     seeds: Tensor | None = None,
     on_step: Callable[[int, int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
-    """Run a plan: Algorithm 2, for any sampler.
+    """Run a plan: Algorithm 2, for any sampler. `sample_on_device` is the form that a CUDA graph can replay.
 
     Args:
         plan: from a function of `sdfast.diffusion.samplers`.
