@@ -70,13 +70,16 @@ def define_native(
     return cast(Callable[..., Any], getattr(torch.ops.sdfast, name).default)
 
 
-def define_triton(name: str, module: str) -> Callable[..., Any]:
+def define_triton(
+    name: str, module: str, *, schema: str | None = None, fake: Callable[..., object] | None = None
+) -> Callable[..., Any]:
     """Define `sdfast::<name>_triton`, with the schema and fake of `sdfast::<name>`, and return the operation.
 
     Args:
         name: an operation of `define_native`.
         module: of the function `name` that serves it, on CUDA and, interpreted, on the CPU. It is imported at
             the first call, and Triton with it.
+        schema, fake: "(...) -> ..." and what gives shapes, of an operation that only Triton has.
     """
     run: Callable[..., Any] | None = None
 
@@ -86,9 +89,11 @@ def define_triton(name: str, module: str) -> Callable[..., Any]:
             run = getattr(importlib.import_module(module), name)
         return run(*arguments, **keywords)
 
-    schema = str(getattr(torch.ops.sdfast, name).default._schema)  # "sdfast::name(...) -> ..."
-    LIBRARY.define(schema.replace(f"sdfast::{name}(", f"{name}_triton("))
-    torch.library.register_fake(f"sdfast::{name}_triton", _fakes[name], lib=LIBRARY)
+    if schema is None:
+        native = str(getattr(torch.ops.sdfast, name).default._schema)  # "sdfast::name(...) -> ..."
+        schema = native.removeprefix(f"sdfast::{name}")
+    LIBRARY.define(f"{name}_triton{schema}")
+    torch.library.register_fake(f"sdfast::{name}_triton", fake or _fakes[name], lib=LIBRARY)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(f"{name}_triton", launcher, key)
     launchers[name] = launcher

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from sdfast.conditioning import TextConditioner
-from sdfast.diffusion import SamplingPlan, sample
+from sdfast.diffusion import SamplingPlan, sample, sample_on_device
+from sdfast.graphs import GraphCache, graphed, repeat
 from sdfast.images import to_pil
 from sdfast.memory import peak_memory_bytes, reset_peak_memory
-from sdfast.models import AutoencoderKL, Context, TimeEmbedding, UNet2DCondition
+from sdfast.models import AutoencoderKL, Context, TimeEmbedding, TimeTable, UNet2DCondition
 from sdfast.request import Request
 
 # Image pixels that the VAE decodes at once: its memory grows with them, its speed hardly.
@@ -53,13 +54,18 @@ class GeneratedImages:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A request and what serves it."""
+    """A request and what serves it.
+
+    Attributes:
+        cache: where the CUDA graphs of U-Net and VAE are kept; None runs both without.
+    """
 
     request: Request
     plan: SamplingPlan
     unet: UNet2DCondition
     vae: AutoencoderKL
     text: TextConditioner
+    cache: GraphCache | None = None
 
     @torch.inference_mode()
     def run(self, start: Start, on_step: OnStep | None, settings: dict[str, Any]) -> GeneratedImages:
@@ -79,8 +85,8 @@ class Generation:
         def step_done(*_: Any) -> None:
             nonlocal done
             done += 1
-            if on_step is not None:
-                on_step(done, total)
+            assert on_step is not None
+            on_step(done, total)
 
         encoded = functools.lru_cache(maxsize=1)(self._encoded)  # often all batches have one text
         outputs = []
@@ -89,14 +95,8 @@ class Generation:
             latents = start(part, generators)
             context, timesteps = encoded(self._texts(part))
             before = self._now()
-            latents = sample(
-                self.plan,
-                functools.partial(self._denoise, context),
-                latents,
-                timesteps=timesteps,
-                guidance_scale=request.guidance_scale if request.guided else None,
-                draw_noise=functools.partial(_draw_like, generators),
-                on_step=step_done,
+            latents = self._sample(
+                latents, context, timesteps, generators, None if on_step is None else step_done
             )
             stepping += self._now() - before
             outputs.append(latents if request.output == "latent" else self._decode(latents))
@@ -117,7 +117,7 @@ class Generation:
         runs = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
         return tuple(text for text, _ in runs) if len({length for _, length in runs}) == 1 else texts
 
-    def _encoded(self, texts: tuple[tuple[str, str | None], ...]) -> tuple[Context, list[TimeEmbedding]]:
+    def _encoded(self, texts: tuple[tuple[str, str | None], ...]) -> tuple[Context, TimeTable]:
         """What the U-Net is told in place of the text and, step by step, of the timestep."""
         prompts, negatives = zip(*texts, strict=True)
         condition = self.text.batch(prompts, negatives, guided=self.request.guided)
@@ -128,16 +128,44 @@ class Generation:
         context = self.unet.encode_context(condition.hidden_states)
         return context, self.unet.encode_time(self.plan.timesteps, added)
 
+    def _sample(
+        self,
+        latents: Tensor,
+        context: Context,
+        timesteps: TimeTable,
+        generators: list[torch.Generator],
+        on_step: Callable[[int, int, Tensor], None] | None,
+    ) -> Tensor:
+        """The reverse steps of one batch: one graph for all of them, unless noise comes from the host."""
+        options: dict[str, Any] = {
+            "timesteps": timesteps,
+            "guidance_scale": self.request.guidance_scale if self.request.guided else None,
+            "on_step": on_step,
+        }
+        if self.cache is not None and not self.plan.draws_noise.any():
+            replayed = functools.partial(repeat, model=self.unet, cache=self.cache)
+            return sample_on_device(
+                self.plan, self.unet, latents, conditioning=[context], repeat=replayed, **options
+            )
+        denoiser = functools.partial(self._denoise, context)
+        noise = functools.partial(_draw_like, generators)
+        return sample(self.plan, denoiser, latents, draw_noise=noise, **options)
+
     def _denoise(self, context: Context, x: Tensor, timestep: TimeEmbedding) -> Tensor:
         """The U-Net's output for latents (N, c, h, w); if guided for both texts, unconditional first."""
-        return self.unet(torch.cat([x, x]) if self.request.guided else x, timestep, context)
+        unet = self._graphed(self.unet, self.unet)
+        return unet(torch.cat([x, x]) if self.request.guided else x, timestep, context)
+
+    def _graphed(self, function: Callable[..., Tensor], model: torch.nn.Module) -> Callable[..., Tensor]:
+        return graphed(function, model, self.cache, enabled=self.cache is not None)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (N, c, h, w) -> images (N, C, H, W) float32 in [0, 1]."""
         z = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.config.scaling_factor
         pixels = self.request.height * self.request.width
         parts = z.split(max(1, _IMAGE_PIXELS_PER_DECODE // pixels))
-        images = torch.cat([self.vae.decode(part).float() for part in parts])
+        decode = self._graphed(self.vae.decode, self.vae)
+        images = torch.cat([decode(part).float() for part in parts])
         if not images.isfinite().all():
             warnings.warn(
                 f"the image has values that are not numbers: {latents.dtype} overflowed, try float32"

@@ -1,26 +1,34 @@
 """CUDA graphs: a model's launches captured once for each kind of call, then replayed by a single one.
 
-    step = graphs.graphed(unet.forward, unet)        # or unet, graphs.GraphCache(budget_bytes=4 << 30)
-    noise = step(latents, timestep, text)
+    denoise = graphs.graphed(unet)                   # or unet, graphs.GraphCache(budget_bytes=4 << 30)
+    noise = denoise(latents, timestep, text)
+    state = graphs.repeat(step, 50, state, constants, model=unet, cache=cache)       # a whole loop
 
 A step of a U-Net at batch 1 is some hundred kernels of microseconds, which the GPU runs faster than Python
 launches them. A graph holds addresses, so inputs are copied to where it reads them, and results from where
-it writes them. A new shape costs a capture; a weight that is changed in place is seen, one that moved, as
-those of an offloaded model do, captures anew. All graphs of a cache share one memory pool and a budget,
-above which the least recently used are dropped. What cannot be captured (CPU tensors, a call that records a
-gradient, a call within another capture or under torch.compile) runs as it is.
+it writes them; of a loop whose state stays on the device, once for all steps. A new shape costs a capture.
+
+A weight that moved, as those of an offloaded model do, or whose version counter did, as at an optimiser's
+step, captures anew: a kernel may read a copy of it in another layout (packing.py), which is made outside of
+the graph. `weight.data += ...` and writes to inference tensors move no counter: call `release` after them.
+
+All graphs of a cache share one memory pool and a budget, above which the least recently used are dropped.
+What cannot be captured (CPU tensors, a call that records a gradient, a model with hooks, which a replay would
+not call, a call within another capture or under torch.compile) runs as it is.
 """
 
 from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from sdfast import packing
 
 BUDGET_BYTES = 4 << 30
 # Runs before a capture: the first of them compile kernels and fill caches, which a capture must not.
@@ -45,6 +53,14 @@ class Capture(NamedTuple):
     nbytes: int
 
 
+class _Entry(NamedTuple):
+    """A capture and the weights it was made with: where they lie, their versions, their packed copies."""
+
+    identity: Hashable
+    capture: Capture
+    copies: list[Tensor]
+
+
 class GraphCache:
     """The graphs of one or several functions on one device, within one budget.
 
@@ -57,60 +73,82 @@ class GraphCache:
         if budget_bytes < 0:
             raise ValueError(f"budget_bytes: got {budget_bytes}, expected 0 or more")
         self.budget_bytes = budget_bytes
-        self._captures: collections.OrderedDict[Hashable, tuple[tuple[int, ...], Capture]] = (
-            collections.OrderedDict()
-        )
+        self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._running: set[Hashable] = set()
         self._pool: Any = None
         self._lock = threading.RLock()
         self._last_use: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
-        return len(self._captures)
+        return len(self._entries)
+
+    def is_running(self, key: Hashable) -> bool:
+        """Whether the graph of this key is being replayed: its `observe` must not replay it in between."""
+        return key in self._running
 
     def used_bytes(self) -> int:
         """What its graphs keep of device memory."""
-        return sum(capture.nbytes for _, capture in self._captures.values())
+        return sum(entry.capture.nbytes for entry in self._entries.values())
 
     def release(self) -> None:
         """Drop all graphs and their memory; later calls capture anew."""
         with self._lock:
-            self._captures.clear()
+            self._entries.clear()
             self._pool = None
 
     def run(
-        self, key: Hashable, addresses: tuple[int, ...], tensors: Sequence[Tensor], function: Function
+        self,
+        key: Hashable,
+        weights: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        function: Function,
+        times: int = 1,
+        observe: Callable[[int, Any], None] | None = None,
     ) -> Any:
         """The result of `function`, called with `tensors`, by the graph of this key.
 
         Args:
             key: all that the launches depend on but addresses.
-            addresses: of the weights.
+            weights: what they read besides.
             tensors: the call's inputs, on one device.
             function: makes the call; takes a list of tensors in place of `tensors`.
+            times: how often the graph is replayed, on inputs that are copied once.
+            observe: called as observe(i, results) after replay i; the next one overwrites their tensors.
         """
         with self._lock:
-            known = self._captures.pop(key, None)
-            if known is not None and known[0] == addresses:
-                capture = known[1]
-            else:
+            identity = tuple(_identity(weight) for weight in weights)
+            entry = self._entries.pop(key, None)
+            if entry is None or entry.identity != identity:
                 capture = self.capture(function, tensors)
-            self._captures[key] = addresses, capture
+                entry = _Entry(identity, capture, packing.copies_of(weights))
+            self._entries[key] = entry
             self._drop_oldest()
-            return self.replay(capture, tensors)
+            self._running.add(key)
+            try:
+                return self.replay(entry.capture, tensors, times, observe)
+            finally:
+                self._running.remove(key)
 
     def _drop_oldest(self) -> None:
-        while len(self._captures) > 1 and self.used_bytes() > self.budget_bytes:
-            self._captures.popitem(last=False)
+        while len(self._entries) > 1 and self.used_bytes() > self.budget_bytes:
+            self._entries.popitem(last=False)
 
-    def replay(self, capture: Capture, tensors: Sequence[Tensor]) -> Any:
+    def replay(
+        self,
+        capture: Capture,
+        tensors: Sequence[Tensor],
+        times: int = 1,
+        observe: Callable[[int, Any], None] | None = None,
+    ) -> Any:
         """Copy the inputs in, run, copy the outputs out, all on the current stream."""
         with torch.cuda.device(tensors[0].device):
             stream = torch.cuda.current_stream()
             if self._last_use is not None:
                 stream.wait_event(self._last_use)  # graphs share memory, so that two must not overlap
-            outputs = _copied_through(capture, tensors)
-            self._last_use = stream.record_event()
-        return outputs
+            try:
+                return _copied_through(capture, tensors, times, observe)
+            finally:
+                self._last_use = stream.record_event()
 
     def capture(self, function: Function, tensors: Sequence[Tensor]) -> Capture:
         """Warm up on a stream beside the current one, then capture."""
@@ -133,10 +171,17 @@ class GraphCache:
         return Capture(inputs, outputs, graph.replay, kept + sum(t.nbytes for t in inputs))
 
 
-def _copied_through(capture: Capture, tensors: Sequence[Tensor]) -> Any:
-    for to, given in zip(capture.inputs, tensors, strict=True):
-        to.copy_(given)
-    capture.replay()
+def _copied_through(
+    capture: Capture,
+    tensors: Sequence[Tensor],
+    times: int,
+    observe: Callable[[int, Any], None] | None,
+) -> Any:
+    torch._foreach_copy_(capture.inputs, list(tensors))  # some hundred small ones: a launch for many
+    for i in range(times):
+        capture.replay()
+        if observe is not None:
+            observe(i, capture.outputs)
     return pytree.tree_map_only(Tensor, Tensor.clone, capture.outputs)
 
 
@@ -169,32 +214,111 @@ def graphed(
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         leaves, structure = pytree.tree_flatten((arguments, keywords))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[i] for i in places]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or not _can_capture(owner, tensors):
             return function(*arguments, **keywords)
 
         def run(inputs: Sequence[Tensor]) -> Any:
-            whole = list(leaves)
-            for i, t in zip(places, inputs, strict=True):
-                whole[i] = t
-            positional, named = pytree.tree_unflatten(whole, structure)
+            positional, named = pytree.tree_unflatten(_filled(leaves, inputs), structure)
             return function(*positional, **named)
 
-        kinds = tuple(_kind(leaf) for leaf in leaves)
-        weights = (*owner.parameters(), *owner.buffers())
-        key = (id(function), structure, kinds, owner.training, torch.is_inference_mode_enabled(), _autocast())
-        return graphs.run(key, tuple(w.data_ptr() for w in weights), tensors, run)
+        return graphs.run(_key(function, owner, leaves, structure), _weights(owner), tensors, run)
 
     return call
 
 
+def repeat(
+    step: Function,
+    times: int,
+    state: Any,
+    constants: Any,
+    observe: Callable[[int, Any], None] | None = None,
+    *,
+    model: nn.Module,
+    cache: GraphCache,
+) -> Any:
+    """A step so many times in a row, by replays of one graph of it.
+
+    Args:
+        step: (state, constants) -> state, as `graphed` takes a function; hashable, and equal to every other
+            that launches the same. The new state has as many tensors as the old, like these but not the same.
+        times: how many steps, at least 0.
+        state: tensors, or a pytree of them, that a step changes; those given stay as they are.
+        constants: what it reads besides, likewise. State and constants are copied to the graph once.
+        observe: called as observe(i, state) after step i; the next step overwrites the tensors of the state.
+        model: whose parameters and buffers the step reads.
+        cache: where the graph is kept.
+
+    Returns:
+        The last state.
+    """
+    leaves, structure = pytree.tree_flatten((state, constants))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    key = _key(step, model, leaves, structure)
+    if not tensors or not _can_capture(model, tensors) or cache.is_running(key):
+        for i in range(times):
+            state = step(state, constants)
+            if observe is not None:
+                observe(i, state)
+        return state
+
+    def run(inputs: Sequence[Tensor]) -> Any:
+        now, fixed = pytree.tree_unflatten(_filled(leaves, inputs), structure)
+        following = step(now, fixed)
+        places, values = (
+            [leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)]
+            for each in (now, following)
+        )
+        torch._foreach_copy_(places, values)
+        return now
+
+    return cache.run(key, _weights(model), tensors, run, times, observe)
+
+
+def _filled(leaves: Sequence[object], tensors: Sequence[Tensor]) -> list[object]:
+    """The leaves with these tensors in place of theirs."""
+    following = iter(tensors)
+    return [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _key(function: Function, owner: nn.Module, leaves: Sequence[object], structure: object) -> Hashable:
+    """All that the launches of a call depend on but addresses. Holds the function: its id might be reused."""
+    kinds = tuple(_kind(leaf) for leaf in leaves)
+    return function, structure, kinds, owner.training, torch.is_inference_mode_enabled(), _autocast()
+
+
+def _modules(owner: nn.Module) -> Iterator[nn.Module]:
+    """It and all below it. A U-Net has a thousand, and `nn.Module.modules` takes long for a step."""
+    pending: list[nn.Module | None] = [owner]
+    while pending:
+        module = pending.pop()
+        if module is not None:
+            yield module
+            pending.extend(module._modules.values())
+
+
+def _weights(owner: nn.Module) -> list[Tensor]:
+    return [
+        weight
+        for module in _modules(owner)
+        for weight in (*module._parameters.values(), *module._buffers.values())
+        if weight is not None
+    ]
+
+
+def _identity(weight: Tensor) -> tuple[int, int]:
+    """Where a weight lies and its version; inference tensors have none."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
 def _can_capture(owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether all lies on one GPU, no gradient is recorded, and nobody else captures or traces."""
+    """Whether all lies on one GPU, no gradient is recorded, no hook called, and nobody captures or traces."""
     device = tensors[0].device
     if device.type != "cuda" or any(t.device != device for t in tensors) or torch.compiler.is_compiling():
         return False
     if torch.cuda.is_current_stream_capturing():
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in _modules(owner)):
         return False
     recorded = (*tensors, *owner.parameters()) if torch.is_grad_enabled() else ()
     return not any(t.requires_grad for t in recorded)

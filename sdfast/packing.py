@@ -1,4 +1,4 @@
-"""Copies of weights in the layouts the CPU kernels read, made once, dropped when the weight changes.
+"""Copies of weights in the layouts that kernels read, made once, dropped when the weight changes.
 
 Most kernels read a weight where it lies. A Winograd convolution needs it transformed, and that copy is
 larger than the weight: together the copies stay within a budget, by default 1.0 times the weights that
@@ -9,7 +9,8 @@ layers have one; until then a layer's bits may change from one call to the next.
 A copy belongs to the weight tensor and dies with it. It is made anew when the weight's version counter has
 moved (an optimiser's step, `load_state_dict`), its storage is another, or the values at a few places differ:
 `weight.data += ...`, the way LoRAs are merged, moves no counter, nor does a write to an inference tensor.
-Where such a write touches few elements, call `clear`.
+Where such a write touches few elements, call `clear`; on a GPU wherever there was one, as no values are read
+there: that would wait for the device, and could not be captured in a graph.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -135,7 +136,15 @@ def is_lasting(weight: Tensor) -> bool:
 def _state_of(weight: Tensor) -> State:
     version = 0 if weight.is_inference() else weight._version
     layout = (weight.dtype, weight.shape, weight.stride())
-    return version, weight.data_ptr(), _fingerprint(weight.detach()), layout
+    sample = _fingerprint(weight.detach()) if weight.device.type == "cpu" else None
+    return version, weight.data_ptr(), sample, layout
+
+
+def copies_of(weights: Iterable[Tensor]) -> list[Tensor]:
+    """All copies of these weights, for who reads them by address: as long as it holds them they stay."""
+    with _lock:
+        known = [_copies[weight] for weight in weights if weight in _copies]
+        return [copy.values for copies in known for copy in copies.by_kind.values()]
 
 
 def packed_bytes() -> int:

@@ -25,6 +25,7 @@ from sdfast import __version__
 from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, plan_from_config, sampler_name
 from sdfast.generation import GeneratedImages, Generation, OnStep, draw_noise
+from sdfast.graphs import GraphCache
 from sdfast.images import as_tensor
 from sdfast.loading import digits_folder, load_pipeline_parts
 from sdfast.memory import total_memory_bytes
@@ -42,6 +43,8 @@ class StableDiffusion:
     Attributes:
         unet, vae, text_encoders, tokenizers: the parts; SDXL has two of each of the last two.
         scheduler_config: the noise schedule and the kind of prediction it was trained with.
+        graphs: where the CUDA graphs of U-Net and VAE are kept, within its budget of memory; None runs both
+            without. A new size of image costs a capture and compiles nothing.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class StableDiffusion:
         *,
         name: str = "",
         zero_empty_negative: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         """
         Args:
@@ -62,6 +66,8 @@ class StableDiffusion:
             name: what the settings of a picture call the model.
             zero_empty_negative: without a negative prompt, condition on zeros instead of on the empty
                 text, as SDXL base was trained.
+            cuda_graphs: whether the steps of the U-Net and the VAE's decoder run by CUDA graphs (`graphs`),
+                where the parts are on such a device.
 
         Raises:
             ValueError: parts that do not fit each other.
@@ -71,6 +77,7 @@ class StableDiffusion:
         self.scheduler_config = dict(scheduler_config)
         self.name = name
         self.zero_empty_negative = zero_empty_negative
+        self.graphs = GraphCache() if cuda_graphs and self.device.type == "cuda" else None
         encoders = 2 if self.is_xl else 1
         if not len(self.text_encoders) == len(self.tokenizers) == encoders:
             raise ValueError(
@@ -93,6 +100,7 @@ class StableDiffusion:
         tokenizer: str | Path | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        cuda_graphs: bool = True,
     ) -> StableDiffusion:
         """Load a model.
 
@@ -106,6 +114,7 @@ class StableDiffusion:
                 taken from the hub or its cache.
             variant: "fp16" reads the weight files of that name in a folder.
             revision: branch, tag or commit on the hub.
+            cuda_graphs: False launches every kernel of every step from Python; changes nothing on CPU.
 
         Raises:
             ValueError: a tokenizer for a folder, or a variant of a single file.
@@ -117,7 +126,7 @@ class StableDiffusion:
             revision=revision,
         )  # fmt: skip
         try:
-            return cls(**parts)
+            return cls(**parts, cuda_graphs=cuda_graphs)
         except ValueError as error:
             raise CheckpointError(f"{path_or_id}: {error}") from error
 
@@ -302,7 +311,7 @@ class StableDiffusion:
             is_xl=self.is_xl,
             zero_empty_negative=self.zero_empty_negative,
         )
-        return Generation(request, plan, self.unet, self.vae, text)
+        return Generation(request, plan, self.unet, self.vae, text, self.graphs)
 
     def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
         return draw_noise(generators, request.latent_shape, self.dtype, self.device)

@@ -25,6 +25,17 @@ def _step(size: int, channels_last: bool = False, drawn: bool = False) -> object
     )
 
 
+def _table_step(size: int, steps: int = 64, channels_last: bool = False, drawn: bool = False) -> object:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, m = empty(1, 4, size, size), empty(2, 4, size, size)
+    x, m = x.to(memory_format=layout), m.to(memory_format=layout)
+    k, scale = empty(steps, 7, dtype=torch.float64), empty(steps, dtype=torch.float64)
+    return OPS.diffusion_step_from_table_triton(
+        x, m, k, scale, empty(dtype=torch.int64), guidance_scale=scale, previous_x0=x, clip=1.0,
+        seeds=empty(1, dtype=torch.int64) if drawn else None,
+    )  # fmt: skip
+
+
 def _noised(name: str) -> object:
     x, level = empty(8, 4, 64, 64), empty(8, dtype=torch.float32)
     return getattr(OPS, name)(x, x, level, level)
@@ -40,6 +51,9 @@ def code_cases() -> dict[str, Callable[[], object]]:
         "diffusion_step, 512": lambda: _step(64),
         "diffusion_step, 512, drawn": lambda: _step(64, drawn=True),
         "diffusion_step, 1024, channels_last, drawn": lambda: _step(128, True, True),
+        "diffusion_step_from_table, 512": lambda: _table_step(64),
+        "diffusion_step_from_table, 512, 30 steps, drawn": lambda: _table_step(64, steps=30, drawn=True),
+        "diffusion_step_from_table, 1024, channels_last, drawn": lambda: _table_step(128, 64, True, True),
         "add_noise": lambda: _noised("add_noise_triton"),
         "add_noise_velocity": lambda: _noised("add_noise_velocity_triton"),
         "reparameterize": lambda: _sampled("reparameterize_triton"),

@@ -35,11 +35,19 @@ WINOGRAD_ERROR = 1e-5  # relative, a layer
 class Call:
     """conv2d of a case as a function of its tensors: x, weight, bias, time_embedding and residual."""
 
-    def __init__(self, case: tuple, dtype: torch.dtype, upsample: bool = False) -> None:
+    def __init__(
+        self,
+        case: tuple,
+        dtype: torch.dtype,
+        upsample: bool = False,
+        backend: str = "cpu",
+        device: str = "cpu",
+    ) -> None:
         (x, weight, bias, self.stride, self.padding), keywords = make(case, dtype, upsample)
-        self.upsample = upsample
-        self.tensors = [x, weight, bias, keywords["time_embedding"], keywords["residual"]]
-        self.dy = torch.randn_like(keywords["residual"])
+        self.upsample, self.backend = upsample, backend
+        tensors = (x, weight, bias, keywords["time_embedding"], keywords["residual"])
+        self.tensors = [t.to(device) for t in tensors]
+        self.dy = torch.randn_like(keywords["residual"]).to(device)
 
     def _arguments(self, tensors: tuple) -> tuple[tuple, dict[str, object]]:
         keywords = {"upsample": self.upsample, "time_embedding": tensors[3], "residual": tensors[4]}
@@ -47,7 +55,7 @@ class Call:
 
     def ours(self, *tensors: Tensor | None) -> Tensor:
         args, keywords = self._arguments(tensors)
-        return ops.conv2d(*args, **keywords, backend="cpu")
+        return ops.conv2d(*args, **keywords, backend=self.backend)
 
     def eager(self, *tensors: Tensor | None) -> Tensor:
         args, keywords = self._arguments(tensors)

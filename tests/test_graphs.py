@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import UNET
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from sdfast import graphs
-from sdfast.graphs import Capture, GraphCache, graphed
+from sdfast import StableDiffusion, graphs, packing
+from sdfast.graphs import Capture, GraphCache, graphed, repeat
 from sdfast.models import UNet2DCondition
 from sdfast.models.config import config_from_dict
 
@@ -18,7 +22,7 @@ class Recorder(GraphCache):
 
     def __init__(self, budget_bytes=graphs.BUDGET_BYTES):
         super().__init__(budget_bytes)
-        self.captured = 0
+        self.captured = self.replayed = 0
 
     def capture(self, function, tensors):
         self.captured += 1
@@ -26,15 +30,16 @@ class Recorder(GraphCache):
         outputs = function(inputs)
 
         def replay():
-            for to, new in zip(
-                graphs.pytree.tree_leaves(outputs), graphs.pytree.tree_leaves(function(inputs)), strict=True
-            ):
-                to.copy_(new)
+            self.replayed += 1
+            leaves = [pytree.tree_leaves(results) for results in (outputs, function(inputs))]
+            for to, new in zip(*leaves, strict=True):
+                if new is not None:
+                    to.copy_(new)
 
         return Capture(inputs, outputs, replay, nbytes=100)
 
-    def replay(self, capture, tensors):
-        return graphs._copied_through(capture, tensors)
+    def replay(self, capture, tensors, times=1, observe=None):
+        return graphs._copied_through(capture, tensors, times, observe)
 
 
 def tiny_unet():
@@ -82,16 +87,149 @@ def test_results_outlive_the_next_call(on_cpu):
 
 
 @torch.no_grad()
-def test_changed_weights_are_seen_and_moved_ones_captured_anew(on_cpu):
+def test_weights_that_changed_or_moved_are_captured_anew(on_cpu):
     model, cache, x = Scaled(), Recorder(), torch.ones(2)
     run = graphed(model.forward, cache=cache)
     run(x)
     model.weight.mul_(2)
-    assert run(x)["y"][0] == 4 and cache.captured == 1
+    assert run(x)["y"][0] == 4 and run(x)["y"][0] == 4 and cache.captured == 2
     old = model.weight.data  # kept, so that the new one cannot lie in its place
     model.weight.data = torch.tensor(5.0)
-    assert run(x)["y"][0] == 5 and cache.captured == 2 and len(cache) == 1
+    assert run(x)["y"][0] == 5 and cache.captured == 3 and len(cache) == 1
     assert old == 4
+
+
+class PacksOnce(nn.Module):
+    """Reads a copy of its weight, which is made outside of the graph, as a kernel's packed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.packed = None, None
+
+    def forward(self, x):
+        if self.packed[0] != self.weight._version:
+            self.packed = self.weight._version, packing.packed(self.weight, "twice", lambda w: 2 * w)
+        return x * self.packed[1]
+
+
+@torch.no_grad()
+def test_copies_of_weights_are_made_anew_with_the_graph_and_outlive_their_budget(on_cpu):
+    model, cache, x = PacksOnce(), Recorder(), torch.ones(2)
+    run = graphed(model, cache=cache)
+    assert run(x)[0] == 2
+    model.weight.add_(1)
+    assert run(x)[0] == 4 and cache.captured == 2
+    alive = weakref.ref(model.packed[1])
+    model.packed = model.packed[0], None
+    packing.clear()
+    gc.collect()
+    assert alive() is not None  # the graph reads it by its address
+    cache.release()
+    gc.collect()
+    assert alive() is None
+
+
+def test_inference_tensors_have_no_version(on_cpu):
+    with torch.inference_mode():
+        model, cache, x = Scaled(), Recorder(), torch.ones(2)
+        run = graphed(model, cache=cache)
+        assert run(x)["y"][0] == 2
+        model.weight.mul_(2)
+        assert run(x)["y"][0] == 4 and cache.captured == 1  # it is read where it lies
+
+
+@torch.no_grad()
+def test_a_function_of_another_id_has_its_own_graph(on_cpu):
+    """A method is a new object at each access, and an id may come back after its object is gone."""
+    model, cache, x = Scaled(), Recorder(), torch.ones(2)
+    for _ in range(3):
+        graphed(model.forward, cache=cache)(x)
+    assert cache.captured == 1
+    for factor in range(5):
+        run = graphed(lambda x, factor=factor: model(x, factor), model, cache)
+        assert torch.equal(run(x)["y"], torch.full((2,), 2.0 * factor))
+    assert cache.captured == 6
+
+
+def doubled(state, constants):
+    """A step: doubles, adds, and counts."""
+    return {"x": 2 * state["x"] + constants[0], "n": state["n"] + 1}
+
+
+@torch.no_grad()
+def test_a_loop_is_one_graph(on_cpu):
+    model, cache = Scaled(), Recorder()
+    for times, size in ((4, 3), (7, 3), (2, 5), (0, 3)):
+        state = {"x": torch.ones(size), "n": torch.tensor(0)}
+        seen = []
+        last = repeat(
+            doubled, times, state, [torch.tensor(1.0)],
+            lambda i, state, seen=seen: seen.append((i, state["x"].tolist(), int(state["n"]))),
+            model=model, cache=cache,
+        )  # fmt: skip
+        assert last["x"].tolist() == [2.0 ** (times + 1) - 1] * size and last["n"] == times
+        assert seen == [(i, [2.0 ** (i + 2) - 1] * size, i + 1) for i in range(times)]
+        assert torch.equal(state["x"], torch.ones(size)) and state["n"] == 0
+    assert (cache.captured, cache.replayed) == (2, 13)
+
+
+@torch.no_grad()
+def test_the_results_of_a_loop_outlive_the_next_one(on_cpu):
+    model, cache, state = Scaled(), Recorder(), {"x": torch.ones(1), "n": torch.tensor(0)}
+    first = repeat(doubled, 1, state, [torch.tensor(0.0)], model=model, cache=cache)
+    second = repeat(doubled, 2, state, [torch.tensor(5.0)], model=model, cache=cache)
+    assert (first["x"], second["x"]) == (2, 19)
+
+
+@torch.no_grad()
+def test_a_loop_within_itself_leaves_it_alone(on_cpu):
+    model, cache, state = Scaled(), Recorder(), {"x": torch.ones(1), "n": torch.tensor(0)}
+    constants, within = [torch.tensor(1.0)], []
+
+    def again(i, _):
+        within.append(repeat(doubled, 3, state, constants, model=model, cache=cache)["x"].item())
+
+    assert repeat(doubled, 4, state, constants, again, model=model, cache=cache)["x"] == 31
+    assert within == [15] * 4 and cache.replayed == 4
+
+    def fail(i, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repeat(doubled, 4, state, constants, fail, model=model, cache=cache)
+    assert repeat(doubled, 4, state, constants, model=model, cache=cache)["x"] == 31 and cache.captured == 1
+    assert cache.replayed == 9
+
+
+@torch.no_grad()
+def test_a_loop_that_cannot_be_captured_runs_as_it_is():
+    cache, state = Recorder(), {"x": torch.ones(1), "n": torch.tensor(0)}
+    seen = []
+    last = repeat(
+        doubled, 3, state, [torch.tensor(1.0)], lambda i, _: seen.append(i), model=Scaled(), cache=cache
+    )
+    assert last["x"] == 15 and last["n"] == 3 and seen == [0, 1, 2] and cache.captured == 0
+
+
+def test_a_model_with_hooks_is_not_captured():
+    """A replay would not call them. CUDA tensors are stood in for by what says it is one."""
+
+    class OnCuda:
+        device = torch.device("cuda", 0)
+        requires_grad = False
+
+    model = nn.Sequential(Scaled())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert graphs._can_capture(model, [OnCuda()]) is False  # its weight asks for a gradient
+        with torch.no_grad():
+            assert graphs._can_capture(model, [OnCuda()])
+            for register in (model[0].register_forward_hook, model[0].register_forward_pre_hook):
+                hook = register(lambda *_: None)
+                assert not graphs._can_capture(model, [OnCuda()])
+                hook.remove()
+            assert graphs._can_capture(model, [OnCuda()])
 
 
 @torch.no_grad()
@@ -153,3 +291,23 @@ def test_captured_on_a_gpu():
         x = torch.randn(2, 4, size, size, device="cuda")
         torch.testing.assert_close(run(x, 500, text), unet(x, 500, text))
     assert len(cache) == 2 and cache.used_bytes() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm++2m"])
+def test_a_pipeline_on_a_gpu(sampler):
+    """The same kernels on the same numbers, whoever launches them."""
+    options = {"steps": 8, "seed": 3, "sampler": sampler, "output": "tensor"}
+    plain = StableDiffusion.digits(device="cuda", cuda_graphs=False)
+    by_graphs = StableDiffusion.digits(device="cuda")
+    expected = plain.text_to_image("a handwritten seven", **options).images
+    for _ in range(2):
+        assert torch.equal(by_graphs.text_to_image("a handwritten seven", **options).images, expected)
+    assert len(by_graphs.graphs) == 2
+    with torch.no_grad():
+        for pipe in (plain, by_graphs):
+            pipe.unet.conv_out.weight.mul_(0.5)
+    changed = plain.text_to_image("a handwritten seven", **options).images
+    assert not torch.equal(changed, expected)
+    assert torch.equal(by_graphs.text_to_image("a handwritten seven", **options).images, changed)

@@ -96,7 +96,7 @@ ALLOWED = {
     "sdfast.tokenizer": (),
     "sdfast.ops._conv2d_tuning": ("sdfast.dispatch", "sdfast.tuning", "sdfast.testing", "sdfast.ops"),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.tuning", "sdfast.ops"),
-    "sdfast.graphs": (),
+    "sdfast.graphs": ("sdfast.packing",),
     "sdfast.packing": ("sdfast._library", "sdfast.dispatch"),
     "sdfast.tuning": (
         "sdfast.__version__", "sdfast._library", "sdfast._tuning_file", "sdfast.dispatch", "sdfast.packing",
@@ -106,10 +106,12 @@ ALLOWED = {
     "sdfast.diffusion": ("sdfast.ops", "sdfast.diffusion"),
     "sdfast.conditioning": (*LEAVES, "sdfast.models"),
     "sdfast.loading": (*LEAVES, "sdfast.models"),
-    "sdfast.generation": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning"),
+    "sdfast.generation": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.graphs",
+    ),
     "sdfast.pipelines": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
-        "sdfast.generation",
+        "sdfast.generation", "sdfast.graphs",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.doctor": ("sdfast.__version__", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning"),

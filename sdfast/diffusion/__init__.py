@@ -1,5 +1,6 @@
 """The diffusion process: noise schedules, samplers, and the losses of training."""
 
+from sdfast.diffusion.device_loop import sample_on_device
 from sdfast.diffusion.gaussian import (
     gaussian_kl,
     kl_to_standard_normal,
@@ -40,6 +41,7 @@ __all__ = [
     "reconstruction_term",
     "sample",
     "sample_full",
+    "sample_on_device",
     "sampler_name",
     "simple_loss",
     "transition_term",

@@ -41,6 +41,11 @@ class SamplingPlan:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def takes_previous_x0(self) -> bool:
+        """Whether a step reads the x̂_0 of the one before."""
+        return bool(self.coefficients[:, 5].any())
+
     def add_noise(self, x0: Tensor, noise: Tensor, step: int = 0) -> Tensor:
         """`x0` noised to the level at which `step` begins; `step` = n leaves it clean.
 
@@ -111,6 +116,7 @@ def sample(
     # Read once as Python numbers: nothing in the loop waits for the device.
     input_scale, draws_noise = plan.input_scale.tolist(), plan.draws_noise.tolist()
     x0: Tensor | None = None
+    takes_x0 = plan.takes_previous_x0
     for i in range(len(plan)):
         x = latents if input_scale[i] == 1 else latents * input_scale[i]
         latents, x0 = diffusion_step(
@@ -118,7 +124,7 @@ def sample(
             denoiser(x, timesteps[i]).to(latents.dtype),
             plan.coefficients[i],
             guidance_scale=guidance_scale,
-            previous_x0=x0,
+            previous_x0=x0 if takes_x0 else None,
             noise=draw_noise(latents) if draws_noise[i] and seeds is None else None,
             clip=plan.clip,
             seeds=seeds if draws_noise[i] else None,

@@ -1,6 +1,6 @@
 """Thin torch models with diffusers' parameter names."""
 
-from sdfast.models.precomputed import Context, TimeEmbedding
+from sdfast.models.precomputed import Context, TimeEmbedding, TimeTable
 from sdfast.models.text_encoder import CLIPTextConfig, CLIPTextEncoder
 from sdfast.models.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from sdfast.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
@@ -13,6 +13,7 @@ __all__ = [
     "Context",
     "DiagonalGaussian",
     "TimeEmbedding",
+    "TimeTable",
     "UNet2D",
     "UNet2DCondition",
     "UNet2DConditionConfig",

@@ -27,6 +27,7 @@ class Conv2d(nn.Conv2d):
         upsample: bool = False,
         time_embedding: Tensor | None = None,
         residual: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'); `padding` (left, right, top, bottom) replaces its own."""
         vertical, horizontal = int(self.padding[0]), int(self.padding[1])
@@ -39,9 +40,27 @@ class Conv2d(nn.Conv2d):
             upsample=upsample,
             time_embedding=time_embedding,
             residual=residual,
+            skip=skip,
         )
         assert isinstance(y, Tensor)  # no statistics were asked for
         return y
+
+    def with_statistics(
+        self, x: Tensor, norm: nn.GroupNorm, *, time_embedding: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The result, and its mean and rstd as `norm` would find them."""
+        vertical, horizontal = int(self.padding[0]), int(self.padding[1])
+        y, mean, rstd = ops.conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride[0],
+            (vertical, horizontal),
+            time_embedding=time_embedding,
+            stats_groups=norm.num_groups,
+            stats_eps=norm.eps,
+        )
+        return y, (mean, rstd)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -54,8 +73,10 @@ class GroupNorm(nn.GroupNorm):
         activation: str | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        skip: Tensor | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C)."""
+        """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C). The channels of `skip` follow x's."""
         return ops.group_norm(
             x,
             self.num_groups,
@@ -65,6 +86,8 @@ class GroupNorm(nn.GroupNorm):
             activation=activation,
             scale=scale,
             shift=shift,
+            skip=skip,
+            statistics=statistics,
         )
 
 
@@ -167,19 +190,31 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor | TimeEmbedding | None = None) -> Tensor:
-        """x (N, C_in, H, W), emb (N, time_channels) already SiLU'd -> (N, C_out, H, W)."""
+    def forward(
+        self, x: Tensor, emb: Tensor | TimeEmbedding | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """x (N, C_in, H, W), emb (N, time_channels) already SiLU'd -> (N, C_out, H, W).
+
+        On the way up C_in counts the channels of x, then those of `skip`.
+        """
+        fuses, statistics = ops.conv2d_fuses(x), None
+        if skip is not None and (self.conv_shortcut is None or not fuses):
+            x, skip = torch.cat([x, skip], dim=1), None
         time: Tensor | None = None
         if isinstance(emb, TimeEmbedding):
             time = each_repeated(emb.by_layer[self], x.shape[0])
         elif emb is not None:
             time = self.time_emb_proj(emb)
         scale, shift = time.chunk(2, dim=1) if self.scale_shift and time is not None else (None, None)
-        h = self.norm1(x, activation="silu")
-        h = self.conv1(h, time_embedding=None if self.scale_shift else time)
-        h = self.norm2(h, activation="silu", scale=scale, shift=shift)
+        h = self.norm1(x, activation="silu", skip=skip)
+        added = None if self.scale_shift else time
+        if fuses:
+            h, statistics = self.conv1.with_statistics(h, self.norm2, time_embedding=added)
+        else:
+            h = self.conv1(h, time_embedding=added)
+        h = self.norm2(h, activation="silu", scale=scale, shift=shift, statistics=statistics)
         h = F.dropout(h, self.dropout, self.training)
-        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip))
 
 
 class Attention(nn.Module):

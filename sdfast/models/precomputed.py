@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,40 @@ class TimeEmbedding(_Precomputed[Tensor]):
     """One timestep as each ResNet block adds it, (B, C)."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class TimeTable:
+    """T timesteps, each as a `TimeEmbedding`, in one matrix: a counter on the device picks one by one gather.
+
+    Attributes:
+        model, batch, dtype: those of each `TimeEmbedding`.
+        channels: C of each layer.
+        rows: (T, B ΣC), of every layer in turn (B, C).
+    """
+
+    model: nn.Module
+    batch: int
+    dtype: torch.dtype
+    channels: Mapping[nn.Module, int]
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> TimeEmbedding:
+        return self._embedding(self.rows[step])
+
+    def at(self, step: Tensor) -> TimeEmbedding:
+        """The one that `step`, (), int64, says, which is not read on the host."""
+        return self._embedding(self.rows.index_select(0, step[None])[0])
+
+    def _embedding(self, row: Tensor) -> TimeEmbedding:
+        parts = row.split([self.batch * channels for channels in self.channels.values()])
+        by_layer = {
+            layer: part.view(self.batch, -1) for layer, part in zip(self.channels, parts, strict=True)
+        }
+        return TimeEmbedding(self.model, self.batch, self.dtype, by_layer)
+
+
 def _register(kind: type[_Precomputed]) -> None:
     """Let graph capture and export see the tensors inside."""
 
@@ -64,8 +98,18 @@ def _register(kind: type[_Precomputed]) -> None:
     pytree.register_pytree_node(kind, flatten, unflatten)
 
 
+def _flatten_table(table: TimeTable) -> tuple[list[object], tuple[object, ...]]:
+    return [table.rows], (table.model, table.batch, table.dtype, tuple(table.channels.items()))
+
+
+def _unflatten_table(rows: Iterable[Any], context: tuple) -> TimeTable:
+    model, batch, dtype, channels = context
+    return TimeTable(model, batch, dtype, dict(channels), *rows)
+
+
 _register(Context)
 _register(TimeEmbedding)
+pytree.register_pytree_node(TimeTable, _flatten_table, _unflatten_table)
 
 
 def check_rows(name: str, rows: int, sample: Tensor) -> None:

@@ -22,7 +22,7 @@ from sdfast.models.layers import (
     Transformer2D,
     timestep_embedding,
 )
-from sdfast.models.precomputed import Context, TimeEmbedding, check_rows, each_repeated
+from sdfast.models.precomputed import Context, TimeEmbedding, TimeTable, check_rows, each_repeated
 from sdfast.models.unet_blocks import DownBlock2D, MakeAttention, MidBlock2D, Text, Time, UpBlock2D
 
 
@@ -75,7 +75,7 @@ class _UNet(nn.Module):
 
     def encode_time(
         self, timesteps: Tensor | Sequence[float], added_cond: Mapping[str, Tensor] | None = None
-    ) -> list[TimeEmbedding]:
+    ) -> TimeTable:
         """What every ResNet block adds at each of T timesteps: one matrix product a layer for all of them.
 
         Args:
@@ -83,7 +83,7 @@ class _UNet(nn.Module):
             added_cond: as `UNet2DCondition.forward` takes it, B rows; SDXL only.
 
         Returns:
-            T of them; the forward takes one in place of its timesteps (and `added_cond`).
+            T of them, a sequence; the forward takes one in place of its timesteps (and `added_cond`).
         """
         weight = self.conv_in.weight
         steps = torch.as_tensor(timesteps, device=weight.device)  # (T,)
@@ -93,11 +93,11 @@ class _UNet(nn.Module):
             batch, added = len(added), added.repeat(len(steps), 1)
         emb = self._embed(steps.repeat_interleave(batch), weight.dtype, added)
         resnets = [module for module in self.modules() if isinstance(module, ResnetBlock2D)]
-        by_layer = {resnet: resnet.time_emb_proj(emb).unflatten(0, (len(steps), batch)) for resnet in resnets}
-        return [
-            TimeEmbedding(self, batch, weight.dtype, {resnet: rows[i] for resnet, rows in by_layer.items()})
-            for i in range(len(steps))
-        ]
+        projected = [resnet.time_emb_proj(emb) for resnet in resnets]  # (T B, C)
+        widths = [p.shape[1] for p in projected]
+        channels: dict[nn.Module, int] = dict(zip(resnets, widths, strict=True))
+        rows = torch.cat([p.reshape(len(steps), -1) for p in projected], dim=1)
+        return TimeTable(self, batch, weight.dtype, channels, rows)
 
     def _time(
         self,

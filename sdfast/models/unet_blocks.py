@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from sdfast.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
@@ -85,7 +84,7 @@ class UpBlock2D(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], emb: Time, context: Text = None) -> Tensor:
         """Takes its skips off the list's end; (N, C, H, W) -> (N, C', 2H, 2W), or the next skip's size."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
+            x = resnet(x, emb, skips.pop())
             if self.attentions is not None:
                 x = self.attentions[i](x, context)
         if self.upsamplers is not None:

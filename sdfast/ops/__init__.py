@@ -3,8 +3,9 @@
 from sdfast import _library
 from sdfast.ops.add_noise import add_noise
 from sdfast.ops.attention import attention
-from sdfast.ops.conv2d import NormPrologue, conv2d
+from sdfast.ops.conv2d import NormPrologue, conv2d, conv2d_fuses
 from sdfast.ops.diffusion_step import diffusion_step
+from sdfast.ops.diffusion_step_from_table import diffusion_step_from_table
 from sdfast.ops.group_norm import group_norm
 from sdfast.ops.layer_norm import layer_norm
 from sdfast.ops.linear import linear
@@ -17,7 +18,9 @@ __all__ = [
     "add_noise",
     "attention",
     "conv2d",
+    "conv2d_fuses",
     "diffusion_step",
+    "diffusion_step_from_table",
     "group_norm",
     "layer_norm",
     "linear",

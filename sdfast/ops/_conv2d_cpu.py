@@ -91,7 +91,7 @@ def forward(
     packing.note(weight)
     if upsample and not folds(weight.shape[2:], stride, padding):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
-    values = _values(weight, algorithm, upsample, worth)
+    values = values_of(weight, algorithm, upsample, worth)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if time_embedding is not None:
@@ -107,7 +107,7 @@ def forward(
     )  # fmt: skip
 
 
-def _values(weight: Tensor, algorithm: str, folded: bool, worth: float) -> Tensor:
+def values_of(weight: Tensor, algorithm: str, folded: bool, worth: float = math.inf) -> Tensor:
     """The weight as the algorithm reads it: in place where it lies as (out_channels, kh, kw, channels)."""
     if algorithm != "direct":
         kind = kind_of(algorithm, folded)

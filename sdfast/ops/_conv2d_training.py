@@ -1,14 +1,14 @@
-"""conv2d on CPU where a gradient is asked for.
+"""conv2d where a gradient is asked for.
 
-The forward's kernels are those of inference, the others csrc/conv2d_backward_cpu.cpp. All read the weight
-where it lies, channels_last: no packed copy lasts, which the next step of an optimiser would make stale.
-Images and gradients are channels_last throughout.
+The forward's kernels are those of inference, the others csrc/conv2d_backward_cpu.cpp, or for Triton
+conv2d_backward_triton.py. All read the weight where it lies, channels_last: no packed copy lasts, which the
+next step of an optimiser would make stale. Images and gradients are channels_last throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
+from sdfast.ops._conv2d_choice import folds
 from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
-from sdfast.ops._linear_training import sum_rows
+from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
+from sdfast.ops._linear_training import CPU as LINEAR_CPU
+from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
 
 _LAYOUT = torch.channels_last
 
@@ -53,7 +56,6 @@ _weight_gradient_op = _library.define_native(
     lambda dy, x, height, width, *_: _empty(dy, dy.shape[1], x.shape[1], height, width),
 )
 
-
 # Pixels of y from which Winograd was measured faster, for y and for each gradient.
 _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32
 
@@ -73,12 +75,84 @@ def _upsampled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest").contiguous(memory_format=_LAYOUT)
 
 
+class Operations(NamedTuple):
+    """What computes a convolution and its gradient.
+
+    Attributes:
+        forward: of x, weight, bias, time_embedding, residual, stride, padding, upsample and winograd.
+        input_gradient, weight_gradient: as `sdfast::conv2d_input_gradient` and its fellow.
+        sum_rows: (groups, rows, columns) -> (groups, columns).
+        has_winograd: whether some of it can be done by Winograd's algorithm.
+        folds_upsample: whether the gradients through an upsample are those of a 4x4 convolution.
+    """
+
+    forward: Callable[..., Tensor]
+    input_gradient: Callable[..., Tensor]
+    weight_gradient: Callable[..., Tensor]
+    sum_rows: Callable[..., Tensor]
+    has_winograd: bool
+    folds_upsample: bool
+
+
+def _forward_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: list[int],
+    upsample: bool,
+    winograd: bool,
+) -> Tensor:
+    if winograd:
+        image = _upsampled(x) if upsample else x
+        return cast(Tensor, _training_op(image, weight, bias, time_embedding, residual, padding))
+    values = fold(weight).to(weight.dtype) if upsample else weight.permute(0, 2, 3, 1)
+    more = (ALGORITHMS.index("direct"), weight.shape[0], *weight.shape[2:], stride, padding, upsample)
+    return cast(Tensor, kernel_op(x, values, bias, time_embedding, residual, *more))
+
+
+def _forward_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    time_embedding: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    padding: list[int],
+    upsample: bool,
+    winograd: bool,
+) -> Tensor:
+    values = fold(weight).to(weight.dtype) if upsample else weight
+    y = triton_kernel_op(
+        x, values, bias, stride, padding, upsample, time_embedding, residual, None, [], False
+    )  # fmt: skip
+    return cast(Tensor, y)
+
+
+CPU = Operations(
+    _forward_cpu, _input_gradient_op, _weight_gradient_op, LINEAR_CPU.sum_rows,
+    has_winograd=True, folds_upsample=False,
+)  # fmt: skip
+_BACKWARD = "sdfast.ops.conv2d_backward_triton"
+TRITON = Operations(
+    _forward_triton,
+    _library.define_triton("conv2d_input_gradient", _BACKWARD),
+    _library.define_triton("conv2d_weight_gradient", _BACKWARD),
+    LINEAR_TRITON.sum_rows,
+    has_winograd=False,
+    folds_upsample=True,
+)
+
+
 class _Conv2d(torch.autograd.Function):
     """Images and weight channels_last, bias and time_embedding contiguous."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        operations: Operations,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -89,31 +163,31 @@ class _Conv2d(torch.autograd.Function):
         upsample: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.upsample = (stride, padding), upsample
+        ctx.operations, ctx.geometry, ctx.upsample = operations, (stride, padding), upsample
         suits = tuple(weight.shape[2:]) == (3, 3) and stride == 1 and max(padding) <= 2
         fp32 = x.dtype == torch.float32 and min(weight.shape[:2]) >= 32
         # A function of the shape alone: y has as many pixels for the forward as for the backward.
-        ctx.pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-        ctx.winograd = suits and fp32 and dispatch.numerics() == "fast"
-        if ctx.winograd and ctx.pixels >= _WINOGRAD_PIXELS:
-            image = _upsampled(x) if upsample else x
-            return cast(Tensor, _training_op(image, weight, bias, time_embedding, residual, padding))
-        values = fold(weight).to(weight.dtype) if upsample else weight.permute(0, 2, 3, 1)
-        more = (ALGORITHMS.index("direct"), weight.shape[0], *weight.shape[2:], stride, padding, upsample)
-        return cast(Tensor, kernel_op(x, values, bias, time_embedding, residual, *more))
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
+        winograd = operations.has_winograd and suits and fp32 and dispatch.numerics() == "fast"
+        ctx.winograd = winograd and pixels >= _WINOGRAD_GRADIENT_PIXELS
+        added = (bias, time_embedding, residual)
+        winograd = winograd and pixels >= _WINOGRAD_PIXELS
+        return operations.forward(x, weight, *added, stride, padding, upsample, winograd)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        sum_rows = ctx.operations.sum_rows
         dy = dy.contiguous(memory_format=_LAYOUT)
-        for_x, for_weight, for_bias, for_time, for_residual, *_ = ctx.needs_input_grad
-        pixels = dy.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H'W', C_out)
+        _, for_x, for_weight, for_bias, for_time, for_residual, *_ = ctx.needs_input_grad
+        pixels = dy.permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (N, H'W', C_out), dy's memory
         dtime = sum_rows(pixels) if for_time else None
         dbias = None
         if for_bias:
             dbias = sum_rows(pixels.flatten(0, 1)[None])[0] if dtime is None else dtime.sum(0)
         return (
+            None,
             _input_gradient(ctx, dy, x, weight) if for_x else None,
             _weight_gradient(ctx, dy, x, weight) if for_weight else None,
             dbias,
@@ -125,20 +199,43 @@ class _Conv2d(torch.autograd.Function):
         )
 
 
+# Each pixel of y after a nearest-2x upsample meets 3x3 pixels of the four times as many, so each pixel of x
+# meets 4x4 of y, two apart: y is the transpose of a 4x4 convolution of stride 2, whose weight is the flipped
+# 3x3 summed over 2x2. Its gradients do 16 products a pixel of x instead of 36, and form no larger image.
+_FOLDED = (2, [1, 1, 1, 1])
+
+
+def _folded(weight: Tensor) -> Tensor:
+    """(C_out, C_in, 3, 3) -> (C_in, C_out, 4, 4), channels_last."""
+    flipped = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    return F.avg_pool2d(flipped, 2, 1, divisor_override=1).contiguous(memory_format=_LAYOUT)
+
+
+def _unfolded(gradient: Tensor) -> Tensor:
+    """(C_in, C_out, 4, 4), a gradient of `_folded`'s result -> (C_out, C_in, 3, 3), that of its argument."""
+    summed = F.avg_pool2d(gradient, 2, 1, divisor_override=1)
+    return summed.transpose(0, 1).flip(2, 3).contiguous(memory_format=_LAYOUT)
+
+
 def _input_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    operations = ctx.operations
+    if ctx.upsample and operations.folds_upsample:
+        return cast(Tensor, operations.forward(dy, _folded(weight), None, None, None, *_FOLDED, False, False))
     scale = 2 if ctx.upsample else 1
-    winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_GRADIENT_PIXELS
     size = (scale * x.shape[2], scale * x.shape[3])
-    dx = cast(Tensor, _input_gradient_op(dy, weight, *size, *ctx.geometry, winograd))
+    dx = cast(Tensor, operations.input_gradient(dy, weight, *size, *ctx.geometry, ctx.winograd))
     # An upsampled pixel's gradient is the sum of its four.
     return F.avg_pool2d(dx, 2, divisor_override=1) if ctx.upsample else dx
 
 
 def _weight_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    operations = ctx.operations
+    if ctx.upsample and operations.folds_upsample:
+        return _unfolded(operations.weight_gradient(x, dy, 4, 4, *_FOLDED, False))
     if ctx.upsample:
         x = _upsampled(x)
-    winograd = ctx.winograd and ctx.pixels >= _WINOGRAD_GRADIENT_PIXELS
-    return cast(Tensor, _weight_gradient_op(dy, x, *weight.shape[2:], *ctx.geometry, winograd))
+    kernel = weight.shape[2:]
+    return cast(Tensor, operations.weight_gradient(dy, x, *kernel, *ctx.geometry, ctx.winograd))
 
 
 def conv2d_training(
@@ -150,9 +247,10 @@ def conv2d_training(
     upsample: bool,
     time_embedding: Tensor | None,
     residual: Tensor | None,
+    operations: Operations = CPU,
 ) -> Tensor:
     """As `conv2d.conv2d`, with a gradient that cannot be differentiated again; torch's can."""
-    if upsample and (tuple(weight.shape[2:]) != (3, 3) or stride != 1 or padding != (1, 1, 1, 1)):
+    if upsample and not folds(weight.shape[2:], stride, padding):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     x, weight = (t.contiguous(memory_format=_LAYOUT) for t in (x, weight))
     if residual is not None:
@@ -161,5 +259,6 @@ def conv2d_training(
         time_embedding = time_embedding.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    y = _Conv2d.apply(x, weight, bias, time_embedding, residual, stride, list(padding), upsample)
+    tensors = (x, weight, bias, time_embedding, residual)
+    y = _Conv2d.apply(operations, *tensors, stride, list(padding), upsample)
     return cast(Tensor, y)

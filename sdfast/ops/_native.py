@@ -47,8 +47,8 @@ def unavailable(
     return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
-def empty_by_sample(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape as the elementwise kernels lay it out.
+def empty_by_sample(x: Tensor, copies: int = 1) -> Tensor:
+    """An empty tensor for `copies` of x, one after the other, as the elementwise kernels lay it out.
 
     Sample (first axis) after sample, each of them as x's lie where these are dense, else contiguous.
     """
@@ -56,8 +56,14 @@ def empty_by_sample(x: Tensor) -> Tensor:
     inner = [axis for axis in range(x.dim() - 1, 0, -1) if x.shape[axis] > 1]
     for axis in sorted(inner, key=x.stride):
         if x.stride(axis) != expected:
-            return x.new_empty(x.shape)
+            return x.new_empty((copies * x.shape[0], *x.shape[1:]))
         expected *= x.shape[axis]
-    if x.dim() == 0 or x.shape[0] <= 1:
+    if x.dim() == 0 or (copies == 1 and x.shape[0] <= 1):
         return x.new_empty_strided(x.shape, x.stride())
-    return x.new_empty_strided(x.shape, (expected, *x.stride()[1:]))
+    return x.new_empty_strided((copies * x.shape[0], *x.shape[1:]), (expected, *x.stride()[1:]))
+
+
+def empty_by_token(t: Tensor) -> Tensor:
+    """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
+    batch, heads, rows, head_dim = t.shape
+    return t.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)

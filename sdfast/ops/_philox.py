@@ -55,31 +55,31 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
     return c0, c1, c2, c3
 
 
-def philox_uniforms(seeds: Tensor, size: int, step: int = 0) -> Tensor:
+def philox_uniforms(seeds: Tensor, size: int, step: int | Tensor = 0) -> Tensor:
     """Uniforms in (0, 1]: u of the formula above.
 
     Args:
         seeds: (N,), int64.
         size: elements of one sample.
-        step: >= 0.
+        step: >= 0; a tensor, (), int64, is not read on the host.
 
     Returns:
         (N, blocks, 4), fp32, for blocks of four elements, the last one whole.
     """
     block = torch.arange((size + 3) // 4, device=seeds.device)  # (blocks,)
-    counter = block & _WORD, block >> 32, *(torch.full_like(block, w) for w in (step & _WORD, step >> 32))
+    counter = block & _WORD, block >> 32, *(torch.zeros_like(block) + w for w in (step & _WORD, step >> 32))
     key = [word[:, None] for word in (seeds & _WORD, (seeds >> 32) & _WORD)]
     words = torch.stack(philox4x32(counter, key), -1)  # (N, blocks, 4)
     return words.to(torch.float32) * 2**-32 + 2**-33
 
 
-def philox_normals(seeds: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
+def philox_normals(seeds: Tensor, shape: Sequence[int], step: int | Tensor = 0) -> Tensor:
     """Standard normal noise: z of the formula above, in fp64.
 
     Args:
         seeds: (N,), int64.
         shape: (N, ...).
-        step: >= 0.
+        step: as for `philox_uniforms`.
 
     Returns:
         (N, ...), fp64.

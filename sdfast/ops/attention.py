@@ -2,10 +2,10 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; scale defaults to 1/sqrt(D).
 The (L, S) scores are never held in fp32 for the whole batch: torch's SDPA streams over the keys
-wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp.
-A mask is torch's to serve.
+wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp, and
+those of Triton. A mask is torch's to serve.
 
-q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from the kernel a transposed view of
+q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from a kernel a transposed view of
 (B, L, heads, D), so that the heads of a token are side by side for what follows; so are dq, dk and dv.
 lse, the base-2 logarithm of each query's sum of exponentials, which are powers of two: (B, heads, L), fp32.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops import _native
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_transformed, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, widened
+from sdfast.ops._native import empty_by_token, requires_grad, unavailable
 
 
 def attention_torch(
@@ -48,24 +48,18 @@ _library.define(
 )
 
 
-def _by_token(t: Tensor) -> Tensor:
-    """An empty (B, heads, rows, D) view of (B, rows, heads, D)."""
-    batch, heads, rows, head_dim = t.shape
-    return t.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
-
-
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
-    return _by_token(q)
+    return empty_by_token(q)
 
 
 def _with_lse_fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _backward_fake(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_token(q), _by_token(k), _by_token(v)
+    return empty_by_token(q), empty_by_token(k), empty_by_token(v)
 
 
 _forward_op = _library.define_native(
@@ -82,20 +76,49 @@ _backward_op = _library.define_native(
 )
 
 
+class _Operations(NamedTuple):
+    """What computes attention and its gradient."""
+
+    forward: Callable[..., Tensor]
+    with_lse: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+_CPU = _Operations(_forward_op, _with_lse_op, _backward_op)
+_TRITON = _Operations(
+    _library.define_triton("attention_forward", "sdfast.ops.attention_triton"),
+    _library.define_triton("attention_with_lse", "sdfast.ops.attention_triton"),
+    _library.define_triton("attention_backward", "sdfast.ops.attention_backward_triton"),
+)
+
+
 class _Attention(torch.autograd.Function):
-    """The native forward with the native backward, which computes the weights again from q, k and lse."""
+    """A kernel's forward with its backward, which computes the weights again from q, k and lse."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
-        o, lse = _with_lse_op(q, k, v, is_causal, scale)
+    def forward(
+        ctx: Any, operations: _Operations, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+    ) -> Tensor:
+        o, lse = operations.with_lse(q, k, v, is_causal, scale)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.is_causal, ctx.scale = is_causal, scale
-        return cast(Tensor, o)
+        ctx.operations, ctx.is_causal, ctx.scale = operations, is_causal, scale
+        return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward_op(do, *ctx.saved_tensors, ctx.is_causal, ctx.scale), None, None)
+        gradients = ctx.operations.backward(do, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
+        return (None, *gradients, None, None)
+
+
+def _attend(
+    operations: _Operations, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
+) -> Tensor:
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+    if requires_grad(q, k, v):
+        return cast(Tensor, _Attention.apply(operations, q, k, v, is_causal, scale))
+    return operations.forward(q, k, v, is_causal, scale)
 
 
 def attention_cpu(
@@ -109,44 +132,52 @@ def attention_cpu(
 ) -> Tensor:
     """The compiled CPU kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
     assert mask is None
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
-    if _native.requires_grad(q, k, v):
-        return cast(Tensor, _Attention.apply(q, k, v, is_causal, scale))
-    return cast(Tensor, _forward_op(q, k, v, is_causal, scale))
+    return _attend(_CPU, q, k, v, is_causal, scale)
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The Triton kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
+    assert mask is None
+    return _attend(_TRITON, q, k, v, is_causal, scale)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": attention_cpu,
+    "triton": attention_triton,
     "reference": cast(Callable[..., Tensor], attention_reference),
 }
-_NO_KERNEL_BUT_CPU = {name: reason for name, reason in NO_KERNEL_YET.items() if name != "cpu"}
 
 
 def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
-    if q.device.type != "cpu":
-        reason = f"q is on {q.device}, the kernel runs on cpu"
-    elif q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
+    if q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
         reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
-    elif torch.is_autocast_enabled("cpu"):
+    elif torch.is_autocast_enabled(q.device.type):
         reason = "under autocast torch decides the dtypes"
     elif mask is not None:
         reason = "it takes no mask; use torch or reference"
     elif q.numel() == 0 or k.numel() == 0:
         reason = "q or k is empty"
-    elif is_transformed():
-        reason = "torch.func transforms and forward-mode AD need torch or reference"
-    elif not _library.has_kernel("attention_forward", "cpu"):
-        reason = _library.load_cpu_library().detail
     else:
-        return _NO_KERNEL_BUT_CPU
-    return {**_NO_KERNEL_BUT_CPU, "cpu": reason}
+        return unavailable("attention_forward", "q", q.device.type, q.dtype)
+    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
 
 
-def _is_faster_in_torch(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """As measured: gradients of so little that Python decides."""
-    return q.numel() * k.shape[2] < 2**16 and _native.requires_grad(q, k, v)
+def _order(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...] | None:
+    """Candidates for this call, best first, where they are not the usual ones."""
+    if q.is_cuda:
+        return ("torch", "triton")  # not measured on a GPU yet: until then torch's SDPA goes first
+    # As measured: gradients of so little that Python decides.
+    is_faster_in_torch = q.numel() * k.shape[2] < 2**16 and requires_grad(q, k, v)
+    return ("torch",) if is_faster_in_torch else None
 
 
 def attention(
@@ -171,7 +202,7 @@ def attention(
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        (B, heads, L, D) in the dtype of `q`; from the CPU kernel a transposed view of (B, L, heads, D).
+        (B, heads, L, D) in the dtype of `q`; from a kernel a transposed view of (B, L, heads, D).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -194,9 +225,8 @@ def attention(
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
-    device_type = q.device.type
-    order = ("torch",) if device_type == "cpu" and _is_faster_in_torch(q, k, v) else None
-    serve = dispatch.choose("attention", device_type, _unavailable(q, k, v, mask), backend, order=order)
+    reasons, order = _unavailable(q, k, v, mask), _order(q, k, v)
+    serve = dispatch.choose("attention", q.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, attention_torch)
     return run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)
 

@@ -1,18 +1,19 @@
 """conv2d: a convolution with the pointwise work around it fused.
 
-    h = up(a),   a = silu?(GroupNorm(x)) or x,   up = nearest 2x or identity
+    h = up(a),   a = silu?(GroupNorm(x')) or x',   x' = cat([x, skip], 1) or x,   up = nearest 2x or identity
     y = W * h + bias + time_embedding[:, :, None, None] + residual
 
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
-a kernel never forms `up(a)`; the composite below does. With `stats_groups` the operation also returns
-the mean and rstd of y per group, which the next GroupNorm would otherwise read y once more to find.
+a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
+Triton. With `stats_groups` the operation also returns the mean and rstd of y per group, which the next
+GroupNorm would otherwise read y once more to find.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
-from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
+from sdfast.ops._conv2d_choice import folds, shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
+from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
 from sdfast.ops._native import requires_grad, unavailable
@@ -36,6 +38,9 @@ class NormPrologue(NamedTuple):
         weight, bias: (C_in,).
         eps: added to the variance.
         silu: whether SiLU follows.
+        statistics: mean and rstd of the input in every group, (N, num_groups) both, fp32 (fp64 for fp64), as
+            `conv2d` returned them with `stats_groups` and this eps. It is a promise: Triton reads the input
+            once where it knows them, with a 1x1 kernel while the tiles are loaded; others find their own.
     """
 
     num_groups: int
@@ -43,6 +48,7 @@ class NormPrologue(NamedTuple):
     bias: Tensor
     eps: float = 1e-5
     silu: bool = True
+    statistics: tuple[Tensor, Tensor] | None = None
 
 
 def conv2d_torch(
@@ -60,8 +66,11 @@ def conv2d_torch(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     norm_silu: bool = False,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """The formula, in the dtype of its arguments."""
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
     if norm_groups:
         x = torch.group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps)
         x = F.silu(x) if norm_silu else x
@@ -82,7 +91,8 @@ conv2d_reference = widened(conv2d_torch)
 _library.define(
     "conv2d(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[4] padding=[0, 0, 0, 0], *,"
     " bool upsample=False, Tensor? time_embedding=None, Tensor? residual=None, int norm_groups=0,"
-    " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-5, bool norm_silu=False) -> Tensor",
+    " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-5, bool norm_silu=False,"
+    " Tensor? skip=None) -> Tensor",
     conv2d_torch,
 )
 
@@ -139,7 +149,31 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
         reason = "it reads weights that are plain tensors"
     else:
         return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason}
+    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
+
+
+def conv2d_fuses(x: Tensor) -> bool:
+    """Whether kernels serve convolutions of x that read two sources and gather statistics as they store.
+
+    Where they do, `skip` and `stats_groups` save passes over memory; elsewhere they cost what they say. True
+    under `use_backend("triton")` where Triton can run, but for training, which reads the concatenation again.
+    """
+    if torch.is_grad_enabled():
+        return False
+    reasons = _unavailable(x, x)
+    return dispatch.choose("conv2d", x.device.type, reasons, None, order=("torch",)) == "triton"
+
+
+def _order_on_cuda(
+    x: Tensor, weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool
+) -> tuple[str, ...]:
+    """Not measured on a GPU yet. Until then cuDNN goes first wherever both do the same arithmetic.
+
+    Folded, an upsampled convolution has 4/9 of it, and neither writes nor reads an image four times as large.
+    """
+    half = x.dtype in (torch.float16, torch.bfloat16) and min(weight.shape[:2]) >= 64
+    folded = upsample and folds(weight.shape[2:], stride, sides)
+    return ("triton", "torch") if half and folded else ("torch", "triton")
 
 
 def conv2d(
@@ -153,6 +187,7 @@ def conv2d(
     upsample: bool = False,
     time_embedding: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
     stats_groups: int | None = None,
     stats_eps: float = 1e-5,
     backend: str | None = None,
@@ -161,7 +196,7 @@ def conv2d(
 
     Args:
         x: (N, C_in, H, W), fp32, bf16, fp16 or fp64, contiguous or channels_last; other strides are copied.
-        weight: (C_out, C_in, kh, kw), same dtype.
+        weight: (C_out, C_in, kh, kw), same dtype; with `skip` (C_out, C_in + C_skip, kh, kw).
         bias: (C_out,) or None.
         stride: of both axes, at least 1.
         padding: zeros on every side; or (vertical, horizontal) as `torch.nn.functional.conv2d` counts; or
@@ -170,6 +205,8 @@ def conv2d(
         upsample: nearest-2x of the (normalised) input before the convolution.
         time_embedding: (N, C_out), added to every pixel.
         residual: (N, C_out, H_out, W_out), added last.
+        skip: (N, C_skip, H, W): channels that follow those of x, as if x were `torch.cat([x, skip], 1)`.
+            Triton reads both where they lie; the others concatenate.
         stats_groups: also return the statistics of y over this many channel groups.
         stats_eps: added to the variance in the returned rstd.
         backend: see `sdfast.dispatch`; None takes the best that can run.
@@ -185,8 +222,15 @@ def conv2d(
     check_tensor("weight", weight, rank=4, like=x)
     batch, channels_in, height, width = x.shape
     channels_out, weight_channels, kernel_height, kernel_width = weight.shape
+    if skip is not None:
+        check_tensor("skip", skip, rank=4, like=x)
+        if (skip.shape[0], *skip.shape[2:]) != (batch, height, width):
+            expected = f"({batch}, C, {height}, {width})"
+            raise ValueError(f"skip: got shape {tuple(skip.shape)}, expected {expected} as the input")
+        channels_in += skip.shape[1]
     if weight_channels != channels_in:
-        raise ValueError(f"x: got {channels_in} channels, expected {weight_channels} to fit weight")
+        what = "x" if skip is None else "x and skip"
+        raise ValueError(f"{what}: got {channels_in} channels, expected {weight_channels} to fit weight")
     check_optional("bias", bias, shape=(channels_out,), like=x)
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride: got {stride}, expected one int, at least 1")
@@ -202,15 +246,45 @@ def conv2d(
         _check_groups("norm.num_groups", norm.num_groups, channels_in)
         check_tensor("norm.weight", norm.weight, shape=(channels_in,), like=x)
         check_tensor("norm.bias", norm.bias, shape=(channels_in,), like=x)
+        for name, value in zip(("mean", "rstd"), norm.statistics or (), strict=False):
+            check_tensor(f"norm.statistics, {name}", value, shape=(batch, norm.num_groups))
     if stats_groups is not None:
         _check_groups("stats_groups", stats_groups, channels_out)
 
-    parameters = (norm.weight, norm.bias) if norm else ()
-    reasons = _unavailable(x, weight, bias, time_embedding, residual, *parameters)
-    named = dispatch.is_named(backend)
-    order = None
+    fused: dict[str, Any] = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
+    if norm is not None:
+        fused |= {
+            "norm_groups": norm.num_groups, "norm_weight": norm.weight, "norm_bias": norm.bias,
+            "norm_eps": norm.eps, "norm_silu": norm.silu,
+        }  # fmt: skip
+    others = (time_embedding, residual, skip, *((norm.weight, norm.bias) if norm else ()))
+    reasons = _unavailable(x, weight, bias, *others)
+    named, trains = dispatch.is_named(backend), requires_grad(x, weight, bias, *others)
+    order: tuple[str, ...] | None = None
+    if x.is_cuda:
+        order = ("torch", "triton") if trains else _order_on_cuda(x, weight, stride, sides, upsample)
+    if (x.is_cuda or named) and dispatch.choose(
+        "conv2d", x.device.type, reasons, backend, order=order
+    ) == "triton":
+        more: dict[str, Any] = {"skip": skip, "norm_statistics": norm.statistics if norm else None}
+        if trains:
+            y = conv2d_triton_training(x, weight, bias, stride, sides, **fused, **more)
+            return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
+        return conv2d_triton(
+            x,
+            weight,
+            bias,
+            stride,
+            sides,
+            **fused,
+            **more,
+            stats_groups=stats_groups or 0,
+            stats_eps=stats_eps,
+        )
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
     if "cpu" not in reasons and not named:
-        if requires_grad(x, weight, bias, time_embedding, residual, *parameters):
+        if trains:
             to_torch = suits_torch_in_training(x, weight, upsample)
         else:
             to_torch = _suits_torch(x, weight, stride, sides, upsample, time_embedding, residual)
@@ -219,24 +293,7 @@ def conv2d(
     run = _BACKENDS.get(serve, conv2d_torch)
     if serve == "cpu" and named:
         run = functools.partial(conv2d_cpu, or_torch=False)
-    y = cast(
-        Tensor,
-        run(
-            x,
-            weight,
-            bias,
-            stride,
-            sides,
-            upsample=upsample,
-            time_embedding=time_embedding,
-            residual=residual,
-            norm_groups=norm.num_groups if norm else 0,
-            norm_weight=norm.weight if norm else None,
-            norm_bias=norm.bias if norm else None,
-            norm_eps=norm.eps if norm else 1e-5,
-            norm_silu=norm.silu if norm else False,
-        ),
-    )
+    y = cast(Tensor, run(x, weight, bias, stride, sides, **fused))
     if stats_groups is None:
         return y
     mean, rstd = group_statistics(y, stats_groups, stats_eps)

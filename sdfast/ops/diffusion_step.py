@@ -32,11 +32,12 @@ from sdfast.ops._philox import philox_normals
 
 
 def diffusion_step_torch(
-    sample: Tensor, model_output: Tensor, coefficients: Tensor, *, guidance_scale: float | None = None,
+    sample: Tensor, model_output: Tensor, coefficients: Tensor, *,
+    guidance_scale: float | Tensor | None = None,
     previous_x0: Tensor | None = None, noise: Tensor | None = None, clip: float | None = None,
-    seeds: Tensor | None = None, step: int = 0,
+    seeds: Tensor | None = None, step: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula, in fp32 or fp64."""
+    """The formula, in fp32 or fp64. `diffusion_step_from_table` gives guidance and step as tensors, ()."""
     wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
     k = coefficients.to(wide).unbind()
     x, m = sample.to(wide), model_output.to(wide)
@@ -80,21 +81,42 @@ _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def _check_seeds(seeds: object, step: object, sample: Tensor, noise: Tensor | None) -> None:
+def _check_step(step: object) -> None:
     if not isinstance(step, int):
         raise TypeError(f"step: got {type(step).__name__}, expected an int")
     if not 0 <= step < 2**63:
         raise ValueError(f"step: got {step}, expected a number from 0 to 2^63 - 1")
-    if noise is not None:
-        raise ValueError("seeds: got them beside noise, expected one of the two")
+
+
+def check_model_output(sample: object, model_output: object, *, guided: bool) -> None:
+    """Raise TypeError or ValueError unless they are (N, ...) and its model output, one or two for each."""
+    check_tensor("sample", sample)
+    assert isinstance(sample, Tensor)
+    if sample.dim() == 0:
+        raise ValueError("sample: got a scalar, expected shape (N, ...)")
+    batch = len(sample) * (1 + guided)
+    check_tensor("model_output", model_output, shape=(batch, *sample.shape[1:]), like=sample)
+
+
+def check_seeds(seeds: object, sample: Tensor) -> None:
+    """Raise TypeError or ValueError unless they are (N,), int64; any device."""
     if not isinstance(seeds, Tensor):
         raise TypeError(f"seeds: got {type(seeds).__name__}, expected a torch.Tensor")
     if seeds.dtype is not torch.int64:
         raise TypeError(f"seeds: got dtype {seeds.dtype}, expected torch.int64")
     if tuple(seeds.shape) != (len(sample),):
         raise ValueError(f"seeds: got shape {tuple(seeds.shape)}, expected ({len(sample)},)")
-    if seeds.device.type != "cpu" and seeds.device != sample.device:
-        raise ValueError(f"seeds: is on {seeds.device}, expected the CPU or {sample.device}")
+
+
+def check_clip(clip: float | None) -> None:
+    """Raise ValueError unless it is positive or None."""
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: got {clip}, expected a positive number or None")
+
+
+def _check_near(name: str, t: Tensor, sample: Tensor) -> None:
+    if t.device.type != "cpu" and t.device != sample.device:
+        raise ValueError(f"{name}: is on {t.device}, expected the CPU or {sample.device}")
 
 
 def diffusion_step(
@@ -133,26 +155,24 @@ def diffusion_step(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
-    check_tensor("sample", sample)
-    if sample.dim() == 0:
-        raise ValueError("sample: got a scalar, expected shape (N, ...)")
-    shape = tuple(sample.shape)
-    batch = shape[0] if guidance_scale is None else 2 * shape[0]
-    check_tensor("model_output", model_output, shape=(batch, *shape[1:]), like=sample)
+    check_model_output(sample, model_output, guided=guidance_scale is not None)
     check_tensor("coefficients", coefficients, shape=(7,))
     if coefficients.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"coefficients: got dtype {coefficients.dtype}, expected float32 or float64")
-    if coefficients.device.type != "cpu" and coefficients.device != sample.device:
-        raise ValueError(f"coefficients: is on {coefficients.device}, expected the CPU or {sample.device}")
+    _check_near("coefficients", coefficients, sample)
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number or None")
+    shape = tuple(sample.shape)
     check_optional("previous_x0", previous_x0, shape=shape, like=sample)
     check_optional("noise", noise, shape=shape, like=sample)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: got {clip}, expected a positive number or None")
+    check_clip(clip)
     drawn: dict[str, Any] = {}  # without seeds nothing is passed: a step of small latents takes microseconds
     if seeds is not None:
-        _check_seeds(seeds, step, sample, noise)
+        _check_step(step)
+        if noise is not None:
+            raise ValueError("seeds: got them beside noise, expected one of the two")
+        check_seeds(seeds, sample)
+        _check_near("seeds", seeds, sample)
         drawn = {"seeds": seeds, "step": step}
     device_type = sample.device.type
     unavailable = _native.unavailable(

@@ -1,17 +1,17 @@
 """diffusion_step in Triton: guidance, clip, update and noise in one pass.
 
 A program takes a run of elements of one sample as they lie in memory: x, both halves of m, x̂₀ᵖ and z are read
-once, x' and x̂₀ (and the model's next input) written once, 7 coefficients read by each program. Noise is a
-function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a thread
-draws four elements from one block. Products and sums are written as fused multiply-adds, so that a compiler
-has nothing to choose and the two operations give the same bits.
-Bytes: (4 to 7) * N * size elements. Limit: the launch for latents of one image, memory above.
+once, x' and x̂₀ (from a table the model's next input, too) written once, 7 coefficients read by each program.
+Noise is a function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a
+thread draws four elements from one block. Products and sums are written as fused multiply-adds, so that a
+compiler has nothing to choose and the two operations give the same bits.
+Bytes: (4 to 8) * N * size elements. Limit: the launch for latents of one image, memory above.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,34 +23,20 @@ from sdfast.ops._elementwise_triton import config, lie_as, sample_stride, sizes
 from sdfast.ops._philox_triton import normals_at, normals_of_row
 
 
-@triton.jit(do_not_specialize=["step", "steps"])
-def _diffusion_step_kernel(
+@triton.jit
+def _step(
     x_ptr, m_ptr, k_ptr, previous_ptr, noise_ptr, seeds_ptr,
-    counter_ptr, scales_ptr, out_ptr, x0_ptr, input_ptr, next_counter_ptr,
-    samples, size, x_stride, m_stride, previous_stride, noise_stride, out_stride, input_stride,
-    guidance_scale, clip, step, steps,
+    samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride, guidance_scale, clip, step,
     middle, inner, index_outer, index_middle, index_inner,
     GUIDED: tl.constexpr, CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x', x̂₀ and, with `input_ptr`, the model's next input.
+    """x' and x̂₀, fp32, of elements `first` to first + BLOCK - 1 of sample n.
 
-    With `counter_ptr` the step is what it holds, and `k_ptr` a table of `steps` rows. Unless IN_ROWS, element
-    (a * middle + b) * inner + c in memory is a * index_outer + b * index_middle + c * index_inner in
-    row-major order.
+    Unless IN_ROWS, element (a * middle + b) * inner + c in memory is
+    a * index_outer + b * index_middle + c * index_inner in row-major order.
     """
-    blocks = tl.cdiv(size, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    n = program // blocks
-    first = program % blocks * BLOCK
     at = first + tl.arange(0, BLOCK)
     mask = at < size
-
-    step = step.to(tl.int64)
-    if counter_ptr is not None:
-        step = tl.load(counter_ptr)
-        k_ptr += 7 * tl.minimum(step, steps.to(tl.int64) - 1)
-        if program == 0:
-            tl.store(next_counter_ptr, step + 1)
     k0 = tl.load(k_ptr).to(tl.float32)
     k1 = tl.load(k_ptr + 1).to(tl.float32)
     k2 = tl.load(k_ptr + 2).to(tl.float32)
@@ -83,17 +69,72 @@ def _diffusion_step_kernel(
     if noise_ptr is not None:
         z = tl.load(noise_ptr + n * noise_stride + at, mask, 0.0).to(tl.float32)
         out = tl.fma(zero + tl.load(k_ptr + 6).to(tl.float32), z, out)
+    return out, x0
 
+
+@triton.jit(do_not_specialize=["step"])
+def _diffusion_step_kernel(
+    x_ptr, m_ptr, k_ptr, previous_ptr, noise_ptr, seeds_ptr, out_ptr, x0_ptr,
+    samples, size, x_stride, m_stride, previous_stride, noise_stride, out_stride,
+    guidance_scale, clip, step,
+    middle, inner, index_outer, index_middle, index_inner,
+    GUIDED: tl.constexpr, CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x' and x̂₀ of the step that the host says."""
+    blocks = tl.cdiv(size, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    n = program // blocks
+    first = program % blocks * BLOCK
+    out, x0 = _step(
+        x_ptr, m_ptr, k_ptr, previous_ptr, noise_ptr, seeds_ptr,
+        samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride,
+        guidance_scale, clip, step.to(tl.int64), middle, inner, index_outer, index_middle, index_inner,
+        GUIDED, CLIPPED, IN_ROWS, BLOCK,
+    )  # fmt: skip
+    at = first + tl.arange(0, BLOCK)
+    mask = at < size
+    tl.store(out_ptr + n * out_stride + at, out.to(out_ptr.dtype.element_ty), mask)
+    tl.store(x0_ptr + n * out_stride + at, x0.to(x0_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _table_step_kernel(
+    x_ptr, m_ptr, k_ptr, scale_ptr, guidance_ptr, counter_ptr, previous_ptr, seeds_ptr,
+    out_ptr, x0_ptr, input_ptr, next_counter_ptr,
+    samples, size, x_stride, m_stride, previous_stride, out_stride, input_stride, clip, steps,
+    middle, inner, index_outer, index_middle, index_inner,
+    GUIDED: tl.constexpr, CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x', x̂₀ and the model's next input of the step that `counter_ptr` holds; tables have `steps` rows."""
+    blocks = tl.cdiv(size, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    n = program // blocks
+    first = program % blocks * BLOCK
+
+    counter = tl.load(counter_ptr)
+    if program == 0:
+        tl.store(next_counter_ptr, counter + 1)
+    last = steps.to(tl.int64) - 1
+    step = tl.minimum(tl.maximum(counter, 0), last)
+    guidance_scale = 0.0
+    if GUIDED:
+        guidance_scale = tl.load(guidance_ptr + step).to(tl.float32)
+    out, x0 = _step(
+        x_ptr, m_ptr, k_ptr + 7 * step, previous_ptr, None, seeds_ptr,
+        samples, n, first, size, x_stride, m_stride, previous_stride, 0,
+        guidance_scale, clip, step, middle, inner, index_outer, index_middle, index_inner,
+        GUIDED, CLIPPED, IN_ROWS, BLOCK,
+    )  # fmt: skip
+    at = first + tl.arange(0, BLOCK)
+    mask = at < size
     rounded = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + n * out_stride + at, rounded, mask)
     tl.store(x0_ptr + n * out_stride + at, x0.to(x0_ptr.dtype.element_ty), mask)
-    if input_ptr is not None:
-        if scales_ptr is not None:
-            scale = tl.load(scales_ptr + step + 1, step + 1 < steps.to(tl.int64), 1.0).to(tl.float32)
-            rounded = (rounded.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
-        tl.store(input_ptr + n * input_stride + at, rounded, mask)
-        if GUIDED:
-            tl.store(input_ptr + (n + samples) * input_stride + at, rounded, mask)
+    scale = tl.load(scale_ptr + tl.minimum(step + 1, last)).to(tl.float32)
+    scaled = (rounded.to(tl.float32) * scale).to(input_ptr.dtype.element_ty)
+    tl.store(input_ptr + n * input_stride + at, scaled, mask)
+    if GUIDED:
+        tl.store(input_ptr + (n + samples) * input_stride + at, scaled, mask)
 
 
 def _places(out: Tensor) -> tuple[int, ...] | None:
@@ -112,56 +153,103 @@ def _places(out: Tensor) -> tuple[int, ...] | None:
     return axes[1][0], axes[2][0], axes[0][1], axes[1][1], axes[2][1]
 
 
-def _step(
-    sample: Tensor, model_output: Tensor, coefficients: Tensor, guidance_scale: float | None,
-    previous_x0: Tensor | None, noise: Tensor | None, clip: float | None, seeds: Tensor | None, step: int,
-    counter: Tensor | None = None, input_scale: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    wanted = _native.empty_by_sample(sample)
-    places = _places(wanted)
+class _Operands(NamedTuple):
+    """What both kernels take, lying as their results do.
+
+    Attributes:
+        out, x0: in which the kernel writes.
+        places: the kernel's middle to index_inner.
+        in_rows: its IN_ROWS.
+        is_moved: the results do not lie as the operation promises.
+    """
+
+    out: Tensor
+    x0: Tensor
+    x: Tensor
+    m: Tensor
+    previous: Tensor | None
+    places: tuple[int, ...]
+    in_rows: bool
+    is_moved: bool
+
+
+def _operands(sample: Tensor, model_output: Tensor, previous_x0: Tensor | None, drawn: bool) -> _Operands:
+    out = _native.empty_by_sample(sample)
+    places = _places(out)
     # Noise cannot be placed in such a layout; no model has latents of five axes in disorder.
-    out = wanted if places is not None or seeds is None else torch.empty_like(
-        wanted, memory_format=torch.contiguous_format
-    )  # fmt: skip
-    places = places if out is wanted and places is not None else (1, 1, 0, 0, 1)
-    x0, x, m = torch.empty_like(out), lie_as(sample, out), lie_as(model_output, out)
-    if out.shape[0] <= 1 or x0.stride() != out.stride():
-        x0 = out.new_empty_strided(out.shape, out.stride())
-    previous = None if previous_x0 is None else lie_as(previous_x0, out)
-    z = None if noise is None else lie_as(noise, out)
-    device = sample.device
-    # A transfer waits for nothing where it comes from pinned memory; a table on the device costs none.
-    k = coefficients.to(device, non_blocking=True).contiguous()
-    drawn = None if seeds is None else seeds.to(device, non_blocking=True).contiguous()
-    following, next_counter = None, None
-    if counter is not None:
-        batch = model_output.shape[0]
-        following = out.new_empty_strided((batch, *out.shape[1:]), (sizes(out)[1], *out.stride()[1:]))
-        next_counter = torch.empty_like(counter)
-    samples, size = sizes(out)
-    grid, launch_config = config(samples, size, device)
-    _triton.launch(
-        _diffusion_step_kernel, grid, x, m, k, previous, z, drawn,
-        counter, input_scale if input_scale is None else input_scale.contiguous(), out, x0, following,
-        next_counter, samples, size, sample_stride(x), sample_stride(m),
-        0 if previous is None else sample_stride(previous), 0 if z is None else sample_stride(z),
-        sample_stride(out), 0 if following is None else sample_stride(following),
-        0.0 if guidance_scale is None else float(guidance_scale), 0.0 if clip is None else float(clip),
-        step, 1 if counter is None else coefficients.shape[0], *places,
-        config=launch_config, GUIDED=guidance_scale is not None, CLIPPED=clip is not None,
-        IN_ROWS=size == 1 or places[2:] == (0, 0, 1),
-    )  # fmt: skip
-    if out is not wanted:
-        out, x0 = wanted.copy_(out), torch.empty_like(wanted).copy_(x0)
-    if following is None or next_counter is None:
-        return out, x0
-    return out, x0, following, next_counter
+    is_moved = places is None and drawn
+    if is_moved:
+        out = torch.empty_like(out, memory_format=torch.contiguous_format)
+    places = places or (1, 1, 0, 0, 1)
+    return _Operands(
+        out,
+        out.new_empty_strided(out.shape, out.stride()),
+        lie_as(sample, out),
+        lie_as(model_output, out),
+        None if previous_x0 is None else lie_as(previous_x0, out),
+        places,
+        sizes(out)[1] == 1 or places[2:] == (0, 0, 1),
+        is_moved,
+    )
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else sample_stride(t)
+
+
+def _moved(t: Tensor, sample: Tensor, copies: int = 1) -> Tensor:
+    return _native.empty_by_sample(sample, copies).copy_(t)
 
 
 def diffusion_step(
     sample: Tensor, model_output: Tensor, coefficients: Tensor, *, guidance_scale: float | None = None,
     previous_x0: Tensor | None = None, noise: Tensor | None = None, clip: float | None = None,
     seeds: Tensor | None = None, step: int = 0,
-) -> Any:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sdfast::diffusion_step."""
-    return _step(sample, model_output, coefficients, guidance_scale, previous_x0, noise, clip, seeds, step)
+    o = _operands(sample, model_output, previous_x0, seeds is not None)
+    z = None if noise is None else lie_as(noise, o.out)
+    # A transfer waits for nothing where it comes from pinned memory; a table on the device costs none.
+    k = coefficients.to(sample.device, non_blocking=True).contiguous()
+    drawn = None if seeds is None else seeds.to(sample.device, non_blocking=True).contiguous()
+    samples, size = sizes(o.out)
+    grid, launch_config = config(samples, size, sample.device)
+    _triton.launch(
+        _diffusion_step_kernel, grid, o.x, o.m, k, o.previous, z, drawn, o.out, o.x0, samples, size,
+        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(z), _stride(o.out),
+        0.0 if guidance_scale is None else float(guidance_scale), 0.0 if clip is None else float(clip),
+        step, *o.places, config=launch_config,
+        GUIDED=guidance_scale is not None, CLIPPED=clip is not None, IN_ROWS=o.in_rows,
+    )  # fmt: skip
+    if o.is_moved:
+        return _moved(o.out, sample), _moved(o.x0, sample)
+    return o.out, o.x0
+
+
+def diffusion_step_from_table(
+    sample: Tensor, model_output: Tensor, coefficients: Tensor, input_scale: Tensor, counter: Tensor, *,
+    guidance_scale: Tensor | None = None, previous_x0: Tensor | None = None, clip: float | None = None,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """sdfast::diffusion_step_from_table."""
+    o = _operands(sample, model_output, previous_x0, seeds is not None)
+    copies = 1 if guidance_scale is None else 2
+    model_input = _native.empty_by_sample(o.out, copies)
+    if o.out.numel() == 0:
+        return o.out, o.x0, model_input, counter + 1
+    next_counter = torch.empty_like(counter)
+    samples, size = sizes(o.out)
+    grid, launch_config = config(samples, size, sample.device)
+    _triton.launch(
+        _table_step_kernel, grid, o.x, o.m, coefficients.contiguous(), input_scale.contiguous(),
+        None if guidance_scale is None else guidance_scale.contiguous(), counter, o.previous,
+        None if seeds is None else seeds.contiguous(), o.out, o.x0, model_input, next_counter, samples, size,
+        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(o.out), _stride(model_input),
+        0.0 if clip is None else float(clip), len(coefficients), *o.places,
+        config=launch_config,
+        GUIDED=guidance_scale is not None, CLIPPED=clip is not None, IN_ROWS=o.in_rows,
+    )  # fmt: skip
+    if o.is_moved:
+        moved = _moved(o.out, sample), _moved(o.x0, sample), _moved(model_input, sample, copies)
+        return *moved, next_counter
+    return o.out, o.x0, model_input, next_counter

@@ -3,15 +3,16 @@
 Ba et al. 2016, "Layer Normalization", eq. 3 and 4; the variance is the biased one.
 
 x, y: (..., *normalized_shape). weight, bias: normalized_shape. mean, rstd = 1/√(var + eps): (rows,), fp32, a
-row being what is normalised together. The CPU kernels are csrc/layer_norm_cpu.cpp: statistics and arithmetic
-are fp32, y and dx contiguous; fp64 goes through torch.
+row being what is normalised together. The CPU kernels are csrc/layer_norm_cpu.cpp, Triton's
+layer_norm_triton.py: statistics and arithmetic are fp32, y and dx contiguous; fp64 goes through torch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,56 +60,76 @@ def _backward_fake(
     return x.new_empty(x.shape), *parameters
 
 
-_library.define_native(
-    "layer_norm(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps) -> Tensor", _inference_fake
-)
-_library.define_native(
-    "layer_norm_forward(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor, Tensor mean, Tensor rstd)",
-    _forward_fake,
-)
-_library.define_native(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int axes, Tensor? weight, "
-    "Tensor? bias) -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-)
+class Operations(NamedTuple):
+    """What computes layer_norm and its gradient."""
 
-# Looked up once: for a small call the lookup costs as much as a check.
-_layer_norm_op: Callable[..., Tensor] = torch.ops.sdfast.layer_norm.default
+    inference: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+CPU = Operations(
+    _library.define_native(
+        "layer_norm(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps) -> Tensor", _inference_fake
+    ),
+    _library.define_native(
+        "layer_norm_forward(Tensor x, int axes, Tensor? weight, Tensor? bias, float eps) "
+        "-> (Tensor, Tensor mean, Tensor rstd)",
+        _forward_fake,
+    ),
+    _library.define_native(
+        "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int axes, Tensor? weight, "
+        "Tensor? bias) -> (Tensor, Tensor, Tensor)",
+        _backward_fake,
+    ),
+)
+TRITON = Operations(
+    *(
+        _library.define_triton(name, "sdfast.ops.layer_norm_triton")
+        for name in ("layer_norm", "layer_norm_forward", "layer_norm_backward")
+    )
+)
 
 
 class _LayerNorm(torch.autograd.Function):
-    """The native forward with the native backward, which recomputes x̂ from x and the statistics."""
+    """The forward with the backward of the same kernels, which recomputes x̂ from x and the statistics."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        operations: Operations,
+        x: Tensor,
+        axes: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.sdfast.layer_norm_forward(x, axes, weight, bias, eps)
+        y, mean, rstd = operations.forward(x, axes, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.axes = axes
-        return cast(Tensor, y)
+        ctx.operations, ctx.axes = operations, axes
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        dx, dweight, dbias = torch.ops.sdfast.layer_norm_backward(dy, x, mean, rstd, ctx.axes, weight, bias)
-        return dx, None, None if weight is None else dweight, None if bias is None else dbias, None
+        dx, dweight, dbias = ctx.operations.backward(dy, x, mean, rstd, ctx.axes, weight, bias)
+        return None, dx, None, None if weight is None else dweight, None if bias is None else dbias, None
 
 
-def layer_norm_cpu(
+def _by_kernels(
+    operations: Operations,
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The compiled CPU kernels. Its gradient cannot be differentiated again; torch's can."""
+    """By these kernels. Their gradient cannot be differentiated again; torch's can."""
     axes = len(normalized_shape)
     if _native.requires_grad(x, weight, bias):
-        return cast(Tensor, _LayerNorm.apply(x, axes, weight, bias, eps))
-    return _layer_norm_op(x, axes, weight, bias, eps)
+        return cast(Tensor, _LayerNorm.apply(operations, x, axes, weight, bias, eps))
+    return operations.inference(x, axes, weight, bias, eps)
 
 
 def _is_faster_in_torch(
@@ -123,7 +144,8 @@ def _is_faster_in_torch(
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "cpu": layer_norm_cpu,
+    "cpu": functools.partial(_by_kernels, CPU),
+    "triton": functools.partial(_by_kernels, TRITON),
     "reference": cast(Callable[..., Tensor], layer_norm_reference),
 }
 

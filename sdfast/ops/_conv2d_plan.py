@@ -1,0 +1,139 @@
+"""conv2d in Triton: tile, steps and splits of one convolution, from its shape and the GPU alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdfast.ops._launch_table import choose, near
+from sdfast.ops._triton import Config, architecture, multiprocessors, shared_memory_bytes
+
+
+class Convolution(NamedTuple):
+    """What a plan depends on.
+
+    Attributes:
+        weight: (phases?, O, C, kh, kw), as the kernel reads it.
+        channels: of each source, C in all.
+        images, pixels, phases: y has images * phases * pixels pixels; no tile holds those of two images.
+        precision: of fp32 products.
+        normalised: tiles of x pass through registers, on their way from memory to the tensor cores.
+        statistics: those of y are wanted.
+    """
+
+    weight: Tensor
+    channels: Sequence[int]
+    images: int
+    pixels: int
+    phases: int
+    precision: str
+    normalised: bool
+    statistics: bool
+
+
+class _Tile(NamedTuple):
+    """Pixels by channels of y; `share` is what of the peak it is assumed to reach, which nobody measured."""
+
+    pixels: int
+    channels: int
+    num_warps: int
+    share: float
+
+
+_HALF = (
+    _Tile(128, 256, 8, 1.0), _Tile(128, 128, 8, 0.95), _Tile(64, 256, 8, 0.8), _Tile(128, 64, 4, 0.8),
+    _Tile(64, 128, 4, 0.75), _Tile(64, 64, 4, 0.65),
+)  # fmt: skip
+_NARROW = (_Tile(128, 16, 4, 0.2),)  # for a picture's 3 channels or a latent's 4
+_UNALIGNED = (_Tile(64, 64, 4, 0.3),)  # loaded number by number, each with its address in registers
+_FP32 = (_Tile(64, 64, 8, 1.0), _Tile(32, 64, 4, 0.7))
+_UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7),)
+_MAX_SPLITS = 8
+_SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; assumed
+
+
+class Plan(NamedTuple):
+    """How one convolution is launched.
+
+    Attributes:
+        config: of the kernel that multiplies: BLOCK_M pixels, BLOCK_N channels, BLOCK_K channels of x a step.
+        tiles: of the pixels of one image (and phase), and of the channels.
+        splits: of K, each of `steps` steps.
+        cost: the work of the busiest multiprocessor.
+    """
+
+    config: Config
+    tiles: tuple[int, int]
+    splits: int
+    steps: int
+    cost: float
+
+
+def plan_convolution(call: Convolution) -> Plan:
+    """The plan that serves a convolution."""
+    weight = call.weight
+    kind = "normalised" if call.normalised else "statistics" if call.statistics else "plain"
+    contiguous = "C" if weight.stride(-3) == 1 else "O"
+    sizes = (near(call.images * call.pixels), call.phases, weight.shape[-4], *call.channels)
+    return choose(
+        "conv2d", (kind, weight.dtype, *sizes, *weight.shape[-2:], contiguous), plans_of(call), weight.device
+    )
+
+
+def plans_of(call: Convolution) -> list[Plan]:
+    """A plan for each tile that suits the shape."""
+    weight = call.weight
+    out_channels, taps = weight.shape[-4], weight.shape[-2] * weight.shape[-1]
+    block_k = _block_k(call)
+    available, processors = shared_memory_bytes(weight.device), multiprocessors(weight.device)
+    all_steps = taps * sum(_divided(n, block_k) for n in call.channels)
+    plans = []
+    for tile in _tiles(call):
+        grid = _divided(call.pixels, tile.pixels), _divided(out_channels, tile.channels)
+        count = max(call.images * call.phases * grid[0] * grid[1], 1)
+        splits = max(1, min(processors // count, all_steps // 8, _MAX_SPLITS))
+        steps = _divided(all_steps, splits)
+        splits = max(1, _divided(all_steps, max(steps, 1)))
+        cost = _divided(count * splits, processors) * tile.pixels * tile.channels / tile.share
+        cost *= steps + _SPLIT_STEPS * (splits > 1)
+        stage_bytes = (tile.pixels + tile.channels) * block_k * weight.element_size()
+        constants = {"BLOCK_M": tile.pixels, "BLOCK_N": tile.channels, "BLOCK_K": block_k, "GROUP": 8}
+        config = Config(constants, tile.num_warps, max(2, min(4, available // stage_bytes)))
+        plans.append(Plan(config, grid, splits, steps, cost))
+    return plans
+
+
+def _tiles(call: Convolution) -> Sequence[_Tile]:
+    weight = call.weight
+    aligned = all(n % 16 == 0 for n in call.channels) and all(s == 1 or s % 16 == 0 for s in weight.stride())
+    tiles: Sequence[_Tile]
+    if weight.dtype is torch.float32:
+        tiles = _FP32 if aligned else _UNALIGNED_FP32
+    elif not aligned:
+        tiles = _UNALIGNED
+    else:
+        tiles = _NARROW if weight.shape[-4] <= 16 else _HALF
+    if (
+        call.normalised or call.statistics
+    ):  # which the accumulators of the largest tile leave no registers for
+        tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]
+    # Without wgmma both factors pass through registers, in any case.
+    if call.normalised or architecture(weight.device) not in (90, 100):
+        tiles = [tile._replace(num_warps=8) for tile in tiles]
+    return tiles
+
+
+def _block_k(call: Convolution) -> int:
+    """The most channels of one step that leave no step partly empty, where there are such."""
+    few = max(call.channels) <= 16
+    if call.weight.dtype is torch.float32:
+        return 16 if call.precision == "ieee" or few else 32
+    whole = (k for k in (64, 32, 16) if all(n % k == 0 for n in call.channels))
+    return next(whole, 16 if few else 32)
+
+
+def _divided(a: int, b: int) -> int:
+    return -(-a // b)

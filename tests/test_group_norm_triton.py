@@ -1,0 +1,387 @@
+"""group_norm's Triton kernels against fp64: layouts, groups, two sources, known statistics, gradients.
+
+fp32 has few pixels here: the interpreter adds a tile's rows one after the other, where a GPU adds them in a tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_group_norm import NAMES, Case, in_layout, make_case, terms
+from torch import Tensor
+
+from sdfast.ops import _triton, group_norm
+from sdfast.ops._group_norm_plan import Shape, tiling, whole_tiling
+from sdfast.ops.group_norm import group_norm_torch
+from sdfast.testing import assert_within_budget
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("first", "last", "strided")
+OPS = torch.ops.sdfast
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        _triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))
+    ),
+]  # fmt: skip
+
+
+def on_device(case: Case) -> Case:
+    """The same values, in the same strides."""
+    if DEVICE == "cpu":
+        return case
+    moved = {n: None if (t := getattr(case, n)) is None else t.to(DEVICE) for n in NAMES}
+    moved["x"] = torch.empty_strided(
+        case.x.shape, case.x.stride(), dtype=case.x.dtype, device=DEVICE
+    ).copy_(case.x)  # fmt: skip
+    return dataclasses.replace(case, **moved)
+
+
+def check(case: Case, *, backward: bool = True) -> None:
+    """Within the budget of eager on the CPU, the same bits twice, and laid out as x is."""
+    given, exact_case = on_device(case), case.converted(torch.float64)
+    y = given.run("triton")
+    dy = torch.randn(y.shape).to(y.dtype)
+    sizes = terms(case, dy)
+    assert y.stride() == given.run("torch").stride() or not case.x.is_contiguous()
+    assert torch.equal(y, given.run("triton"))
+    exact = exact_case.run("torch")
+    assert_within_budget(y.cpu(), case.run("torch"), exact, magnitude=sizes["y"], what="y")
+    if not backward:
+        return
+    actual = given.gradients("triton", dy.to(DEVICE))
+    eager, exact_gradients = case.gradients("torch", dy), exact_case.gradients("torch", dy.double())
+    for name, value in actual.items():
+        assert value.shape == getattr(case, name).shape
+        assert_within_budget(
+            value.cpu(), eager[name], exact_gradients[name], magnitude=sizes[name], what=f"d{name}"
+        )
+
+
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_fp64(dtype: torch.dtype, layout: str, silu: bool) -> None:
+    check(make_case((2, 30, 7, 5), 3, dtype, layout, silu=silu))
+    check(make_case((1, 24, 2, 3, 4), 4, dtype, layout, silu=silu, affine=False, scale_shift=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_odd_channels(dtype: torch.dtype) -> None:
+    """Every number of channels to 17 with one number of groups each, and every divisor somewhere."""
+    sizes = (1, 2, 7, 8, 9, 5)
+    for channels in range(1, 18):
+        divisors = [g for g in range(1, channels + 1) if channels % g == 0]
+        groups = divisors[(channels + DTYPES.index(dtype)) % len(divisors)]
+        layout = LAYOUTS[channels % 2]
+        check(make_case((2, channels, sizes[channels % 6], sizes[channels // 3]), groups, dtype, layout))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_real_channels(layout: str) -> None:
+    """The widths of the models' groups, of images that are cut small."""
+    for channels in (320, 640, 960, 1280, 1920, 2560):
+        case = make_case((1, channels, 3, 2), 32, torch.float16, layout, scale_shift=False)
+        check(case, backward=channels == 320)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_are_combined(dtype: torch.dtype, layout: str) -> None:
+    """Images larger than a program's registers: partial statistics, the last chunk shorter than the others."""
+    shape = (1, 120, 36, 31) if dtype is torch.float32 else (2, 20, 48, 45)
+    check(make_case(shape, 4, dtype, layout), backward=dtype is torch.float16)
+    # A span of several steps: more images than programs are wanted.
+    check(make_case((1100, 4, 33, 32), 2, dtype, layout)) if DEVICE == "cuda" else None
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_several_steps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few multiprocessors, so that a program takes several tiles, of which the last is cut."""
+    for module in ("sdfast.ops._group_norm_plan", "sdfast.ops.group_norm_backward_triton"):
+        monkeypatch.setattr(f"{module}.multiprocessors", lambda device: 1)
+    check(make_case((2, 60, 37, 41), 6, torch.float16, layout))
+    check(make_case((1, 64, 35, 34), 32, torch.float32, layout))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_groups_wider_than_a_program(layout: str) -> None:
+    check(make_case((2, 600, 5, 4), 1, torch.float16, layout), backward=False)
+    check(make_case((1, 594, 3, 3), 2, torch.float32, layout))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("shape", [(2, 64, 6, 6), (1, 120, 35, 34)], ids=["whole", "chunks"])
+def test_large_mean(shape: tuple[int, ...], layout: str) -> None:
+    case = make_case(shape, 8, torch.float32, layout, silu=False, scale_shift=False)
+    case.x += 1e4
+    check(case, backward=False)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_outliers_among_the_first_pixels(layout: str) -> None:
+    case = make_case((1, 120, 35, 34), 4, torch.float32, layout, silu=False)
+    case.x[:, ::3, 0, :3] = 3e4
+    check(case, backward=False)
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_stay_in_their_group(value: float, layout: str) -> None:
+    for shape in ((2, 12, 9, 5), (2, 12, 65, 17)):
+        case = on_device(make_case(shape, 3, torch.float16, layout))
+        case.x[1, 5, 3, 2] = value
+        y = case.run("triton")
+        assert y[1, 4:8].isnan().all() and int(y.isnan().sum()) == y[1, 4:8].numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_fp32_parameters_with_a_half_precision_input(dtype: torch.dtype) -> None:
+    case = make_case((2, 24, 5, 4), 8, dtype)
+    wide = {n: torch.randn_like(getattr(case, n), dtype=torch.float32) for n in NAMES[1:]}
+    check(dataclasses.replace(case, **wide))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_views(layout: str) -> None:
+    """x off its alignment and between NaN, parameters that are strided: the bits of the plain call."""
+    case = make_case((2, 20, 5, 7), 4, torch.float16, layout)
+    dy = torch.randn(case.x.shape)
+    memory = torch.full((case.x.numel() + 2,), float("nan"), dtype=torch.float16)
+    x = memory[1:-1].as_strided(case.x.shape, case.x.stride(), 1)
+    x.copy_(case.x)
+    pair = torch.full((2, 43), float("nan"), dtype=torch.float16)
+    pair[:, :20], pair[:, 21:41] = case.scale, case.shift
+    spread = torch.full((20, 2), float("nan"), dtype=torch.float16)
+    spread[:, 1] = case.weight
+    views = Case(
+        x, 4, spread[:, 1], case.bias, pair[:, :20], pair[:, 21:41]
+    )  # fmt: skip
+    assert torch.equal(on_device(views).run("triton"), on_device(case).run("triton"))
+    given = (on_device(c).gradients("triton", dy.to(DEVICE)) for c in (views, case))
+    assert all(torch.equal(a, b) for a, b in zip(*(g.values() for g in given), strict=True))
+    assert memory[[0, -1]].isnan().all()
+
+
+def concatenated(
+    x: Tensor, skip: Tensor, groups: int, backend: str, parameters: tuple[Tensor, ...] = (), **more: object
+) -> Tensor:
+    x, skip, *parameters = (t.to(DEVICE) for t in (x, skip, *parameters))
+    return group_norm(x, groups, *parameters, activation="silu", skip=skip, backend=backend, **more).cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "skip_channels", "groups", "size"),
+    [(20, 10, 3, (5, 7)), (7, 5, 4, (3, 3)), (640, 320, 32, (2, 3)), (20, 10, 3, (41, 28)), (280, 20, 1, (3, 2))],
+)  # fmt: skip
+def test_skip(
+    channels: int, skip_channels: int, groups: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if dtype is torch.float32 and size[0] > 40:
+        channels, skip_channels, groups = 6 * channels, 6 * skip_channels, 18
+    x = (torch.randn(2, channels, *size) * 2 + 0.7).to(dtype)
+    skip = torch.randn(2, skip_channels, *size).to(dtype)
+    total = channels + skip_channels
+    weight, bias = (1 + torch.randn(total) * 0.3).to(dtype), torch.randn(total).to(dtype)
+    both = Case(torch.cat([x, skip], 1), groups, weight, bias)
+    exact = both.converted(torch.float64).run("torch")
+    sizes = terms(both, torch.zeros_like(both.x))
+    for layouts in (("last", "last"), ("first", "first"), ("last", "strided")):
+        sources = [in_layout(t, layout) for t, layout in zip((x, skip), layouts, strict=True)]
+        y = concatenated(*sources, groups, "triton", (weight, bias))
+        assert_within_budget(y, both.run("torch"), exact, magnitude=sizes["y"])
+        assert y.is_contiguous(memory_format=torch.channels_last) == (layouts == ("last", "last"))
+        assert torch.equal(y, concatenated(*sources, groups, "triton", (weight, bias)))
+
+
+def test_skip_is_the_concatenation() -> None:
+    x, skip = torch.randn(2, 7, 3, 2), torch.randn(2, 5, 3, 2)
+    for backend in ("torch", "reference", "cpu"):
+        expected = group_norm(torch.cat([x, skip], 1), 4, activation="silu", backend=backend)
+        assert torch.equal(group_norm(x, 4, activation="silu", skip=skip, backend=backend), expected)
+
+
+def test_gradients_reach_the_skip() -> None:
+    x, skip, dy = torch.randn(2, 7, 4, 3), torch.randn(2, 5, 4, 3), torch.randn(2, 12, 4, 3)
+
+    def gradients(backend: str, dtype: torch.dtype, *requires: bool) -> list[Tensor]:
+        leaves = [t.to(DEVICE, dtype).requires_grad_(r) for t, r in zip((x, skip), requires, strict=True)]
+        y = group_norm(leaves[0], 4, skip=leaves[1], activation="silu", backend=backend)
+        return list(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy.to(y)))
+
+    for requires in ((True, True), (False, True)):
+        results = [
+            gradients(backend, dtype, *requires)
+            for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64))
+        ]  # fmt: skip
+        for actual, eager, exact in zip(*results, strict=True):
+            assert_within_budget(actual, eager, exact, magnitude=3 * exact.abs().mean() + exact.abs())
+
+
+def statistics_of(x: Tensor, groups: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    grouped = x.reshape(x.shape[0], groups, -1).double()
+    variance = grouped.var(-1, correction=0)
+    return grouped.mean(-1).float(), (variance + eps).rsqrt().float()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(dtype: torch.dtype, layout: str) -> None:
+    for shape, groups in (((2, 60, 7, 5), 6), ((1, 34, 37, 29), 2), ((1, 594, 3, 2), 1)):
+        case = make_case(shape, groups, dtype, layout)
+        given, exact = on_device(case), case.converted(torch.float64).run("torch")
+        more = {"activation": "silu", "scale": given.scale, "shift": given.shift, "backend": "triton"}
+        statistics = statistics_of(given.x, groups)
+        y = group_norm(given.x, groups, given.weight, given.bias, statistics=statistics, **more)
+        sizes = terms(case, torch.zeros(shape))
+        assert_within_budget(y.cpu(), case.run("torch"), exact, magnitude=sizes["y"])
+        strided = tuple(torch.stack([t, t], -1)[..., 0] for t in statistics)
+        again = group_norm(given.x, groups, given.weight, given.bias, statistics=strided, **more)
+        assert torch.equal(y, again)
+
+
+def test_statistics_are_taken_for_granted_by_triton_alone() -> None:
+    x = torch.randn(2, 6, 4, 3)
+    promised = torch.full((2, 2), 3.0), torch.full((2, 2), 0.5)
+    y = group_norm(x.to(DEVICE), 2, statistics=tuple(t.to(DEVICE) for t in promised), backend="triton")
+    torch.testing.assert_close(y.cpu(), (x - 3) * 0.5)
+    for backend in ("torch", "reference", "cpu"):
+        expected = group_norm(x, 2, backend=backend)
+        assert torch.equal(group_norm(x, 2, statistics=promised, backend=backend), expected)
+
+
+def test_gradients_with_statistics() -> None:
+    """As without: the gradient is that of a normalisation by x's own statistics."""
+    x, weight = torch.randn(2, 6, 4, 3, device=DEVICE), torch.randn(6, device=DEVICE)
+    dy = torch.randn_like(x)
+    mean, rstd = OPS.group_norm_forward_triton(x, 2, weight, None, 1e-5, False, None, None)[1:]
+    results = []
+    for statistics in (None, (mean, rstd)):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = group_norm(leaves[0], 2, leaves[1], statistics=statistics, backend="triton")
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_launches() -> None:
+    """One where a program holds its groups or knows their statistics, two else; nothing is copied for these."""
+    small = torch.randn(2, 40, 16, 16).half().to(memory_format=torch.channels_last)
+    large = torch.randn(2, 40, 64, 64).half().to(memory_format=torch.channels_last)
+    mean = torch.zeros(2, 4)
+    common = (4, None, None, 1e-5, True, None, None)
+    calls = (
+        (lambda: OPS.group_norm_triton(small, *common), 1, (small,)),
+        (lambda: OPS.group_norm_triton(large, *common), 2, (large,)),
+        (lambda: OPS.group_norm_apply_triton(large, mean, mean, 4, None, None, True, None, None), 1, (large,)),
+        (lambda: OPS.group_norm_pair_triton(small, small[:1].repeat(2, 1, 1, 1), *common), 1, (small,)),
+        (lambda: OPS.group_norm_pair_triton(large, large, *common), 2, (large,)),
+    )  # fmt: skip
+    for call, count, read in calls:
+        with _triton.recording() as launches:
+            call()
+        assert len(launches) == count
+        assert all(any(a is x for a in launch.arguments) for launch in launches for x in read)
+
+
+def test_plans_cover_the_channels() -> None:
+    """Spans are whole groups, or parts of one, whose runs start at multiples of 16 bytes where that can be."""
+    for width in (1, 3, 4, 8, 10, 16, 20, 30, 37, 40, 60, 80, 257, 600):
+        for groups in (1, 2, 32):
+            for element_bytes, last, pixels in (
+                (2, True, 64),
+                (2, True, 4096),
+                (4, True, 4096),
+                (2, False, 900),
+            ):
+                shape = Shape(2, pixels, groups, width, element_bytes, last)
+                for plan in (tiling(shape), whole_tiling(shape, False)):
+                    if plan is None:
+                        continue
+                    span, block = plan.config.constants["SPAN"], plan.config.constants["BLOCK_C"]
+                    assert span <= block
+                    if plan.parts == 1:
+                        assert (
+                            span % width == 0
+                            and plan.spans * span >= groups * width > (plan.spans - 1) * span
+                        )
+                        assert span // width <= plan.config.constants["GROUPS"]
+                    else:
+                        assert plan.spans == groups * plan.parts and plan.parts * span >= width
+                    if last and groups == 32 and width in (10, 20, 40, 60, 80):
+                        assert (
+                            span * element_bytes % (16 if plan is not whole_tiling(shape, False) else 8) == 0
+                        )
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    case = on_device(make_case(shape, 2, torch.float32, "first"))
+    gradients = case.gradients("triton", torch.empty(shape, device=DEVICE))
+    assert case.run("triton").shape == gradients["x"].shape == shape
+    assert all(not gradients[name].any() for name in NAMES)
+    y = group_norm(case.x, 2, skip=case.x, backend="triton")
+    assert y.shape == (shape[0], 8, *shape[2:])
+    zeros = torch.zeros(shape[0], 2, device=DEVICE)
+    assert group_norm(case.x, 2, statistics=(zeros, zeros), backend="triton").shape == shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: str) -> None:
+    for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)]:
+        case = on_device(make_case((2, 12, 5, 3), 3, dtype, layout, affine=optional, scale_shift=optional))
+        affine, last = (case.weight, case.bias), (case.scale, case.shift)
+        forward = (case.x, 3, *affine, 1e-5, True, *last)
+        torch.library.opcheck(OPS.group_norm_triton, forward)
+        torch.library.opcheck(OPS.group_norm_forward_triton, forward)
+        y, mean, rstd = OPS.group_norm_forward_triton(*forward)
+        assert torch.equal(OPS.group_norm_triton(*forward), y)
+        for actual, right in zip((mean, rstd), statistics_of(case.x, 3), strict=True):
+            torch.testing.assert_close(actual, right)
+        backward = (torch.randn_like(y), case.x, mean, rstd, 3, *affine, True, *last)
+        torch.library.opcheck(OPS.group_norm_backward_triton, backward)
+        torch.library.opcheck(OPS.group_norm_apply_triton, (case.x, mean, rstd, 3, *affine, True, *last))
+        pair = (case.x[:, :7], case.x[:, 7:], 3, *affine, 1e-5, True, *last)
+        torch.library.opcheck(OPS.group_norm_pair_triton, pair)
+
+
+def test_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    x, skip = torch.randn(2, 6, 4, 3, device=DEVICE), torch.randn(2, 2, 4, 3, device=DEVICE)
+
+    def call(x: Tensor, skip: Tensor) -> Tensor:
+        return group_norm(x * 2, 4, skip=skip, activation="silu", backend="triton") + 1
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, skip), call(x, skip))
+
+
+def test_errors_name_the_argument() -> None:
+    x, skip, mean = torch.randn(2, 6, 4, 3), torch.randn(2, 2, 4, 3), torch.zeros(2, 2)
+    wrong: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (TypeError, "skip: got list", {"skip": [1.0]}),
+        (ValueError, "skip: got shape .* expected 4 dimensions", {"skip": skip[0]}),
+        (ValueError, r"skip: got shape \(2, 2, 4, 1\), expected \(2, 'C2', 4, 3\)", {"skip": skip[..., :1]}),
+        (ValueError, r"skip: got shape \(1, 2, 4, 3\)", {"skip": skip[:1]}),
+        (TypeError, "skip: got dtype torch.float16, expected torch.float32", {"skip": skip.half()}),
+        (ValueError, "skip: is on meta, expected cpu", {"skip": skip.to("meta")}),
+        (ValueError, "num_groups: got 2, expected a divisor of the 7 channels", {"skip": skip[:, :1]}),
+        (ValueError, r"weight: got shape \(6,\), expected \(8,\)", {"skip": skip, "weight": x[0, :, 0, 0]}),
+        (ValueError, "statistics: got them with skip", {"skip": skip, "statistics": (mean, mean)}),
+        (TypeError, r"statistics: got Tensor, expected the tuple \(mean, rstd\)", {"statistics": mean}),
+        (ValueError, r"statistics\[0\]: got shape \(2, 1\), expected \(2, 2\)", {"statistics": (mean[:, :1], mean)}),
+        (TypeError, r"statistics\[1\]: got dtype torch.float16", {"statistics": (mean, mean.half())}),
+        (ValueError, r"statistics\[1\]: is on meta", {"statistics": (mean, mean.to("meta"))}),
+        (ValueError, "backend 'triton' cannot run: x is float64", {"backend": "triton", "x": x.double()}),
+    ]  # fmt: skip
+    for error, message, keywords in wrong:
+        arguments = {"x": x, "num_groups": 2, **keywords}
+        with pytest.raises(error, match=message):
+            group_norm(**arguments)  # type: ignore[arg-type]
+    wide = x.double()
+    exact = group_norm_torch(wide, 2)
+    assert torch.equal(group_norm(wide, 2, statistics=(mean.double(), mean.double())), exact)
