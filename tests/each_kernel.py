@@ -66,6 +66,14 @@ def group_norm() -> Calls:
             x = randn(2, 20, size, size, channels_last=channels_last)
             yield with_gradients(normed, x, randn(20), randn(20))
     yield with_gradients(normed, randn(2, 20, 5, 5), randn(20), randn(20), randn(2, 20), randn(2, 20))
+    more: list[dict[str, Any]] = []
+    if _library.has_kernel("group_norm_pair", "triton"):
+        more.append({"skip": randn(2, 12, 5, 5, channels_last=True)})
+    if _library.has_kernel("group_norm_apply", "triton"):
+        more.append({"statistics": (torch.zeros(2, 4, device=DEVICE), torch.ones(2, 4, device=DEVICE))})
+    for operand in more:
+        x = randn(2, 20, 5, 5, channels_last=True)
+        yield lambda x=x, operand=operand: ops.group_norm(x, 4, **operand, backend="triton")
 
 
 def layer_norm() -> Calls:
@@ -101,6 +109,7 @@ def conv2d() -> Calls:
         yield with_gradients(convolved(stride, kernel // 2, upsample), x, weight, randn(20))
     deep, wide = randn(1, 256, 4, 4, channels_last=True), randn(32, 256, 3, 3)  # C is split
     yield with_gradients(convolved(1, 1), deep, wide, randn(32))
+    yield lambda: ops.conv2d(deep, wide, None, 1, 1, stats_groups=4, backend="triton")
 
 
 def diffusion_step() -> Calls:

@@ -41,6 +41,8 @@ FLOPS: dict[str, Callable[[list[Tensor], list[Tensor]], int]] = {
     "attention_forward": lambda given, _: 4 * math.prod(given[0].shape) * given[1].shape[-2],
     "attention_with_lse": lambda given, _: 4 * math.prod(given[0].shape) * given[1].shape[-2],
     "attention_backward": lambda given, _: 10 * math.prod(given[1].shape) * given[2].shape[-2],
+    "conv2d_kernel": lambda given, made: 2 * made[0].numel() * math.prod(given[1].shape[-3:]),
+    "conv2d_statistics": lambda given, made: 2 * made[0].numel() * math.prod(given[1].shape[-3:]),
     "conv2d_input_gradient": lambda given, _: 2 * given[0].numel() * math.prod(given[1].shape[1:]),
     "conv2d_weight_gradient": lambda given, made: 2 * given[0].numel() * math.prod(made[0].shape[1:]),
     "conv2d_training": lambda given, made: 2 * made[0].numel() * math.prod(given[1].shape[1:]),
