@@ -124,6 +124,16 @@ def diffusion_step() -> Calls:
         )
 
 
+def diffusion_step_from_table() -> Calls:
+    x, m = randn(2, 4, 9, 7), randn(4, 4, 9, 7)
+    table = torch.linspace(0.1, 0.7, 21, dtype=torch.float64, device=DEVICE).view(3, 7)
+    ones, counter = torch.ones(3, device=DEVICE), torch.ones((), dtype=torch.int64, device=DEVICE)
+    seeds = torch.tensor([3, 5], device=DEVICE)
+    yield lambda: ops.diffusion_step_from_table(
+        x, m, table, ones, counter, guidance_scale=2 * ones, previous_x0=x, seeds=seeds, backend="triton"
+    )
+
+
 def add_noise() -> Calls:
     x, level = randn(2, 4, 9, 7), torch.full((2,), 0.5, device=DEVICE)
     for prediction in ("epsilon", "v_prediction"):
@@ -140,6 +150,7 @@ CALLS: dict[str, tuple[str, Callable[[], Calls]]] = {
     "linear": ("linear_rows", linear), "group_norm": ("group_norm_forward", group_norm),
     "layer_norm": ("layer_norm_forward", layer_norm), "attention": ("attention_forward", attention),
     "conv2d": ("conv2d_kernel", conv2d), "diffusion_step": ("diffusion_step", diffusion_step),
+    "diffusion_step_from_table": ("diffusion_step_from_table", diffusion_step_from_table),
     "add_noise": ("add_noise", add_noise), "reparameterize": ("reparameterize", reparameterize),
 }  # fmt: skip
 

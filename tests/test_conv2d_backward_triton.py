@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from gradients import check_gradients, gradients
@@ -123,6 +125,22 @@ def test_norm_prologue() -> None:
         return conv2d_torch(x, weight, bias, 1, (1, 1, 1, 1), **more)
 
     check_gradients(ours, eager, tensors, call.dy)
+
+
+def test_two_sources() -> None:
+    """Statistics too: y's gradient is that of all three results."""
+    call = triton((2, 16, 4, 6, 8, 3, 1, 1), torch.float32)
+    tensors = [
+        call.tensors[0],
+        torch.randn(2, 5, 4, 6, device=DEVICE),
+        torch.randn(8, 21, 3, 3, device=DEVICE),
+    ]
+
+    def by(backend: str, x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+        y, mean, rstd = ops.conv2d(x, weight, padding=1, skip=skip, stats_groups=2, backend=backend)
+        return y * mean.mean() + rstd.sum()
+
+    check_gradients(partial(by, "triton"), partial(by, "torch"), tensors, call.dy)
 
 
 def test_nothing_to_sum() -> None:

@@ -62,12 +62,12 @@ def check(case: Case, *, backward: bool = True) -> None:
         )
 
 
-@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_fp64(dtype: torch.dtype, layout: str, silu: bool) -> None:
-    check(make_case((2, 30, 7, 5), 3, dtype, layout, silu=silu))
-    check(make_case((1, 24, 2, 3, 4), 4, dtype, layout, silu=silu, affine=False, scale_shift=False))
+def test_against_fp64(dtype: torch.dtype, layout: str) -> None:
+    check(make_case((2, 30, 7, 5), 3, dtype, layout))
+    check(make_case((1, 24, 2, 3, 4), 4, dtype, layout, affine=False, scale_shift=False))
+    check(make_case((2, 6, 9), 2, dtype, layout, silu=False, affine=layout != "last"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -96,12 +96,12 @@ def test_chunks_are_combined(dtype: torch.dtype, layout: str) -> None:
     check(make_case(shape, 4, dtype, layout), backward=dtype is torch.float16)
 
 
-@pytest.mark.parametrize("layout", ["first", "last"])
-def test_several_steps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few multiprocessors, so that a program takes several tiles, of which the last is cut."""
     for module in ("sdfast.ops._group_norm_plan", "sdfast.ops.group_norm_backward_triton"):
         monkeypatch.setattr(f"{module}.multiprocessors", lambda device: 1)
-    check(make_case((2, 60, 33, 35), 6, torch.float16, layout))
+    check(make_case((2, 60, 33, 35), 6, torch.float16, "last"))
+    check(make_case((1, 30, 33, 35), 3, torch.float16, "first"), backward=False)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])
@@ -320,7 +320,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert group_norm(case.x, 2, statistics=(zeros, zeros), backend="triton").shape == shape
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["last", "strided"])
 def test_opcheck(layout: str) -> None:
     for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)][layout != "last" :]:
         case = on_device(make_case((2, 9, 2, 3), 3, dtype, layout, affine=optional, scale_shift=optional))

@@ -16,6 +16,8 @@ LIMITS = {
     "attention_forward": (1.0, 3.1),  # the VAE's at 64x64: its one head is split over the keys
     "attention_with_lse": (1.0, 3.1),
     "attention_backward": (1.0, 2.4),  # one pass for the queries' gradient, one for the keys'
+    # Of stride 2 four launches, for odd and even rows and columns: each writes a quarter, which counts whole.
+    "conv2d_input_gradient": (1.1, 4.1),
     "layer_norm_backward": (1.6, 2.1),  # of few rows, beside the parameters' partial sums
     "linear_weight_gradient": (1.0, 1.8),  # a small weight's partials beside short factors
     "linear_rows": (1.0, 1.7),

@@ -5,7 +5,7 @@
 For each call in tests/<op>_launches.py: the bytes of the tensors that its launches read and write, each once a
 launch, and of what torch copies or sums on the way, so that partial results, second passes and copies show;
 beside the tensors that the operation takes and gives, each once. What a launch reads twice in itself does not
-show. FLOP are those of the formula, two a multiplication. --write records benchmarks/results/triton_traffic.json.
+show, and a tensor of which it touches a part counts whole. FLOP are those of the formula, two a multiplication. --write records benchmarks/results/triton_traffic.json.
 """
 
 from __future__ import annotations
