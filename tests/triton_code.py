@@ -1,11 +1,12 @@
 """What the Triton kernels become on a GPU, without one: launches recorded from fake CUDA tensors, compiled.
 
-    python tests/triton_code.py [group_norm ...] [--architectures 80 89 90 100 120]
+    python tests/triton_code.py [group_norm ...] [--architectures 80 89 90 100 120] [--all-plans]
 
 prints a line for every kernel that the calls in tests/<op>_launches.py would run, and fails where one spills
 registers or needs more shared memory than a block can have, or where no sm_90 variant of a half-precision
 matrix kernel has wgmma. Triton's own code turns arguments into what a kernel is specialised for, so that what is
-compiled is what a launch with such arguments would compile. Needs a process without TRITON_INTERPRET.
+compiled is what a launch with such arguments would compile. `--all-plans` compiles all that a launcher could
+choose instead of what it does choose. Needs a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
 from sdfast import _library
+from sdfast.ops._launch_table import exploring, preferring
 from sdfast.ops._triton import _SHARED_MEMORY, Launch, recording
 
 TESTS = Path(__file__).parent
@@ -135,10 +137,23 @@ def cases(op: str) -> dict[str, Callable[[], object]]:
     return importlib.import_module(f"{op}_launches").code_cases()
 
 
-def compile_case(op: str, case: str, architecture: int) -> list[Code]:
+def launches_of(call: Callable[[], object], architecture: int, all_plans: bool) -> list[Launch]:
+    """What a call launches, or what it would with any of the plans that it can choose."""
+    with exploring() as met:
+        launches = record(call, architecture)
+    for key, plans in met.items() if all_plans else ():
+        for plan in plans:
+            with preferring(key, plan):
+                launches += record(call, architecture)
+    return launches
+
+
+def compile_case(op: str, case: str, architecture: int, all_plans: bool = False) -> list[Code]:
     """The distinct kernels of one call."""
-    found = (compile_launch(launch, architecture) for launch in record(cases(op)[case], architecture))
-    return list({code.digest: code for code in found}.values())
+    launches = launches_of(cases(op)[case], architecture, all_plans)
+    return list(
+        {code.digest: code for code in (compile_launch(each, architecture) for each in launches)}.values()
+    )
 
 
 def all_ops() -> list[str]:
@@ -158,10 +173,11 @@ def main() -> None:
     )
     parser.add_argument("ops", nargs="*", default=all_ops())
     parser.add_argument("--architectures", nargs="+", type=int, default=[80, 89, 90, 100, 120])
+    parser.add_argument("--all-plans", action="store_true", help="also those that no call chooses")
     parser.add_argument("--first-case", action="store_true", help="of each operation alone")
     options = parser.parse_args()
     tasks = [
-        (op, case, architecture)
+        (op, case, architecture, options.all_plans)
         for op in options.ops
         for case in list(cases(op))[: 1 if options.first_case else None]
         for architecture in options.architectures
