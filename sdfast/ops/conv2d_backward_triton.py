@@ -141,8 +141,8 @@ _WIDE = (
 _UNALIGNED = (_Tile(64, 64, 16, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
 _FP32 = (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7))
-_UNALIGNED_FP32 = (_Tile(32, 64, 16, 8, 0.7),)
-_TF32 = (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7))
+_UNALIGNED_FP32 = (_Tile(32, 32, 32, 4, 0.6),)
+_TF32 = (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 8, 0.7))
 _MAX_SPLITS = 128
 _LEAST_STEPS = 8  # of a split
 # Assumed: what a program does besides its steps, in steps; products in the time of a byte read or written.
