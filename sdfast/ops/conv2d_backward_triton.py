@@ -140,9 +140,13 @@ _WIDE = (
 )  # fmt: skip
 _UNALIGNED = (_Tile(64, 64, 16, 8, 0.3),)  # loaded number by number, each with its address in registers
 _FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
-_FP32 = (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7))
-_UNALIGNED_FP32 = (_Tile(32, 64, 16, 8, 0.7),)
-_TF32 = (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 4, 0.7))
+# By precision, and whether rows are aligned.
+_FP32 = {
+    ("ieee", True): (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7)),
+    ("ieee", False): (_Tile(32, 32, 16, 4, 0.6),),
+    ("tf32", True): (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 8, 0.7)),
+    ("tf32", False): (_Tile(32, 32, 32, 4, 0.6),),
+}
 _MAX_SPLITS = 128
 _LEAST_STEPS = 8  # of a split
 # Assumed: what a program does besides its steps, in steps; products in the time of a byte read or written.
@@ -173,7 +177,7 @@ def plans_of(
     """
     tiles: tuple[_Tile, ...] = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
     if itemsize == 4:
-        tiles = _UNALIGNED_FP32 if not aligned else _TF32 if precision == "tf32" else _FP32
+        tiles = _FP32[precision, aligned]
     plans = []
     for tile in tiles:
         block_k = tile.k if deep else min(tile.k, 32)
