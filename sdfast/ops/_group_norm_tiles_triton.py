@@ -82,13 +82,15 @@ def load_tile(
     """A tile of the one source, or of the two, whose channels follow each other, in fp32."""
     at = tile_of(x, n, first, row, channel, pixels, channels, LAST)
     if skip is None:
-        return tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    # A thread does one of two loads, each of whole vectors; a choice of pointers would halve these.
-    of_x = channel < channels
-    value = tl.load(at, mask=inside & of_x, other=0.0)
-    at = tile_of(skip, n, first, row, channel - channels, pixels, skip_channels, LAST)
-    other = tl.load(at, mask=inside & (channel >= channels), other=0.0)
-    return tl.where(of_x, value, other).to(tl.float32)
+        value = tl.load(at, mask=inside, other=0.0)
+    else:
+        # A thread does one of two loads, each of whole vectors; a choice of pointers would halve these.
+        of_x = channel < channels
+        value = tl.load(at, mask=inside & of_x, other=0.0)
+        at = tile_of(skip, n, first, row, channel - channels, pixels, skip_channels, LAST)
+        other = tl.load(at, mask=inside & (channel >= channels), other=0.0)
+        value = tl.where(of_x, value, other)
+    return value.to(tl.float32)
 
 
 @triton.jit
