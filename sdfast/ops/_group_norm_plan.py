@@ -73,7 +73,8 @@ def whole_tiling(shape: Shape, modulated: bool) -> Tiling | None:
     elements = block_p * block_c
     if elements > _WHOLE_ELEMENTS * (1 if modulated or shape.element_bytes > 2 else 2):
         return None
-    return _tiling(shape, count, 1, block_p, block_c, min(max(elements // 1024, 1), 16))
+    per_warp = 2048 // shape.element_bytes  # 32 halves or 16 floats to a thread
+    return _tiling(shape, count, 1, block_p, block_c, min(max(elements // per_warp, 1), 16))
 
 
 def tiling(shape: Shape) -> Tiling:

@@ -81,10 +81,16 @@ def load_tile(
 ):  # fmt: skip
     """A tile of the one source, or of the two, whose channels follow each other, in fp32."""
     at = tile_of(x, n, first, row, channel, pixels, channels, LAST)
-    if skip is not None:
-        other = tile_of(skip, n, first, row, channel - channels, pixels, skip_channels, LAST)
-        at = tl.where(channel < channels, at, other)
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if skip is None:
+        value = tl.load(at, mask=inside, other=0.0)
+    else:
+        # A thread does one of two loads, each of whole vectors; a choice of pointers would halve these.
+        of_x = channel < channels
+        value = tl.load(at, mask=inside & of_x, other=0.0)
+        at = tile_of(skip, n, first, row, channel - channels, pixels, skip_channels, LAST)
+        other = tl.load(at, mask=inside & (channel >= channels), other=0.0)
+        value = tl.where(of_x, value, other)
+    return value.to(tl.float32)
 
 
 @triton.jit
