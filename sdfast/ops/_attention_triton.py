@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._triton import multiprocessors
+from sdfast.ops._triton import architecture, multiprocessors
 
 LOG2E = 1.4426950408889634
 
@@ -60,6 +60,11 @@ def strides(unit: int, *tensors: Tensor) -> tuple[int, ...]:
     40 elements are to be loaded 16 bytes at a time too.
     """
     return tuple(stride // unit for t in tensors for stride in _strides(t))
+
+
+def reads_shared_memory(device: torch.device) -> bool:
+    """Whether tensor cores take factors from shared memory; elsewhere they fill registers."""
+    return architecture(device) in (90, 100)
 
 
 def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple[int, int]:

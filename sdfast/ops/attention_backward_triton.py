@@ -28,6 +28,7 @@ from sdfast.ops._attention_triton import (
     chunks,
     load,
     precision,
+    reads_shared_memory,
     rows,
     slices,
     split_walk,
@@ -35,7 +36,7 @@ from sdfast.ops._attention_triton import (
     strides,
 )
 from sdfast.ops._native import empty_by_token
-from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
 
 
 @triton.jit
@@ -260,9 +261,11 @@ def _plan(q: Tensor, kept_rows: int) -> _Plan:
     row_bytes, available = (d0 + d1) * q.element_size(), shared_memory_bytes(q.device)
     while step > 32 and 2 * (kept + 2 * step) * row_bytes > available:
         step //= 2
-    if d0 + d1 > 160 or 2 * (kept + 2 * step) * row_bytes > available:
+    widest = 160 if architecture(q.device) == 90 else 128  # that registers hold
+    streamed_step = 64 if reads_shared_memory(q.device) else 32
+    if d0 + d1 > widest or 2 * (kept + 2 * step) * row_bytes > available:
         count, d0, d1 = slices(head_dim, 128)
-        return _Plan({"SLICES": count, "D0": d0, "D1": d1, "CHUNK": 64}, 64, 64, 8, 2)
+        return _Plan({"SLICES": count, "D0": d0, "D1": d1, "CHUNK": 64}, 64, streamed_step, 8, 2)
     num_warps = 4 if (d0 + d1) * kept <= 64 * 64 else 8
     return _Plan({"SLICES": 1, "D0": d0, "D1": d1, "CHUNK": 0}, kept, step, num_warps, 2)
 

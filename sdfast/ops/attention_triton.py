@@ -25,6 +25,7 @@ from sdfast.ops._attention_triton import (
     chunks,
     load,
     precision,
+    reads_shared_memory,
     rows,
     slices,
     split_walk,
@@ -210,7 +211,8 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
     block_n, stages = (64, 3) if width <= 64 else (64, 2)
     while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
         block_n //= 2
-    num_warps = 4 if width * block_m <= 128 * 64 else 8
+    held = 128 * 64 if reads_shared_memory(q.device) else 64 * 64  # of the accumulator, by 4 warps
+    num_warps = 4 if width * block_m <= held else 8
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
     return Config({**constants, **blocks}, num_warps, stages)
 
