@@ -3,7 +3,8 @@
     lower-case -> words, digits, punctuation -> bytes -> byte-pair merges, "</w>" closing each word
     ids = [begin of text] + at most 75 tokens + [end of text] + padding
 
-The merging is done by the `tokenizers` library; this file says what CLIP's rules are.
+The merging is done by the `tokenizers` library; this file says what CLIP's rules are. That library takes as
+long to import as all of sdfast, so that it is when the first tokenizer is made.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
 
 MAX_LENGTH = 77  # CLIP's number of positions
 
@@ -67,6 +69,8 @@ class CLIPTokenizer:
             )
         self.max_length = max_length
         self._tokenizer = _clip_tokenizer(vocab, merges, unk_token=words["unk_token"])
+        from tokenizers import AddedToken
+
         special = [token if isinstance(token, AddedToken) else AddedToken(token) for token in tokens.values()]
         self._tokenizer.add_special_tokens([*special, *added_tokens])
         self.bos_id, self.eos_id, self.pad_id = (
@@ -141,6 +145,9 @@ class CLIPTokenizer:
 def _clip_tokenizer(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, unk_token: str
 ) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
     model = BPE(
         vocab=dict(vocab),
         merges=list(merges),
@@ -167,6 +174,8 @@ def _as_special_token(token: str | Mapping[str, Any], added: Mapping[str, AddedT
 
 
 def _as_added_token(entry: Mapping[str, Any]) -> AddedToken:
+    from tokenizers import AddedToken
+
     flags = {name: entry[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry}
     return AddedToken(entry["content"], special=bool(entry.get("special", True)), **flags)
 
