@@ -255,17 +255,17 @@ def _plan(q: Tensor, kept_rows: int) -> _Plan:
         step = 16 if ieee else 32
         return _Plan({"SLICES": count, "D0": d0, "D1": d1, "CHUNK": step}, 64, step, 8, 2)
     d0, d1 = chunks(head_dim)
-    kept, step = (128, 64) if d0 + d1 <= 64 else (64, 64)
+    in_registers = not reads_shared_memory(q.device)
+    kept, step = (128, 64) if d0 + d1 <= 64 else (64, 32 if in_registers else 64)
     if batch * heads * triton.cdiv(kept_rows, kept) < multiprocessors(q.device):
         kept = 64
     row_bytes, available = (d0 + d1) * q.element_size(), shared_memory_bytes(q.device)
     while step > 32 and 2 * (kept + 2 * step) * row_bytes > available:
         step //= 2
     widest = 160 if architecture(q.device) == 90 else 128  # that registers hold
-    streamed_step = 64 if reads_shared_memory(q.device) else 32
     if d0 + d1 > widest or 2 * (kept + 2 * step) * row_bytes > available:
         count, d0, d1 = slices(head_dim, 128)
-        return _Plan({"SLICES": count, "D0": d0, "D1": d1, "CHUNK": 64}, 64, streamed_step, 8, 2)
+        return _Plan({"SLICES": count, "D0": d0, "D1": d1, "CHUNK": 64}, 64, 32 if in_registers else 64, 8, 2)
     num_warps = 4 if (d0 + d1) * kept <= 64 * 64 else 8
     return _Plan({"SLICES": 1, "D0": d0, "D1": d1, "CHUNK": 0}, kept, step, num_warps, 2)
 

@@ -208,10 +208,11 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
         return Config({**constants, "BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_TAIL": 0}, 8, 2)
     # Two blocks of queries for every multiprocessor, so that one multiplies while the other takes powers.
     block_m = 128 if batch * heads * triton.cdiv(queries, 128) >= 2 * processors else 64
-    block_n, stages = (64, 3) if width <= 64 else (64, 2)
+    in_registers = not reads_shared_memory(q.device)
+    block_n, stages = 32 if in_registers and width > 128 else 64, 3 if width <= 64 else 2
     while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
         block_n //= 2
-    held = 128 * 64 if reads_shared_memory(q.device) else 64 * 64  # of the accumulator, by 4 warps
+    held = 64 * 64 if in_registers else 128 * 64  # of the accumulator, by 4 warps
     num_warps = 4 if width * block_m <= held else 8
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
     return Config({**constants, **blocks}, num_warps, stages)
