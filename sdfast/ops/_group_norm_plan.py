@@ -70,8 +70,7 @@ def whole_tiling(shape: Shape) -> Tiling | None:
     elements = block_p * block_c
     if elements > _WHOLE_ELEMENTS:
         return None
-    per_warp = 2048 // shape.element_bytes  # 32 halves or 16 floats to a thread
-    return _tiling(shape, count, 1, block_p, block_c, min(max(elements // per_warp, 1), 16))
+    return _tiling(shape, count, 1, block_p, block_c, min(max(elements // 512, 1), 16))
 
 
 def tiling(shape: Shape) -> Tiling:
