@@ -294,7 +294,7 @@ def test_plans_cover_the_channels() -> None:
     widths = (1, 3, 4, 8, 10, 16, 20, 30, 37, 40, 60, 80, 257, 600)
     for width, groups, (element_bytes, last, pixels) in itertools.product(widths, (1, 2, 32), layouts):
         shape = Shape(2, pixels, groups, width, element_bytes, last)
-        for plan, vector in ((tiling(shape), 16), (whole_tiling(shape, False), 8)):
+        for plan, vector in ((tiling(shape), 16), (whole_tiling(shape), 8)):
             if plan is None:
                 continue
             span, constants = plan.config.constants["SPAN"], plan.config.constants

@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
 
 
 _WHOLE_PIXELS = (64, 256, 1024)  # images of at most these fit one tile; 8x8, 16x16, 32x32
-_WHOLE_ELEMENTS = 16384  # in registers: 32 of each of 512 threads
+_WHOLE_ELEMENTS = 16384  # in registers, 32 of each of 512 threads; twice as many would spill here and there
 _TILE_ELEMENTS = 4096
 _MAX_CHANNELS = 256  # of a tile
 
@@ -60,21 +60,17 @@ def _counts(shape: Shape, vector_bytes: int, run_bytes: int) -> list[int]:
     return [*aligned, shape.groups]
 
 
-def whole_tiling(shape: Shape, modulated: bool) -> Tiling | None:
-    """The fewest groups for a program that holds their every pixel, or None where none fit.
-
-    Halves fit twice, unless a scale and shift by channel, `modulated`, lie beside them.
-    """
+def whole_tiling(shape: Shape) -> Tiling | None:
+    """The fewest groups for a program that holds their every pixel, or None where none fit."""
     block_p = next((p for p in _WHOLE_PIXELS if shape.pixels <= p), None)
     if block_p is None:
         return None
     count = _counts(shape, 8, 32)[0]
     block_c = triton.next_power_of_2(count * shape.group_channels)
     elements = block_p * block_c
-    if elements > _WHOLE_ELEMENTS * (1 if modulated or shape.element_bytes > 2 else 2):
+    if elements > _WHOLE_ELEMENTS:
         return None
-    per_warp = 2048 // shape.element_bytes  # 32 halves or 16 floats to a thread
-    return _tiling(shape, count, 1, block_p, block_c, min(max(elements // per_warp, 1), 16))
+    return _tiling(shape, count, 1, block_p, block_c, min(max(elements // 512, 1), 16))
 
 
 def tiling(shape: Shape) -> Tiling:

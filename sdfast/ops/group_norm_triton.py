@@ -61,13 +61,13 @@ def _whole_kernel(
     column = channel[None, :]
 
     value = load_tile(x, skip, n, 0, row, column, inside, pixels, channels, skip_channels, LAST)
+    factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
     elements = pixels * 1.0 * group_channels
     mean = tl.div_rn(to_groups(tl.sum(value, axis=0), member), elements)
     value = tl.where(inside, value - to_channels(mean, member)[None, :], 0.0)
     squares = to_groups(tl.sum(value * value, axis=0), member)
     rstd = rstd_of(squares, elements, eps)
 
-    factor, offset = affine(weight, bias, scale, shift, n, channel, there, scale_row, shift_row)
     factor *= to_channels(rstd, member)
     z = value * factor[None, :] + offset[None, :]
     store_tile(y, z, n, 0, row, column, inside, pixels, total, SILU, LAST)
@@ -241,7 +241,6 @@ class _Call:
         self.operands = (x, skip, weight, bias, scale, shift, y)
         self.sizes = (pixels, channels, skip_channels, num_groups, group_channels)
         self.numbers = (*self.sizes, eps, scale_row, shift_row)
-        self.modulated = scale is not None or shift is not None
         self.keywords = {"SILU": silu, "LAST": last}
 
     def apply(
@@ -259,7 +258,7 @@ class _Call:
     def run(self, mean: Tensor | None = None, rstd: Tensor | None = None) -> None:
         """y and, where given, mean and rstd."""
         shape, x = self.shape, self.sources[0]
-        whole = whole_tiling(shape, self.modulated)
+        whole = whole_tiling(shape)
         if whole is not None:
             launch(
                 _whole_kernel, (shape.images * whole.spans,), *self.operands, mean, rstd, *self.numbers,
