@@ -38,7 +38,7 @@ def _apply(x, weight, bias, y, at, column, inside, there, mean, rstd):
     tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,  # (rows, width)
     weight, bias,  # (width,), or None
@@ -99,7 +99,7 @@ def _g_and_xhat(dy, x, weight, at, column, inside, there, m, r):
     return grad, g, xhat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _means_kernel(
     dy, x, mean, rstd, weight,  # as for _backward_kernel
     means,  # (2, rows), written: of g and g x̂
@@ -122,7 +122,7 @@ def _means_kernel(
     tl.store(means + rows + row, tl.sum(tl.sum(sum_g_xhat, axis=1), axis=0) / width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "shares", "steps"])
 def _backward_kernel(
     dy, x,  # (rows, width)
     mean, rstd,  # (rows,)
@@ -161,7 +161,7 @@ def _backward_kernel(
     tl.store(sums + (shares + share) * width + column, tl.sum(sum_dy, axis=0), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _parameters_kernel(
     sums,  # (2, shares, width)
     dweight, dbias,  # (width,), or None
