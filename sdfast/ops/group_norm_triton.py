@@ -23,6 +23,7 @@ from sdfast.ops._group_norm_layout import (
 )
 from sdfast.ops._group_norm_plan import Shape, Tiling, blocks_of_tiles, tiling, whole_tiling
 from sdfast.ops._group_norm_tiles_triton import (
+    SIZES,
     affine,
     load_tile,
     rstd_of,
@@ -36,7 +37,7 @@ from sdfast.ops._triton import launch
 _PARTIALS = tl.constexpr(32)  # chunks that are combined at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _whole_kernel(
     x,  # (N, pixels, channels), or channels first
     skip,  # the same of skip_channels, or None
@@ -44,13 +45,15 @@ def _whole_kernel(
     scale, shift,  # (N, channels + skip_channels), strides scale_row and shift_row, or None
     y,  # as x, channels + skip_channels
     mean_out, rstd_out,  # (N, groups), or None
-    pixels, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row, spans,
+    pixels, channel_stride, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row, spans,
     SILU: tl.constexpr, LAST: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Everything, of images with at most BLOCK_P pixels. Grid: the spans of each image."""
-    program = tl.program_id(0).to(tl.int64)
-    n = program // spans
+    if not LAST:
+        pixels = channel_stride
+    program = tl.program_id(0)
+    n = (program // spans).to(tl.int64)
     total = channels + skip_channels
     first_group, channel, there, local = span_channels(
         program % spans, group_channels, total, SPAN, PARTS, BLOCK_C
@@ -78,11 +81,11 @@ def _whole_kernel(
         tl.store(rstd_out + n * groups + group, rstd, mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _partials_kernel(
     x, skip,  # as for _whole_kernel
     means, squares,  # (N, groups, partials), written
-    pixels, channels, skip_channels, groups, group_channels, spans, chunks, steps,
+    pixels, channel_stride, channels, skip_channels, groups, group_channels, spans, chunks, steps,
     LAST: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -90,10 +93,12 @@ def _partials_kernel(
 
     Of a group wider than a span there are PARTS partials for each chunk. Grid: images, chunks, spans.
     """
-    program = tl.program_id(0).to(tl.int64)
+    if not LAST:
+        pixels = channel_stride
+    program = tl.program_id(0)
     span = program % spans
-    chunk = program // spans % chunks
-    n = program // spans // chunks
+    chunk = (program // spans % chunks).to(tl.int64)
+    n = (program // spans // chunks).to(tl.int64)
     first_group, channel, there, local = span_channels(
         span, group_channels, channels + skip_channels, SPAN, PARTS, BLOCK_C
     )
@@ -168,20 +173,22 @@ def _elements(i, pixels, group_channels, chunk_pixels, SPAN: tl.constexpr, PARTS
     return tl.minimum(pixels - i // PARTS * chunk_pixels, chunk_pixels).to(tl.float32) * width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _apply_kernel(
     x, skip, weight, bias, scale, shift, y, mean_out, rstd_out,  # as for _whole_kernel
     means, squares,  # (N, groups, chunks PARTS); or mean and rstd, (N, groups), if chunks is 0
-    pixels, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row,
+    pixels, channel_stride, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row,
     spans, chunks, chunk_pixels, blocks, steps,
     SILU: tl.constexpr, LAST: tl.constexpr, KNOWN: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y, where the statistics are KNOWN or there in parts. Grid: images, blocks of `steps` tiles, spans."""
-    program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    if not LAST:
+        pixels = channel_stride
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     span = program % spans
-    block = program // spans % blocks
-    n = program // spans // blocks
+    block = (program // spans % blocks).to(tl.int64)
+    n = (program // spans // blocks).to(tl.int64)
     total = channels + skip_channels
     first_group, channel, there, local = span_channels(span, group_channels, total, SPAN, PARTS, BLOCK_C)
     if PARTS > 1:
@@ -239,7 +246,7 @@ class _Call:
         self.shape = Shape(x.shape[0], pixels, num_groups, group_channels, x.element_size(), last)
         self.sources = (x, skip)
         self.operands = (x, skip, weight, bias, scale, shift, y)
-        self.sizes = (pixels, channels, skip_channels, num_groups, group_channels)
+        self.sizes = (pixels, 1 if last else pixels, channels, skip_channels, num_groups, group_channels)
         self.numbers = (*self.sizes, eps, scale_row, shift_row)
         self.keywords = {"SILU": silu, "LAST": last}
 
