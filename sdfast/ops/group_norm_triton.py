@@ -21,7 +21,14 @@ from sdfast.ops._group_norm_layout import (
     is_last,
     pixels_of,
 )
-from sdfast.ops._group_norm_plan import Shape, Tiling, blocks_of_tiles, tiling, whole_tiling
+from sdfast.ops._group_norm_plan import (
+    Shape,
+    Tiling,
+    blocks_of_tiles,
+    chunks_of_tiles,
+    tiling,
+    whole_tiling,
+)
 from sdfast.ops._group_norm_tiles_triton import (
     SIZES,
     affine,
@@ -254,8 +261,11 @@ class _Call:
         self, tiles: Tiling, means: Tensor, squares: Tensor, chunks: int, chunk_pixels: int,
         mean: Tensor | None = None, rstd: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """y by `_apply_kernel`; statistics are known where there are no chunks."""
-        blocks, steps = blocks_of_tiles(self.shape, tiles, 8, means.device)
+        """y by `_apply_kernel`; statistics are known where there are no chunks.
+
+        Where there are, each program reads those of its groups: it takes some tiles for that.
+        """
+        blocks, steps = blocks_of_tiles(self.shape, tiles, 8, means.device, least_steps=4 if chunks else 1)
         launch(
             _apply_kernel, (self.shape.images * blocks * tiles.spans,), *self.operands, mean, rstd,
             means, squares, *self.numbers, tiles.spans, chunks, chunk_pixels, blocks, steps,
@@ -273,7 +283,7 @@ class _Call:
             )  # fmt: skip
             return
         tiles = tiling(shape)
-        chunks, steps = blocks_of_tiles(shape, tiles, 4, x.device)
+        chunks, steps = chunks_of_tiles(shape, tiles, x.device)
         partials = (shape.images, shape.groups, chunks * tiles.parts)
         means, squares = (x.new_empty(partials, dtype=torch.float32) for _ in range(2))
         launch(
