@@ -380,6 +380,7 @@ def test_compiles_to_one_graph() -> None:
 def test_errors_name_the_argument() -> None:
     x, skip, mean = torch.randn(2, 6, 4, 3), torch.randn(2, 2, 4, 3), torch.zeros(2, 2)
     wrong: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (TypeError, "num_groups: got float, expected an int", {"num_groups": 2.0}),
         (TypeError, "skip: got list", {"skip": [1.0]}),
         (ValueError, "skip: got shape .* expected 4 dimensions", {"skip": skip[0]}),
         (ValueError, r"skip: got shape \(2, 2, 4, 1\), expected \(2, 'C2', 4, 3\)", {"skip": skip[..., :1]}),

@@ -76,7 +76,10 @@ def kinds(op: str) -> Iterator[tuple[str, Callable[[int, tuple[int, int]], None]
             ("forward", "skip", "statistics", "backward"), (320, 1280), (True, False)
         ):
             layout = "last" if last else "first"
-            yield f"{what} {channels} {layout}", lambda *size, k=(what, channels, last): _group_norm(*k, *size)
+            yield (
+                f"{what} {channels} {layout}",
+                lambda *size, k=(what, channels, last): _group_norm(*k, *size),
+            )
     else:
         for what, width in itertools.product(("forward", "backward"), (320, 1280, 10240)):
             yield f"{what} {width}", lambda *size, k=(what, width): _layer_norm(*k, *size)

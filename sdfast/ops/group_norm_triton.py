@@ -1,9 +1,10 @@
 """group_norm in Triton, y = act((x̂ weight + bias) (1 + scale) + shift), of one or two sources of channels.
 
-A program owns some whole groups, as many channels as make runs of whole 16 bytes. Where their pixels fit its
-registers it computes mean, squares and y from these: one launch. Else programs take chunks of pixels, each
-place of a tile keeps a running mean and squares (Welford), and a second launch combines the chunks of its
-groups by Chan's formula, in order, as it applies them, last chunk first: what was read last is in L2 still.
+A program owns some whole groups, channels last as many as make runs of whole vectors, if any do. Where their
+pixels fit its registers it computes mean, squares and y from these: one launch, vectors of 8 bytes. Else, with
+16, programs take chunks of pixels, each place of a tile keeps a running mean and squares (Welford), and a
+second launch combines the chunks of its groups by Chan's formula, in order, as it applies them, last chunk
+first: what was read last is in L2 still. A group that is too wide is cut into parts, combined as chunks are.
 Bytes: x + y, or 2 x + y. The limit is memory, of small images the launch.
 """
 
@@ -323,7 +324,8 @@ def group_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sdfast::group_norm_forward."""
     y = empty_in_layout(x)
-    mean, rstd = (x.new_zeros((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    new = x.new_empty if y.numel() else x.new_zeros
+    mean, rstd = (new((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     if y.numel():
         _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, eps).run(mean, rstd)
     return y, mean, rstd
