@@ -34,6 +34,14 @@ _BACKWARD = {
     "contiguous 64x64": (4, 320, 64, False),
     "odd": (2, 33, 37, True),
 }
+# Sizes of 1 among what a launch is given, which Triton makes constants; for these one dtype is enough.
+# images, channels, side, whether the layout is channels_last
+_SMALLEST = {
+    "one image": (1, 320, 64, True),
+    "one pixel": (1, 320, 1, True),
+    "one channel": (1, 1, 40, False),
+    "one of each": (1, 1, 1, True),
+}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -66,7 +74,7 @@ def _forward(
 
 
 def _backward(n: int, channels: int, side: int, last: bool, dtype: torch.dtype) -> Callable[[], object]:
-    groups = 11 if channels % 32 else 32
+    groups = 1 if channels == 1 else 11 if channels % 32 else 32
 
     def call() -> object:
         x = _image(n, channels, side, last, dtype)
@@ -91,4 +99,8 @@ def code_cases() -> dict[str, Callable[[], object]]:
             cases[f"group_norm {what} {name}"] = _forward(*forward, dtype, groups)
         for what, backward in _BACKWARD.items():
             cases[f"group_norm backward {what} {name}"] = _backward(*backward, dtype)
+    for what, (n, channels, side, last) in _SMALLEST.items():
+        groups = min(channels, 32)
+        cases[f"group_norm {what} fp16"] = _forward(n, channels, side, 0, last, torch.float16, groups)
+        cases[f"group_norm backward {what} fp16"] = _backward(n, channels, side, last, torch.float16)
     return cases

@@ -14,7 +14,7 @@ from test_group_norm import NAMES, Case, in_layout, make_case, terms
 from torch import Tensor
 
 from sdfast.ops import _triton, group_norm
-from sdfast.ops._group_norm_plan import Shape, tiling, whole_tiling
+from sdfast.ops._group_norm_plan import Shape, blocks_of_tiles, chunks_of_tiles, tiling, whole_tiling
 from sdfast.ops.group_norm import group_norm_torch
 from sdfast.testing import assert_within_budget
 
@@ -308,6 +308,33 @@ def test_plans_cover_the_channels() -> None:
                 assert span * element_bytes % vector == 0
 
 
+@pytest.mark.parametrize(
+    ("images", "channels", "side"),
+    [(1, 320, 64), (2, 320, 64), (2, 320, 128), (2, 640, 32), (2, 640, 64), (2, 1920, 32), (1, 128, 256)],
+)
+def test_partial_statistics_are_few_beside_pixels(images: int, channels: int, side: int) -> None:
+    """A program that applies reads, of 12 bytes for a chunk and group, at most half of what it has of pixels,
+    and there is one for most multiprocessors."""
+    shape = Shape(images, side * side, 32, channels // 32, 2, True)
+    x = torch.empty((images, channels, side, side), dtype=torch.float16, device=DEVICE)
+    with _triton.recording() as launches:
+        group_norm(x.to(memory_format=torch.channels_last), 32, backend="triton")
+    partials, apply = launches
+    chunks = apply.arguments[9].shape[2]
+    constants = apply.keywords
+    groups, pixels = constants["SPAN"] // shape.group_channels, apply.arguments[-1] * constants["BLOCK_P"]
+    assert 2 * 12 * chunks * groups <= pixels * constants["SPAN"] * shape.element_bytes
+    assert min(partials.grid[0], apply.grid[0]) >= 100
+
+
+def test_large_images_keep_short_chunks() -> None:
+    """Four programs a multiprocessor where a chunk is long all the same."""
+    shape = Shape(1, 512 * 512, 32, 4, 2, True)
+    device = torch.device(DEVICE)
+    plan = tiling(shape)
+    assert chunks_of_tiles(shape, plan, device) == blocks_of_tiles(shape, plan, 4, device)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
 def test_empty(shape: tuple[int, ...]) -> None:
     case = on_device(make_case(shape, 2, torch.float32, "first"))
@@ -353,6 +380,7 @@ def test_compiles_to_one_graph() -> None:
 def test_errors_name_the_argument() -> None:
     x, skip, mean = torch.randn(2, 6, 4, 3), torch.randn(2, 2, 4, 3), torch.zeros(2, 2)
     wrong: list[tuple[type[Exception], str, dict[str, object]]] = [
+        (TypeError, "num_groups: got float, expected an int", {"num_groups": 2.0}),
         (TypeError, "skip: got list", {"skip": [1.0]}),
         (ValueError, "skip: got shape .* expected 4 dimensions", {"skip": skip[0]}),
         (ValueError, r"skip: got shape \(2, 2, 4, 1\), expected \(2, 'C2', 4, 3\)", {"skip": skip[..., :1]}),

@@ -10,6 +10,7 @@ from test_layer_norm import NAMES, Case, make_case, strided, terms
 from torch import Tensor
 
 from sdfast.ops import _triton, layer_norm
+from sdfast.ops.layer_norm_triton import layer_norm_backward
 from sdfast.testing import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,6 +76,30 @@ def test_shares_are_added(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sdfast.ops.layer_norm_triton.multiprocessors", lambda device: 1)
     check(make_case((3, 31, 320), dtype))
     check(make_case((7, 1700), dtype))
+
+
+@pytest.mark.parametrize("width", [320, 1021])
+def test_many_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as large tiles of rows are for, of which the last is cut."""
+    monkeypatch.setattr("sdfast.ops.layer_norm_triton.multiprocessors", lambda device: 3)
+    check(make_case((53, width), torch.float16))
+
+
+@pytest.mark.parametrize("rows", [1, 77, 154, 1000, 2048, 8192, 100_000])
+@pytest.mark.parametrize("width", [320, 768, 1021, 1280, 8192, 10240])
+def test_shares_are_few_beside_rows(rows: int, width: int) -> None:
+    """The shares cover the rows once, of many rows they are an eighth of these at most, and many programs add them."""
+    x = torch.empty((rows, width), dtype=torch.float16, device="meta")
+    weight, mean = x[0], torch.empty(rows, device="meta")
+    with _triton.recording() as launches:
+        layer_norm_backward(x, x, mean, mean, 1, weight, weight)
+    backward, parameters = launches[-2:]
+    shares, steps = backward.arguments[-2:]
+    tile = backward.keywords["ROWS"]
+    assert shares * steps * tile >= rows > (shares - 1) * steps * tile
+    assert shares <= max(rows / 8, 132) and shares <= 2 * 132
+    assert backward.grid[0] * backward.grid[1] >= min(rows / tile, 66)
+    assert parameters.grid[0] == -(-width // 8)
 
 
 def test_large_mean() -> None:

@@ -46,6 +46,12 @@ def test_near_the_least(op):
         assert row["ratio"] <= (one if row["launches"] == 1 else several) + 1e-3, line(row)
 
 
+@pytest.mark.parametrize("op", ["group_norm", "layer_norm"])
+def test_norms_leave_nothing_to_torch(op):
+    """No copy of a model's tensors, no statistics filled with what the kernels overwrite."""
+    assert [line(row) for row in rows([op]) if row["copies"]] == []
+
+
 def test_the_operations_of_a_step_are_counted_once_a_byte():
     found = {row["case"]: row for row in rows(["linear"])}
     row = found["linear sd15 to_q 64x64 fp16"]

@@ -90,10 +90,26 @@ def tiling(shape: Shape) -> Tiling:
 
 
 def blocks_of_tiles(
-    shape: Shape, tiles: Tiling, programs: int, device: torch.device
-) -> tuple[int, int]:  # fmt: skip
-    """Runs of tiles that an image's pixels are cut into, and their tiles, for `programs` a multiprocessor."""
+    shape: Shape, tiles: Tiling, programs: int, device: torch.device, least_steps: int = 1
+) -> tuple[int, int]:
+    """Runs of tiles that an image's pixels are cut into, and their tiles, for `programs` a multiprocessor.
+
+    For fewer, where a run would be shorter than `least_steps`, but for one a multiprocessor where there can be.
+    """
     rows = triton.cdiv(shape.pixels, tiles.config.constants["BLOCK_P"])
-    wanted = triton.cdiv(programs * multiprocessors(device), max(shape.images * tiles.spans, 1))
-    steps = triton.cdiv(rows, min(wanted, rows))
+
+    def steps_for(programs: int) -> int:
+        wanted = triton.cdiv(programs * multiprocessors(device), max(shape.images * tiles.spans, 1))
+        return triton.cdiv(rows, min(wanted, rows))
+
+    steps = max(steps_for(programs), min(least_steps, steps_for(1)))
     return triton.cdiv(rows, steps), steps
+
+
+def chunks_of_tiles(shape: Shape, tiles: Tiling, device: torch.device) -> tuple[int, int]:
+    """The same, of a first launch whose every chunk is read again by each program of the second.
+
+    Chunks of fewer tiles than 8 are made half as many.
+    """
+    chunks, steps = blocks_of_tiles(shape, tiles, 4, device)
+    return (chunks, steps) if steps >= 8 else blocks_of_tiles(shape, tiles, 2, device)

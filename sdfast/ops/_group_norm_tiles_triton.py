@@ -8,6 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What images and batches decide; a kernel for all of it, whatever divides it. Addresses lose nothing: channels
+# last, rows of channels are as aligned as these are many; channels first, a kernel is given how many pixels
+# there are once more, as `channel_stride`, whose divisibility it may know.
+SIZES = [
+    "pixels", "groups", "scale_row", "shift_row", "images", "spans", "chunks", "chunk_pixels", "blocks", "steps",
+]  # fmt: skip
+
 
 @triton.jit
 def tile_of(x, n, first, row, channel, pixels, channels, LAST: tl.constexpr):
@@ -43,7 +50,6 @@ def span_channels(
     span, group_channels, channels, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """A span's first group, its channels, which of them there are, and the group of each among the span's."""
-    span = span.to(tl.int32)
     local = tl.arange(0, BLOCK_C)
     if PARTS == 1:
         first_group = span * (SPAN // group_channels)

@@ -197,6 +197,8 @@ def group_norm(
     if skip is not None:
         _check_skip(skip, x)
         channels += skip.shape[1]
+    if not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"num_groups: got {type(num_groups).__name__}, expected an int")
     if num_groups < 1 or channels % num_groups or channels == 0:
         raise ValueError(f"num_groups: got {num_groups}, expected a divisor of the {channels} channels")
     if activation not in (None, "silu"):

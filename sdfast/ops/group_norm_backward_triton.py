@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._group_norm_layout import arranged, empty_in_layout, is_last, pixels_of
-from sdfast.ops._group_norm_tiles_triton import affine, tile_of
+from sdfast.ops._group_norm_tiles_triton import SIZES, affine, tile_of
 from sdfast.ops._triton import Config, launch, multiprocessors
 from sdfast.ops.group_norm_triton import row_stride
 
@@ -28,7 +28,7 @@ def _at_channels(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A block's channels, which there are, their mean, rstd, factor, offset and the places of the groups."""
-    channel = block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     there = channel < channels
     group = n * groups + channel // group_channels
     m = tl.load(mean + group, mask=there, other=0.0)
@@ -47,20 +47,22 @@ def _dz(dy, xhat, factor, offset, SILU: tl.constexpr):
     return dy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sums_kernel(
     dy, x,  # (N, pixels, channels), or channels first
     mean, rstd,  # (N, groups)
     weight, bias,  # (channels,), or None
     scale, shift,  # (N, channels), strides scale_row and shift_row, or None
     sums,  # (2, N, chunks, channels): Σ dz and Σ dz x̂
-    pixels, channels, groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps,
+    pixels, channel_stride, channels, groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps,
     SILU: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: images, chunks of `steps` tiles, blocks of channels."""
-    program = tl.program_id(0).to(tl.int64)
-    chunk = program // blocks % chunks
-    n = program // blocks // chunks
+    if not LAST:
+        pixels = channel_stride
+    program = tl.program_id(0)
+    chunk = (program // blocks % chunks).to(tl.int64)
+    n = (program // blocks // chunks).to(tl.int64)
     channel, there, m, r, factor, offset, _ = _at_channels(
         mean, rstd, weight, bias, scale, shift, n, program % blocks, channels, groups, group_channels,
         scale_row, shift_row, BLOCK_C,
@@ -79,10 +81,10 @@ def _sums_kernel(
         sum_dz_xhat += dz * xhat
     at = sums + (n * chunks + chunk) * channels + channel
     tl.store(at, tl.sum(sum_dz, axis=0), mask=there)
-    tl.store(at + images * chunks * channels, tl.sum(sum_dz_xhat, axis=0), mask=there)
+    tl.store(at + tl.cast(images, tl.int64) * chunks * channels, tl.sum(sum_dz_xhat, axis=0), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _finish_kernel(
     sums,  # (2, N, chunks, channels)
     weight, bias, scale,  # as for _sums_kernel
@@ -93,10 +95,10 @@ def _finish_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds the chunks. Grid: (images + 1) groups; the last row of programs adds images, for parameters."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     group = program % groups
-    n = program // groups
-    distance = images * chunks * channels
+    n = (program // groups).to(tl.int64)
+    distance = tl.cast(images, tl.int64) * chunks * channels
     begin = tl.where(n == images, 0, n * chunks)
     rows = tl.where(n == images, images * chunks, chunks)
     mean_dxhat = tl.zeros((BLOCK_C,), tl.float32)
@@ -146,18 +148,20 @@ def _finish_kernel(
         tl.store(means + images * groups + program, tl.sum(mean_dxhat_xhat, axis=0) / elements)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _input_gradient_kernel(
     dy, x, mean, rstd, weight, bias, scale, shift,  # as for _sums_kernel
     means,  # (2, N, groups): of dx̂ and dx̂ x̂
     dx,  # as x
-    pixels, channels, groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps,
+    pixels, channel_stride, channels, groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps,
     SILU: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: images, chunks, blocks of channels; backwards, through what L2 still holds."""
-    program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    chunk = program // blocks % chunks
-    n = program // blocks // chunks
+    if not LAST:
+        pixels = channel_stride
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    chunk = (program // blocks % chunks).to(tl.int64)
+    n = (program // blocks // chunks).to(tl.int64)
     channel, there, m, r, factor, offset, group = _at_channels(
         mean, rstd, weight, bias, scale, shift, n, program % blocks, channels, groups, group_channels,
         scale_row, shift_row, BLOCK_C,
@@ -221,6 +225,7 @@ def group_norm_backward(
     operands = (dy, x, mean.contiguous(), rstd.contiguous(), weight, bias, scale, shift)
     sizes = (
         pixels,
+        1 if last else pixels,
         channels,
         num_groups,
         group_channels,

@@ -1,9 +1,10 @@
 """group_norm in Triton, y = act((x̂ weight + bias) (1 + scale) + shift), of one or two sources of channels.
 
-A program owns some whole groups, as many channels as make runs of whole 16 bytes. Where their pixels fit its
-registers it computes mean, squares and y from these: one launch. Else programs take chunks of pixels, each
-place of a tile keeps a running mean and squares (Welford), and a second launch combines the chunks of its
-groups by Chan's formula, in order, as it applies them, last chunk first: what was read last is in L2 still.
+A program owns some whole groups, channels last as many as make runs of whole vectors, if any do. Where their
+pixels fit its registers it computes mean, squares and y from these: one launch, vectors of 8 bytes. Else, with
+16, programs take chunks of pixels, each place of a tile keeps a running mean and squares (Welford), and a
+second launch combines the chunks of its groups by Chan's formula, in order, as it applies them, last chunk
+first: what was read last is in L2 still. A group that is too wide is cut into parts, combined as chunks are.
 Bytes: x + y, or 2 x + y. The limit is memory, of small images the launch.
 """
 
@@ -21,8 +22,16 @@ from sdfast.ops._group_norm_layout import (
     is_last,
     pixels_of,
 )
-from sdfast.ops._group_norm_plan import Shape, Tiling, blocks_of_tiles, tiling, whole_tiling
+from sdfast.ops._group_norm_plan import (
+    Shape,
+    Tiling,
+    blocks_of_tiles,
+    chunks_of_tiles,
+    tiling,
+    whole_tiling,
+)
 from sdfast.ops._group_norm_tiles_triton import (
+    SIZES,
     affine,
     load_tile,
     rstd_of,
@@ -36,7 +45,7 @@ from sdfast.ops._triton import launch
 _PARTIALS = tl.constexpr(32)  # chunks that are combined at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _whole_kernel(
     x,  # (N, pixels, channels), or channels first
     skip,  # the same of skip_channels, or None
@@ -44,13 +53,15 @@ def _whole_kernel(
     scale, shift,  # (N, channels + skip_channels), strides scale_row and shift_row, or None
     y,  # as x, channels + skip_channels
     mean_out, rstd_out,  # (N, groups), or None
-    pixels, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row, spans,
+    pixels, channel_stride, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row, spans,
     SILU: tl.constexpr, LAST: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Everything, of images with at most BLOCK_P pixels. Grid: the spans of each image."""
-    program = tl.program_id(0).to(tl.int64)
-    n = program // spans
+    if not LAST:
+        pixels = channel_stride
+    program = tl.program_id(0)
+    n = (program // spans).to(tl.int64)
     total = channels + skip_channels
     first_group, channel, there, local = span_channels(
         program % spans, group_channels, total, SPAN, PARTS, BLOCK_C
@@ -78,11 +89,11 @@ def _whole_kernel(
         tl.store(rstd_out + n * groups + group, rstd, mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _partials_kernel(
     x, skip,  # as for _whole_kernel
     means, squares,  # (N, groups, partials), written
-    pixels, channels, skip_channels, groups, group_channels, spans, chunks, steps,
+    pixels, channel_stride, channels, skip_channels, groups, group_channels, spans, chunks, steps,
     LAST: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -90,10 +101,12 @@ def _partials_kernel(
 
     Of a group wider than a span there are PARTS partials for each chunk. Grid: images, chunks, spans.
     """
-    program = tl.program_id(0).to(tl.int64)
+    if not LAST:
+        pixels = channel_stride
+    program = tl.program_id(0)
     span = program % spans
-    chunk = program // spans % chunks
-    n = program // spans // chunks
+    chunk = (program // spans % chunks).to(tl.int64)
+    n = (program // spans // chunks).to(tl.int64)
     first_group, channel, there, local = span_channels(
         span, group_channels, channels + skip_channels, SPAN, PARTS, BLOCK_C
     )
@@ -168,20 +181,22 @@ def _elements(i, pixels, group_channels, chunk_pixels, SPAN: tl.constexpr, PARTS
     return tl.minimum(pixels - i // PARTS * chunk_pixels, chunk_pixels).to(tl.float32) * width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _apply_kernel(
     x, skip, weight, bias, scale, shift, y, mean_out, rstd_out,  # as for _whole_kernel
     means, squares,  # (N, groups, chunks PARTS); or mean and rstd, (N, groups), if chunks is 0
-    pixels, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row,
+    pixels, channel_stride, channels, skip_channels, groups, group_channels, eps, scale_row, shift_row,
     spans, chunks, chunk_pixels, blocks, steps,
     SILU: tl.constexpr, LAST: tl.constexpr, KNOWN: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y, where the statistics are KNOWN or there in parts. Grid: images, blocks of `steps` tiles, spans."""
-    program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    if not LAST:
+        pixels = channel_stride
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     span = program % spans
-    block = program // spans % blocks
-    n = program // spans // blocks
+    block = (program // spans % blocks).to(tl.int64)
+    n = (program // spans // blocks).to(tl.int64)
     total = channels + skip_channels
     first_group, channel, there, local = span_channels(span, group_channels, total, SPAN, PARTS, BLOCK_C)
     if PARTS > 1:
@@ -239,7 +254,7 @@ class _Call:
         self.shape = Shape(x.shape[0], pixels, num_groups, group_channels, x.element_size(), last)
         self.sources = (x, skip)
         self.operands = (x, skip, weight, bias, scale, shift, y)
-        self.sizes = (pixels, channels, skip_channels, num_groups, group_channels)
+        self.sizes = (pixels, 1 if last else pixels, channels, skip_channels, num_groups, group_channels)
         self.numbers = (*self.sizes, eps, scale_row, shift_row)
         self.keywords = {"SILU": silu, "LAST": last}
 
@@ -247,8 +262,11 @@ class _Call:
         self, tiles: Tiling, means: Tensor, squares: Tensor, chunks: int, chunk_pixels: int,
         mean: Tensor | None = None, rstd: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """y by `_apply_kernel`; statistics are known where there are no chunks."""
-        blocks, steps = blocks_of_tiles(self.shape, tiles, 8, means.device)
+        """y by `_apply_kernel`; statistics are known where there are no chunks.
+
+        Where there are, each program reads those of its groups: it takes some tiles for that.
+        """
+        blocks, steps = blocks_of_tiles(self.shape, tiles, 8, means.device, least_steps=4 if chunks else 1)
         launch(
             _apply_kernel, (self.shape.images * blocks * tiles.spans,), *self.operands, mean, rstd,
             means, squares, *self.numbers, tiles.spans, chunks, chunk_pixels, blocks, steps,
@@ -266,7 +284,7 @@ class _Call:
             )  # fmt: skip
             return
         tiles = tiling(shape)
-        chunks, steps = blocks_of_tiles(shape, tiles, 4, x.device)
+        chunks, steps = chunks_of_tiles(shape, tiles, x.device)
         partials = (shape.images, shape.groups, chunks * tiles.parts)
         means, squares = (x.new_empty(partials, dtype=torch.float32) for _ in range(2))
         launch(
@@ -306,7 +324,8 @@ def group_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sdfast::group_norm_forward."""
     y = empty_in_layout(x)
-    mean, rstd = (x.new_zeros((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    new = x.new_empty if y.numel() else x.new_zeros
+    mean, rstd = (new((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
     if y.numel():
         _Call(x, None, y, num_groups, weight, bias, scale, shift, silu, eps).run(mean, rstd)
     return y, mean, rstd

@@ -38,7 +38,7 @@ def _apply(x, weight, bias, y, at, column, inside, there, mean, rstd):
     tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,  # (rows, width)
     weight, bias,  # (width,), or None
@@ -99,7 +99,7 @@ def _g_and_xhat(dy, x, weight, at, column, inside, there, m, r):
     return grad, g, xhat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _means_kernel(
     dy, x, mean, rstd, weight,  # as for _backward_kernel
     means,  # (2, rows), written: of g and g x̂
@@ -122,7 +122,7 @@ def _means_kernel(
     tl.store(means + rows + row, tl.sum(tl.sum(sum_g_xhat, axis=1), axis=0) / width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "shares", "steps"])
 def _backward_kernel(
     dy, x,  # (rows, width)
     mean, rstd,  # (rows,)
@@ -161,14 +161,14 @@ def _backward_kernel(
     tl.store(sums + (shares + share) * width + column, tl.sum(sum_dy, axis=0), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _parameters_kernel(
     sums,  # (2, shares, width)
     dweight, dbias,  # (width,), or None
     width, shares,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares. Grid: blocks of columns."""
+    """Adds the shares. Grid: blocks of columns, of 32 bytes, so that narrow rows too have many programs."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = column < width
     dy_xhat = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -195,6 +195,27 @@ def _config(width: int) -> tuple[bool, Config]:
     rows = max(2048 // block, 1)
     num_warps = max(rows * block // (512 if width % 16 == 0 else 256), 4)
     return whole, Config({"ROWS": rows, "BLOCK": block}, num_warps, 1)
+
+
+def _shares(rows: int, width: int, device: torch.device) -> tuple[Config, int, int]:
+    """Tiles of the backward, how many programs share out the rows, and the blocks of rows of each.
+
+    Every share is written and read again: one a multiprocessor, with all the warps that want to wait for memory
+    at a time, and of few rows small tiles, that there be programs for these. Rows in strips have programs for each strip.
+    """
+    whole, config = _config(width)
+    programs = multiprocessors(device)
+    if whole:
+        block, elements = config.constants["BLOCK"], 8192 if width % 16 == 0 else 4096
+        large = max(elements // block, 1)
+        if 2 * triton.cdiv(rows, large) >= programs:
+            warps = config.num_warps * large // config.constants["ROWS"]
+            config = Config({"ROWS": large, "BLOCK": block}, warps, 1)
+    else:
+        programs = triton.cdiv(2 * programs, triton.cdiv(width, config.constants["BLOCK"]))
+    blocks = triton.cdiv(rows, config.constants["ROWS"])
+    steps = triton.cdiv(blocks, min(blocks, programs))
+    return config, triton.cdiv(blocks, steps), steps
 
 
 def _rows(x: Tensor, axes: int) -> tuple[int, int]:
@@ -230,7 +251,8 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sdfast::layer_norm_forward."""
     rows = x.shape[: x.dim() - axes].numel()
-    mean, rstd = (x.new_zeros((rows,), dtype=torch.float32) for _ in range(2))
+    new = x.new_empty if x.numel() else x.new_zeros
+    mean, rstd = (new((rows,), dtype=torch.float32) for _ in range(2))
     return _normalise(x, axes, weight, bias, eps, mean, rstd), mean, rstd
 
 
@@ -244,20 +266,17 @@ def layer_norm_backward(
     if x.numel() == 0:
         return dx, results[1].zero_(), results[2].zero_()
     rows, width = _rows(x, axes)
-    whole, config = _config(width)
+    config, shares, steps = _shares(rows, width, x.device)
     operands = (dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous())
     weight = None if weight is None else weight.contiguous()
     means = None
-    if not whole:
+    if width > _MAX_BLOCK:
         means = x.new_empty((2, rows), dtype=torch.float32)
         block = config.constants["BLOCK"]
         launch(
             _means_kernel, (rows,), *operands, weight, means, rows, width,
             config=Config({"BLOCK": block}, config.num_warps, 1),
         )  # fmt: skip
-    blocks = triton.cdiv(rows, config.constants["ROWS"])
-    steps = triton.cdiv(blocks, min(blocks, 4 * multiprocessors(x.device)))
-    shares = triton.cdiv(blocks, steps)
     sums = x.new_empty((2, shares, width), dtype=torch.float32)
     strips = triton.cdiv(width, config.constants["BLOCK"])
     launch(
@@ -266,7 +285,7 @@ def layer_norm_backward(
     )  # fmt: skip
     if dweight is not None or dbias is not None:
         launch(
-            _parameters_kernel, (triton.cdiv(width, 32),), sums, dweight, dbias, width, shares,
-            config=Config({"ROWS": 64, "BLOCK": 32}, 4, 1),
+            _parameters_kernel, (triton.cdiv(width, 8),), sums, dweight, dbias, width, shares,
+            config=Config({"ROWS": 128, "BLOCK": 8}, 4, 1),
         )  # fmt: skip
     return results[0], results[1], results[2]
