@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+
+from triton_guards import guarded  # noqa: E402
 
 from sdfast import packing, tuning  # noqa: E402
 
@@ -33,9 +36,40 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def within_tensors() -> Iterator[None]:
+    """Where kernels are interpreted, those that touch memory beside their tensors fail."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in sys.modules:
+        yield
+        return
+    with guarded():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """Tensors are NaN until they are written, on any device: torch fills them where it has to repeat itself."""
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(300, device="cuda" if torch.cuda.is_available() else "cpu").isnan().all()
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_by_kernels(request: pytest.FixtureRequest) -> None:
+    """Triton's tests do not take what is left of another tensor for a result."""
+    if request.module.__name__.endswith("_triton"):
+        request.getfixturevalue("unwritten_is_nan")
 
 
 @pytest.fixture

@@ -2,18 +2,24 @@
 
     compute-sanitizer --tool memcheck python tests/each_kernel.py [group_norm ...]
 
-Fails where a kernel's operation has no call here. An operation that has no Triton kernel yet is named.
+Fails where a kernel that could be launched was not, or an operation has no call here. An operation that has no
+Triton kernel yet is named.
 Without a GPU the kernels run in the interpreter, if TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,10 +83,10 @@ def group_norm() -> Calls:
 
 
 def layer_norm() -> Calls:
-    for c in (77, 320):
+    for rows, c in ((33, 77), (33, 320), (2, 8193)):  # the last in strips
         yield with_gradients(
             lambda x, w, b, c=c: ops.layer_norm(x, (c,), w, b, backend="triton"),
-            randn(33, c),
+            randn(rows, c),
             randn(c),
             randn(c),
         )
@@ -91,6 +97,8 @@ def attention() -> Calls:
         (2, 33, 17, 40, False),
         (1, 20, 20, 64, True),
         (1, 9, 70, 160, False),
+        (1, 5, 600, 40, False),  # keys are split
+        (1, 600, 5, 40, False),  # queries are, for the gradients of few keys
     ):
         yield with_gradients(
             lambda q, k, v, causal=causal: ops.attention(q, k, v, is_causal=causal, backend="triton"),
@@ -107,6 +115,8 @@ def conv2d() -> Calls:
     for kernel, stride, upsample in ((3, 1, False), (3, 2, False), (1, 1, False), (3, 1, True)):
         weight = randn(20, 17, kernel, kernel)
         yield with_gradients(convolved(stride, kernel // 2, upsample), x, weight, randn(20))
+    many = randn(1, 5, 33, 34, channels_last=True)  # pixels are split, for the weight's gradient
+    yield with_gradients(convolved(1, 1), many, randn(20, 5, 3, 3), randn(20))
     deep, wide = randn(1, 256, 4, 4, channels_last=True), randn(32, 256, 3, 3)  # C is split
     yield with_gradients(convolved(1, 1), deep, wide, randn(32))
     yield lambda: ops.conv2d(deep, wide, None, 1, 1, stats_groups=4, backend="triton")
@@ -173,6 +183,37 @@ class Met(TorchDispatchMode):
         return result
 
 
+def kernels() -> dict[str, Any]:
+    """Every `triton.jit` function of the operations' modules that no other calls, by module and name."""
+    names = [module.name for module in pkgutil.iter_modules(ops.__path__) if module.name.endswith("_triton")]
+    modules = [vars(importlib.import_module(f"{ops.__name__}.{name}")) for name in names]
+    functions = {
+        name_of(f): f for module in modules for f in module.values() if isinstance(f, triton.KernelInterface)
+    }
+    mentioned = [f.fn.__globals__.get(name) for f in functions.values() for name in f.fn.__code__.co_names]
+    called = {id(f) for f in mentioned}
+    return {name: f for name, f in functions.items() if id(f) not in called}
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.fn.__module__.removeprefix('sdfast.ops.')}.{kernel.fn.__name__}"
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[set[str]]:
+    """Keeps the names of the kernels that run."""
+    met: set[str] = set()
+    (kind,) = {type(kernel) for kernel in kernels().values()}  # compiled, or interpreted
+    run = kind.run
+
+    def noted(kernel: Any, *arguments: Any, **keywords: Any) -> Any:
+        met.add(name_of(kernel))
+        return run(kernel, *arguments, **keywords)
+
+    with mock.patch.object(kind, "run", noted):
+        yield met
+
+
 def main() -> None:
     """Print what ran; fail with what did not."""
     parser = argparse.ArgumentParser(
@@ -181,20 +222,23 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", default=list(CALLS))
     options = parser.parse_args()
     torch.manual_seed(0)
-    met = Met()
+    met, met_kernels = Met(), set[str]()
     for op in options.ops:
         kernel, calls = CALLS[op]
         if not _library.has_kernel(kernel, "triton"):
             print(f"{op}: no Triton kernel yet", flush=True)
             continue
-        with met:
+        with met, launched() as ran:
             for call in calls():
                 call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
+        met_kernels |= ran
         print(f"{op}: ran", flush=True)
-    forgotten = sorted(_library.launchers.keys() - met.names) if options.ops == list(CALLS) else []
-    print(f"{len(met.names)} operations ran")
+    forgotten = []
+    if options.ops == list(CALLS):
+        forgotten = sorted(_library.launchers.keys() - met.names) + sorted(kernels().keys() - met_kernels)
+    print(f"{len(met.names)} operations and {len(met_kernels)} kernels ran")
     if forgotten:
         sys.exit(f"no call here runs {', '.join(forgotten)}")
 

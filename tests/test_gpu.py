@@ -48,8 +48,9 @@ def gradients(call, tensors, backend):
     return [y.detach(), *torch.autograd.grad(y, tensors, terms)]
 
 
+@pytest.mark.usefixtures("exact_fp32", "unwritten_is_nan")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_fp64(call, dtype, exact_fp32):
+def test_against_fp64(call, dtype):
     tensors = call.tensors(dtype, DEVICE, gradients=True)
     eager = gradients(call, tensors, "torch")
     actual = gradients(call, tensors, "triton")
@@ -58,6 +59,7 @@ def test_against_fp64(call, dtype, exact_fp32):
         assert_within_budget(*results, what=f"gradient {i - 1}" if i else "result")
 
 
+@pytest.mark.usefixtures("unwritten_is_nan")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_again(call, dtype):
     tensors = call.tensors(dtype, DEVICE, gradients=True)
@@ -67,22 +69,63 @@ def test_the_same_bits_again(call, dtype):
             assert torch.equal(a, b)
 
 
+def on_two_streams(run, inputs):
+    """The results of run(*tensors), in turn on two streams: of each of two inputs a list.
+
+    Both streams wait until the host has launched all there is, then run side by side: a launch costs the host
+    longer than small kernels take, and one stream would be done before the other has work.
+    """
+    streams, gate = [torch.cuda.Stream() for _ in inputs], torch.cuda.Stream()
+    for is_warm in (False, True):  # first each stream gets its memory, for which the driver may wait
+        results = [[] for _ in inputs]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(gate):
+            torch.cuda._sleep(300_000_000)  # cycles, 0.15 s
+            opened = gate.record_event()
+        for stream in streams:
+            stream.wait_event(opened)
+        for _ in range(10):
+            for stream, tensors, made in zip(streams, inputs, results, strict=True):
+                with torch.cuda.stream(stream):
+                    made.append(run(*tensors))
+        assert not (is_warm and opened.query()), "the device began before the host was done"
+    torch.cuda.synchronize()
+    return results
+
+
+def differing(results, expected):
+    """How many of the results have other bits."""
+    return sum(
+        any(not torch.equal(a, b) for a, b in zip(made, right, strict=True))
+        for all_made, right in zip(results, expected, strict=True)
+        for made in all_made
+    )
+
+
+@pytest.mark.gpu
 def test_two_streams(call):
-    """Calls that overlap share no scratch memory."""
-    if not GPU:
-        pytest.skip("needs a CUDA device")
-    inputs = [call.tensors(torch.float16, DEVICE) for _ in range(2)]
-    expected = [call.run(*tensors, backend="triton") for tensors in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
-    results = [[], []]
-    for _ in range(20):
-        for stream, tensors, made in zip(streams, inputs, results, strict=True):
-            with torch.cuda.stream(stream):
-                made.append(call.run(*tensors, backend="triton"))
-    torch.cuda.synchronize()
-    for made, right in zip(results, expected, strict=True):
-        assert all(torch.equal(y, right) for y in made)
+    """Calls that overlap, gradients too, share no scratch memory: different inputs give the bits they give alone."""
+
+    def run(*tensors):
+        return gradients(call, tensors, "triton")
+
+    inputs = [call.tensors(torch.float16, DEVICE, gradients=True) for _ in range(2)]
+    expected = [run(*tensors) for tensors in inputs]
+    assert differing(on_two_streams(run, inputs), expected) == 0
+
+
+@pytest.mark.gpu
+def test_two_streams_see_a_race():
+    """Scratch memory that calls share is found out."""
+    scratch = torch.empty(1 << 22, device=DEVICE)
+
+    def run(x):
+        scratch.copy_(x)
+        torch.cuda._sleep(100_000)
+        return [scratch.clone()]
+
+    inputs = [[torch.full_like(scratch, value)] for value in (1.0, 2.0)]
+    assert differing(on_two_streams(run, inputs), inputs) > 0
 
 
 @pytest.mark.gpu
@@ -165,6 +208,7 @@ def step_inputs(model, size):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("unwritten_is_nan")
 def test_a_step_of_a_unet():
     """Against fp64 where the kernels are many: as close as torch's, within 1.5 times."""
     model = unet(real=GPU)
