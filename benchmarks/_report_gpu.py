@@ -80,9 +80,11 @@ def _sides(row: Row) -> Iterator[tuple[object, ...]]:
         idle = f"{profile['idle_share']:.0%}" if "idle_share" in profile else ""
         peak = "" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**30:.1f} GiB"
         ratio = f"**{side['ratio']:.2f}x** of {side['beside']}" if "ratio" in side else ""
+        ms, spread = "", ""
+        if "ms" in side:
+            ms, spread = f"{side['ms']:.2f}", f"{side['p20_ms']:.2f}–{side['p80_ms']:.2f}"
         yield (
-            row["work"], row["dtype"], name, f"{side['ms']:.2f}",
-            f"{side['p20_ms']:.2f}–{side['p80_ms']:.2f}", ratio, f"{side['error']:.1e}", peak,
+            row["work"], row["dtype"], name, ms, spread, ratio, f"{side['error']:.1e}", peak,
             profile.get("launches", ""), idle,
         )  # fmt: skip
 

@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
+from _gpu_process import OutOfTime, Worker, WorkerError  # noqa: E402
 from _gpu_profile import Span, summary  # noqa: E402
 from _report_gpu import gpu_models_lines, operations_lines, traffic_lines  # noqa: E402
+from bench_gpu_models import Benchmark, described, parse  # noqa: E402
 
 pytest.importorskip("triton")
 
@@ -39,11 +41,9 @@ def models(output, *arguments):
 
 
 def test_models_are_measured_and_reported(tmp_path):
-    done = models(
-        tmp_path / "r.json", "--work", "decode512", "train", "--side", "eager channels_last", "sdfast"
-    )
+    done = models(tmp_path, "--work", "decode512", "train", "--side", "eager channels_last", "sdfast")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    record = json.loads((tmp_path / "r.json").read_text())
+    record = json.loads((tmp_path / "gpu_models.json").read_text())
     for row in record["rows"]:
         assert row["failed"] == {} and set(row["sides"]) == {"eager channels_last", "sdfast"}
         ours = row["sides"]["sdfast"]
@@ -55,11 +55,11 @@ def test_models_are_measured_and_reported(tmp_path):
 def test_a_side_out_of_time_hides_no_other(tmp_path):
     """The one that compiles has a hundredth of a second; what was there before is kept."""
     done = models(
-        tmp_path / "r.json", "--work", "decode512", "--side", "eager channels_last", "sdfast triton", "compiled",
+        tmp_path, "--work", "decode512", "--side", "eager channels_last", "sdfast triton", "compiled",
         "--compile-minutes", "0.0002",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    first, second = json.loads((tmp_path / "r.json").read_text())["rows"]
+    first, second = json.loads((tmp_path / "gpu_models.json").read_text())["rows"]
     assert set(first["sides"]) == {"eager channels_last", "sdfast triton"} and first["failed"] == {}
     assert first["sides"]["sdfast triton"]["first_again_seconds"] > 0
     assert second["failed"] == {"compiled": "load: not done within 0 s"} and set(second["sides"]) == {
@@ -68,51 +68,149 @@ def test_a_side_out_of_time_hides_no_other(tmp_path):
 
 
 def test_a_run_out_of_time_says_so(tmp_path):
-    models(tmp_path / "r.json", "--work", "decode512", "--side", "eager", "--minutes", "0")
-    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    models(tmp_path, "--work", "decode512", "--side", "eager", "--minutes", "0")
+    (row,) = json.loads((tmp_path / "gpu_models.json").read_text())["rows"]
     assert row["failed"] == {"eager": "reference, the time of the run was over"}
 
 
 @pytest.fixture
 def run_of_two_rounds(tmp_path):
-    import bench_gpu_models
-
-    options = bench_gpu_models.parse(
-        ["--tiny", "--rounds", "2", "--side", "eager", "sdfast", "sdfast triton"]
-    )
+    options = parse(["--tiny", "--rounds", "2", "--side", "eager", "sdfast", "sdfast triton"])
     (tmp_path / "sd15.pt").touch()  # the reference is there
-    return bench_gpu_models.Benchmark(options, tmp_path)
+    return Benchmark(options, tmp_path)
 
 
 def test_a_fault_is_recorded_and_named(run_of_two_rounds, monkeypatch):
     """One side is too far from the reference, one dies while it is timed; the others' times are kept."""
-    from _gpu_sides import SideError
+    run, times = run_of_two_rounds, iter((9.0, 9.0, 4.0, 2.0, 3.0))
 
-    times = iter((4.0, 2.0, 3.0))
-
-    def ask(name, request, *arguments):
+    def ask(name, request):
         if request == "load":
-            return {
-                "first_seconds": 1.0,
-                "error": {"sdfast triton": 2e-3}.get(name, 1e-3),
-                "peak_bytes": None,
-            }
-        if request == "time":
-            if name == "sdfast" and len(run_of_two_rounds.asked) > 6:
-                raise SideError("time: its process ended with exit code -9")
-            return next(times)
-        return {}
+            return loaded(2e-3 if name == "sdfast triton" else 1e-3)
+        if request == "time" and name == "sdfast" and run.asked.count((name, request)) > 2:
+            raise WorkerError("time: its process ended with exit code -9")
+        return next(times) if request == "time" else {}
 
-    run_of_two_rounds.asked = []
-    monkeypatch.setattr(run_of_two_rounds, "ask", lambda *a: (run_of_two_rounds.asked.append(a), ask(*a))[1])
-    run_of_two_rounds.measure("sd15", ("eager", "sdfast", "sdfast triton"))
-    (row,) = run_of_two_rounds.rows
+    answer(run, ask, monkeypatch)
+    run.measure("sd15", ("eager", "sdfast", "sdfast triton"))
+    (row,) = run.rows
     assert set(row["sides"]) == {"eager"} and row["sides"]["eager"]["ms"] == 3.5
     assert row["failed"] == {
         "sdfast triton": "error 2.0e-03 exceeds 1.5 times eager's, 1.0e-03",
         "sdfast": "time: its process ended with exit code -9",
     }
-    assert len(run_of_two_rounds.faults) == 2
+    assert len(run.faults) == 2
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 3, 4])
+def test_time_that_runs_out_takes_nothing_away(run_of_two_rounds, monkeypatch, samples):
+    """It is over after so many times were taken: all sides that were loaded are in the record."""
+    run, times = run_of_two_rounds, iter((9.0, 6.0, 4.0, 2.0))
+
+    def ask(name, request):
+        if request == "load":
+            return loaded(1e-3)
+        if request == "time" and sum(asked[1] == "time" for asked in run.asked) <= samples:
+            return next(times)
+        raise OutOfTime("the time of the run was over")
+
+    answer(run, ask, monkeypatch)
+    run.measure("sd15", ("eager", "sdfast"))
+    eager, ours = (run.rows[0]["sides"][name] for name in ("eager", "sdfast"))
+    assert run.faults == [] and eager["error"] == ours["error"] == 1e-3
+    assert eager.get("ms") == (None, 9.0, 9.0, 4.0, 4.0)[samples]
+    assert ours.get("ratio") == (None, None, 1.5, 1.5, 2.0)[samples]
+    assert described(run.rows[0]).count("not timed") == max(0, 2 - samples)
+    assert "\n".join(gpu_models_lines({**CARD, "eager_model": "", "triton_kernels": {}, "rows": run.rows}))
+
+
+def test_compiled_is_measured_after_each_of_the_first_works(run_of_two_rounds, monkeypatch):
+    """Beside ours, which are not loaded anew; after the others for what matters less."""
+    run = run_of_two_rounds
+    run.options.side = ["eager", "sdfast", "compiled"]
+    run.sides = {name: Silent(name, run.folder) for name in ("reference", *run.options.side)}
+    run.works = {f"work{i}": run.works["sd15"] for i in range(4)}
+    run.options.work = list(run.works)
+    for work in run.works:
+        (run.folder / f"{work}.pt").touch()
+    answer(run, lambda name, request: loaded(1e-3) if request == "load" else 1.0, monkeypatch)
+    monkeypatch.setattr(run, "attempt", lambda row, what, do: "profile" in what or (do(), True)[1])
+    run.run()
+    measured = [(row["name"][-1], "compiled" in row["sides"]) for row in run.rows]
+    assert measured == [*((str(i), c) for i in range(3) for c in (False, True)), ("3", False), ("3", True)]
+    loads = [asked for asked in run.asked if asked[1] == "load"]
+    assert loads[:4] == [(name, "load") for name in ("eager", "sdfast", "compiled", "eager")]
+
+
+def loaded(error):
+    return {"first_seconds": 1.0, "error": error, "peak_bytes": None}
+
+
+class Silent:
+    """In the place of a side's process."""
+
+    def __init__(self, name, folder):
+        self.name, self.caches = name, folder / name
+
+    def start(self):
+        pass
+
+    end = start
+
+
+def answer(run, ask, monkeypatch):
+    """Let `ask` answer for every side's process; `run.asked` keeps who was asked for what."""
+    run.asked = []
+
+    def asked(name, request, *arguments):
+        run.asked.append((name, request))
+        return ask(name, request)
+
+    monkeypatch.setattr(run, "ask", asked)
+
+
+class Faulty:
+    """A server whose device may fail, at once or later, and then fails for good, as CUDA's does."""
+
+    def __init__(self):
+        self.broken = False
+
+    def fail(self, *, later=False):
+        self.broken = True
+        if not later:
+            raise RuntimeError("an illegal memory access")
+        return "seems right"
+
+    def fail_later(self):
+        return self.fail(later=True)
+
+    def refuse(self):
+        raise ValueError("not this one")
+
+    def process(self):
+        return os.getpid()
+
+    def settle(self):
+        if self.broken:
+            raise RuntimeError("an illegal memory access")
+
+    def unload(self):
+        pass
+
+
+def test_a_device_error_ends_its_process_and_is_not_blamed_on_what_comes_next():
+    worker = Worker(Faulty, ())
+    try:
+        first = worker.ask(60, "process")
+        with pytest.raises(WorkerError, match="refuse: ValueError: not this one"):
+            worker.ask(60, "refuse")
+        assert worker.ask(60, "process") == first
+        for request in ("fail", "fail_later"):
+            with pytest.raises(WorkerError, match=f"{request}: .*illegal memory.*process was ended"):
+                worker.ask(60, request)
+            assert worker.ask(60, "process") != first
+    finally:
+        worker.end()
 
 
 def test_profile_of_kernels_that_overlap_and_wait():
