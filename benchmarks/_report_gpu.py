@@ -35,10 +35,15 @@ def operations_lines(record: Row) -> list[str]:
         for row in measured
     )  # fmt: skip
     head = ("op", "shape", "dtype", "eager ms", "compiled ms", "Triton ms", "ratio to the best", "of ceiling")
+    titles = {
+        "failed": "Failed", "not_measured": "Not measured",
+        "compiled_failed": "torch.compile failed", "compiled_not_measured": "torch.compile not measured",
+    }  # fmt: skip
     absent = [
-        f"- Not measured: {row['op']}, {row['shape']}: {row['not_measured']}."
+        f"- {title}: {row['op']}, {row['shape']}: {row[key]}."
         for row in record["rows"]
-        if "not_measured" in row
+        for key, title in titles.items()
+        if key in row
     ]
     return [card_line(record), "", *markdown_table(head, rows), *([""] if absent else []), *absent]
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_gpu  # noqa: E402
 import gpu_check  # noqa: E402
 from _gpu_process import OutOfTime, Worker, WorkerError  # noqa: E402
 from _gpu_profile import Span, summary  # noqa: E402
@@ -215,6 +216,65 @@ def test_a_device_error_ends_its_process_and_is_not_blamed_on_what_comes_next():
             assert worker.ask(60, "process") != first
     finally:
         worker.end()
+
+
+class Answers:
+    """In the place of an operation's process: what it says to (case, compiled), in order; keeps what it was asked."""
+
+    asked = []
+
+    def __init__(self, **said):
+        self.said = said
+
+    def ask(self, seconds, request, index, compiled):
+        type(self).asked.append((index, compiled))
+        answer = self.said["compiled" if compiled else "eager"]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+TIMES = {"eager_ms": 2.0, "triton_ms": 1.0, "ratio": 2.0, "gb_per_s": 1.0, "tflop_per_s": 1.0}
+
+
+def operations(monkeypatch, first, second):
+    """The last record of a run of two operations with these answers."""
+    monkeypatch.setattr(Answers, "asked", [])
+    kept = []
+    cases = [bench_gpu.layer_norm(8, 64), bench_gpu.linear(8, 32, 64)]
+    run = bench_gpu.Run(cases, {"layer_norm": first, "linear": second}, (2.0, 4.0), kept.append)
+    run.measure((0, 1), "float16", time.monotonic() + 60)
+    run.measure_compiled(time.monotonic() + 60)
+    return kept[-1]
+
+
+def test_torch_compile_comes_after_all_that_is_beside_eager(monkeypatch):
+    good = Answers(eager=TIMES, compiled={**TIMES, "compiled_ms": 1.5, "ratio": 1.5})
+    rows = operations(monkeypatch, good, good)
+    assert Answers.asked == [(0, False), (1, False), (0, True), (1, True)]
+    assert [(row["ratio"], row["of_ceiling"]) for row in rows] == [(1.5, 0.5)] * 2
+
+
+def test_an_operation_that_fails_is_recorded_as_failed(monkeypatch):
+    """Whatever its exception is called; time that is over is no fault, and takes no time away."""
+    fault = WorkerError("measure: OutOfResources: out of resource: shared memory")
+    late = OutOfTime("the time of the run was over")
+    bad, good = operations(monkeypatch, Answers(eager=fault), Answers(eager=TIMES, compiled=late))
+    assert bad["failed"] == str(fault) and "ratio" not in bad
+    assert good["ratio"] == 2.0 and good["compiled_not_measured"] == str(late)
+    assert not any("failed" in key for key in good)
+    text = "\n".join(operations_lines({**CARD, "rows": [bad | {"shape": "8x64"}]}))
+    assert f"- Failed: layer_norm, 8x64: {fault}." in text
+
+
+def test_a_failed_operation_makes_the_exit_status(monkeypatch, tmp_path):
+    fault = WorkerError("measure: OutOfResources: out of resource: shared memory")
+    monkeypatch.setattr(bench_gpu.Worker, "ask", lambda self, *request: (_ for _ in ()).throw(fault))
+    with pytest.raises(SystemExit) as error:
+        bench_gpu.main(["--tiny", "--only", "linear", "--output", str(tmp_path)])
+    assert error.value.code == 1
+    (row,) = json.loads((tmp_path / "operations.json").read_text())["rows"]
+    assert row["failed"] == str(fault)
 
 
 def test_profile_of_kernels_that_overlap_and_wait():
