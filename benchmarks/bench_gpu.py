@@ -4,14 +4,14 @@
                                    [--no-compiled] [--output FOLDER] [--tiny]
 
 Our Triton kernel and the same formula in eager torch take turns, of all cases first; then, while there is
-time, both with that formula under torch.compile (max-autotune, fullgraph). Each result is checked against fp64 before it is timed, by the error budget that
-the tests use. Times are medians of CUDA events around a call whose launches are queued behind a filler, so
-that Python's own time is not in them; the L2 cache is flushed before each. Shares are of a device-to-device
-copy and of a large matrix product, measured in the same run. An operation has a process of its own
-(`_gpu_process.py`), so that one kernel's illegal address hides no other's time. Writes FOLDER/operations.json,
-by default in results/<device>, after every case: one that fails is recorded as "failed", and the exit status
-says so; those after the last minute as not measured. `--tiny` tries it out on whatever device there is and
-writes nothing but to --output.
+time, both with that formula under torch.compile (max-autotune, fullgraph). Each result is checked against
+fp64 before it is timed, by the error budget that the tests use. Times are medians of CUDA events around a
+call whose launches are queued behind a filler, so that Python's own time is not in them; the L2 cache is
+flushed before each. Shares are of a device-to-device copy and of a large matrix product, measured in the
+same run. An operation has a process of its own (`_gpu_process.py`), so that one kernel's illegal address
+hides no other's time. Writes FOLDER/operations.json, by default in results/<device>, after every case: one
+that fails is recorded as "failed", and the exit status says so; those after the last minute as not measured.
+`--tiny` tries it out on whatever device there is, and records only to --output.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Run:
             self.keep(row)
 
     def measure_compiled(self, deadline: float) -> None:
-        """Beside eager and compiled, what was measured, until time is over; nothing is lost where that fails."""
+        """Beside eager and compiled, what was measured; that is kept where this fails."""
         for row in [row for row in self.rows if "ratio" in row]:
             if time.monotonic() > deadline:
                 return
@@ -314,10 +314,10 @@ def line(row: Row) -> str:
         return title + str(row.get("failed") or row["not_measured"])
     compiled = f", compiled {row['compiled_ms']:.4f}" if "compiled_ms" in row else ""
     why = row.get("compiled_failed") or row.get("compiled_not_measured")
+    absent = f"; compiled: {why}" if why else ""
     return (
         f"{title}eager {row['eager_ms']:.4f} ms{compiled}, triton {row['triton_ms']:.4f},"
-        f" {row['ratio']:.2f}x, {row['of_ceiling']:.0%} of the ceiling"
-        + (f"; compiled: {why}" if why else "")
+        f" {row['ratio']:.2f}x, {row['of_ceiling']:.0%} of the ceiling{absent}"
     )
 
 
