@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_gpu  # noqa: E402
 import gpu_check  # noqa: E402
+import report  # noqa: E402
 import tune_launches  # noqa: E402
 from _gpu_process import OutOfTime, Worker, WorkerError  # noqa: E402
 from _gpu_profile import Span, summary  # noqa: E402
@@ -24,8 +27,6 @@ from bench_gpu_models import Benchmark, described, parse  # noqa: E402
 
 from sdfast import testing  # noqa: E402
 from sdfast.ops import _launch_table  # noqa: E402
-
-OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 
 PYTHON = [sys.executable]
 
@@ -487,6 +488,27 @@ def test_report_of_models():
         "U-Net, sdfast: 300 launches in 4.00 ms, of which 10.0% idle; nothing waits for the device." in text
     )
     assert "| `conv` | 9 | 3.000 | 75.0% |" in text
+
+
+def test_report_names_the_last_run_on_each_gpu():
+    def record(gpu, date):
+        return {"card": {}, "environment": {"gpu": gpu, "date": f"{date}T10:00:00"}}
+
+    dates = (("H100", "2026-02-03"), ("H100", "2026-01-02"), ("H200", "2026-01-05"))
+    line = report._gpu_line({str(i): record(*run) for i, run in enumerate(dates)})
+    assert line == "Last run on a GPU: H100, 2026-02-03, H200, 2026-01-05."
+
+
+def test_the_readme_says_what_the_records_say_of_gpus():
+    text = (ROOT / "README.md").read_text()
+    paths = (ROOT / "benchmarks/results").glob("*/*.json")
+    records = {f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths}
+    said = text.split(report._GPU_BEGIN)[1].split(report._GPU_END)[0]
+    assert said.strip() == f"**{report._gpu_line(records)}**"
+    assert (
+        report.between(report._GPU_BEGIN, report._GPU_END, ["new"], text).count("new\n" + report._GPU_END)
+        == 1
+    )
 
 
 def test_report_of_traffic():
