@@ -55,7 +55,7 @@ sanitize: $(VENV)/.installed-dev
 check-gpu-code: $(VENV)/.installed-dev
 	PYTHONPATH=. $(RUN) tests/triton_code.py
 
-# On a GPU, in ten minutes: tests, compute-sanitizer, operations and models beside eager and compiled torch.
+# On a GPU, in ten minutes: tests, operations and models beside eager and compiled torch, compute-sanitizer.
 gpu: $(VENV)/.installed-dev
 	$(RUN) tests/gpu_check.py
 

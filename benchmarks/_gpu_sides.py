@@ -1,136 +1,50 @@
 """The sides of bench_gpu_models.py, each in a process of its own.
 
-A process that compiles for too long, dies or fails can be ended, and the others go on; its memory is its own,
-and so are its caches of compiled kernels, a folder that was empty when the run began unless another was asked
-for. Idle processes leave the GPU alone.
+A process that compiles for too long, dies or fails can be ended (`_gpu_process.py`), and the others go on;
+its memory is its own, and so are its caches of compiled kernels, a folder that was empty when the run began
+unless another was asked for. Idle processes leave the GPU alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import multiprocessing
-import os
 import pathlib
 import time
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from _gpu_process import Worker, synchronize
 from _gpu_profile import kernels_of, summary, synchronisation
 from _gpu_timing import milliseconds
 from _gpu_works import TINY_WORKS, WORKS, Call, make_call
-from _record import error_text
 
 from sdfast.testing import relative_error
 
-_SPAWN = multiprocessing.get_context("spawn")
 _ROUND_SECONDS = 0.3  # of calls that follow each other
 
 
-class SideError(RuntimeError):
-    """A side could not do it; the message says why."""
-
-
-class OutOfTime(SideError):
-    """It was not done when it had to be, which says nothing against it."""
-
-
-class Side:
-    """A side's process, started when it is first asked, and again after it was ended."""
+class Side(Worker):
+    """A side's process, with caches of compiled kernels of its own."""
 
     def __init__(self, name: str, folder: pathlib.Path, caches: pathlib.Path, dtype: str, tiny: bool) -> None:
-        self.name, self.arguments = name, (name, folder, dtype, tiny)
+        self.name = name
         self.caches = caches / name.replace(" ", "_")
-        self.process: Any = None
-        self.connection: Any = None
-
-    def start(self) -> None:
-        """Begin to import, which takes seconds; nothing is waited for."""
-        if self.process is not None:
-            return
-        self.connection, theirs = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=serve, args=(theirs, *self.arguments), daemon=True)
-        with _environment(
-            TRITON_CACHE_DIR=str(self.caches / "triton"),
-            TORCHINDUCTOR_CACHE_DIR=str(self.caches / "inductor"),
-        ):
-            self.process.start()
-        theirs.close()  # so that a process that dies is an EOFError here, not silence
-
-    def ask(self, seconds: float, request: str, *arguments: object) -> Any:
-        """The answer, or SideError; a process without one after so many seconds is ended."""
-        if seconds <= 0:
-            raise OutOfTime("the time of the run was over")
-        self.start()
-        try:
-            self.connection.send((request, *arguments))
-            if not self.connection.poll(seconds):
-                self.end()
-                raise OutOfTime(f"{request}: not done within {seconds:.0f} s")
-            answer = self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join(5)
-            code = self.process.exitcode
-            self.end()
-            raise SideError(f"{request}: its process ended with exit code {code}") from None
-        if isinstance(answer, str):
-            raise SideError(f"{request}: {answer}")
-        return answer
-
-    def end(self) -> None:
-        """Its memory is free when this returns."""
-        if self.process is None:
-            return
-        self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.connection.close()
-        self.process = None
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """What a process that starts here inherits."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def serve(connection: Connection, side: str, folder: pathlib.Path, dtype: str, tiny: bool) -> None:
-    """The main function of a side's process: answers requests, errors as text."""
-    server = _Server(side, folder, getattr(torch, dtype), tiny)
-    while True:
-        try:
-            request, *arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(getattr(server, request)(*arguments))
-        except Exception as error:
-            connection.send(error_text(error))
-            server.unload()
+        variables = {
+            "TRITON_CACHE_DIR": str(self.caches / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.caches / "inductor"),
+        }
+        super().__init__(_Server, (name, folder, dtype, tiny), variables)
 
 
 class _Server:
     """What a side's process can be asked; every answer can be sent."""
 
-    def __init__(self, side: str, folder: pathlib.Path, dtype: torch.dtype, tiny: bool) -> None:
+    def __init__(self, side: str, folder: pathlib.Path, dtype: str, tiny: bool) -> None:
         self.side, self.folder = side, folder
         self.works = TINY_WORKS if tiny else WORKS
         self.on_gpu = torch.cuda.is_available() and not tiny
         self.device = "cuda" if self.on_gpu else "cpu"
-        self.dtype = torch.float32 if side == "reference" else dtype
+        self.dtype = torch.float32 if side == "reference" else getattr(torch, dtype)
         if tiny:
             torch.set_num_threads(1)
         self.call: Call | None = None
@@ -139,9 +53,8 @@ class _Server:
             torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
 
-    def _synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
+    def settle(self) -> None:
+        synchronize()
 
     def _release(self) -> None:
         gc.collect()
@@ -162,12 +75,12 @@ class _Server:
             memory that calls take from then on, weights included.
         """
         self.unload()
-        self._synchronize()
+        self.settle()
         self.call = make_call(self.works[work], self.side, self.dtype, self.device)
-        self._synchronize()
+        self.settle()
         began = time.perf_counter()
         result = self.call.result().float()
-        self._synchronize()
+        self.settle()
         first_seconds = time.perf_counter() - began
         expected = self.folder / f"{work}.pt"
         if self.side == "reference":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
@@ -26,6 +27,13 @@ def device_slug(device: str = "cpu") -> str:
 
 def results_path(name: str, device: str = "cpu") -> pathlib.Path:
     return RESULTS / device_slug(device) / f"{name}.json"
+
+
+def output_path(name: str, options: argparse.Namespace) -> pathlib.Path | None:
+    """Where a GPU's record goes: the folder `output`, else this GPU's; nowhere where it is only tried out."""
+    if options.output is not None:
+        return pathlib.Path(options.output) / f"{name}.json"
+    return None if options.tiny else results_path(name, "cuda")
 
 
 def write_json(path: pathlib.Path, rows: Sequence[Mapping[str, object]], **more: object) -> None:

@@ -35,10 +35,15 @@ def operations_lines(record: Row) -> list[str]:
         for row in measured
     )  # fmt: skip
     head = ("op", "shape", "dtype", "eager ms", "compiled ms", "Triton ms", "ratio to the best", "of ceiling")
+    titles = {
+        "failed": "Failed", "not_measured": "Not measured",
+        "compiled_failed": "torch.compile failed", "compiled_not_measured": "torch.compile not measured",
+    }  # fmt: skip
     absent = [
-        f"- Not measured: {row['op']}, {row['shape']}: {row['not_measured']}."
+        f"- {title}: {row['op']}, {row['shape']}: {row[key]}."
         for row in record["rows"]
-        if "not_measured" in row
+        for key, title in titles.items()
+        if key in row
     ]
     return [card_line(record), "", *markdown_table(head, rows), *([""] if absent else []), *absent]
 
@@ -80,9 +85,11 @@ def _sides(row: Row) -> Iterator[tuple[object, ...]]:
         idle = f"{profile['idle_share']:.0%}" if "idle_share" in profile else ""
         peak = "" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**30:.1f} GiB"
         ratio = f"**{side['ratio']:.2f}x** of {side['beside']}" if "ratio" in side else ""
+        ms, spread = "", ""
+        if "ms" in side:
+            ms, spread = f"{side['ms']:.2f}", f"{side['p20_ms']:.2f}–{side['p80_ms']:.2f}"
         yield (
-            row["work"], row["dtype"], name, f"{side['ms']:.2f}",
-            f"{side['p20_ms']:.2f}–{side['p80_ms']:.2f}", ratio, f"{side['error']:.1e}", peak,
+            row["work"], row["dtype"], name, ms, spread, ratio, f"{side['error']:.1e}", peak,
             profile.get("launches", ""), idle,
         )  # fmt: skip
 

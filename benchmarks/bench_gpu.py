@@ -1,15 +1,17 @@
 """Operations on a GPU at the sizes of Stable Diffusion 1.5, SDXL and their VAE: Triton beside torch.
 
     python benchmarks/bench_gpu.py [--dtype bfloat16] [--rounds 20] [--only group_norm ...] [--minutes 10]
-                                   [--no-compiled] [--tiny]
+                                   [--no-compiled] [--output FOLDER] [--tiny]
 
-Three sides take turns: our Triton kernel, the same formula in eager torch, and that under torch.compile
-(max-autotune, fullgraph). Each result is checked against fp64 before it is timed, by the error budget that
-the tests use. Times are medians of CUDA events around a call whose launches are queued behind a filler, so
-that Python's own time is not in them; the L2 cache is flushed before each. Shares are of a device-to-device
-copy and of a large matrix product, measured in the same run. Writes results/<device>/operations.json after
-every case: one that fails is recorded as such, and those after the last minute as not measured.
-`--tiny` tries it out on whatever device there is and writes nothing.
+Our Triton kernel and the same formula in eager torch take turns, of all cases first; then, while there is
+time, both with that formula under torch.compile (max-autotune, fullgraph). Each result is checked against
+fp64 before it is timed, by the error budget that the tests use. Times are medians of CUDA events around a
+call whose launches are queued behind a filler, so that Python's own time is not in them; the L2 cache is
+flushed before each. Shares are of a device-to-device copy and of a large matrix product, measured in the
+same run. An operation has a process of its own (`_gpu_process.py`), so that one kernel's illegal address
+hides no other's time. Writes FOLDER/operations.json, by default in results/<device>, after every case: one
+that fails is recorded as "failed", and the exit status says so; those after the last minute as not measured.
+`--tiny` tries it out on whatever device there is, and records only to --output.
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ import argparse
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from _gpu_process import OutOfTime, Worker, WorkerError, synchronize
 from _gpu_timing import KERNELS, Timer, card, ceilings, versions
-from _record import error_text, results_path, write_json
+from _record import output_path, write_json
 from torch import Tensor
 
 from sdfast import _library, ops
 from sdfast.testing import assert_within_budget, spread
 
 Call = Callable[..., Tensor]
+Row = dict[str, Any]
+_CASE_MINUTES = 2.0  # of one request, compiling included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +135,8 @@ TINY = (
 )  # fmt: skip
 
 
-def measure(
-    case: Case, dtype: torch.dtype, device: str, rounds: int, timer: Timer, compiled: bool
-) -> dict[str, object]:
-    """Checks the result, then the row of the record."""
+def measure(case: Case, dtype: torch.dtype, device: str, rounds: int, timer: Timer, compiled: bool) -> Row:
+    """Checks the result, then what the row of the record has of it."""
     tensors = case.tensors(dtype, device)
     exact = case.call(*(t.double() for t in tensors), backend="reference")
     sides = {
@@ -169,71 +173,151 @@ def measure(
     }  # fmt: skip
 
 
-def attempt(case: Case, options: argparse.Namespace, timer: Timer, deadline: float) -> dict[str, object]:
-    """The row of a case; where there is nothing to time it says why."""
-    row: dict[str, object] = {"op": case.op, "shape": case.what, "dtype": options.dtype}
-    if not _library.has_kernel(KERNELS[case.op], "triton"):
-        return {**row, "not_measured": "no Triton kernel yet"}
-    if time.monotonic() > deadline:
-        return {**row, "not_measured": f"the {options.minutes:g} minutes of the run were over"}
-    device = "cuda" if timer.on_gpu else "cpu"
-    compiled = timer.on_gpu and options.compiled
-    try:
-        times = measure(case, getattr(torch, options.dtype), device, options.rounds, timer, compiled)
-    except Exception as error:  # one kernel's fault is to hide no other's time
-        return {**row, "not_measured": error_text(error)}
-    return {**row, **times}
+class Server:
+    """What an operation's process can be asked."""
+
+    def __init__(self, dtype: str, rounds: int, tiny: bool) -> None:
+        self.cases, self.rounds = TINY if tiny else CASES, rounds
+        self.dtype = getattr(torch, dtype)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cudnn.benchmark = True
+        self.timer = Timer(self.device)
+
+    @torch.inference_mode()
+    def measure(self, index: int, compiled: bool) -> Row:
+        case = self.cases[index]
+        times = measure(case, self.dtype, self.device, self.rounds, self.timer, compiled)
+        self.unload()
+        return times
+
+    def unload(self) -> None:
+        if self.timer.on_gpu:
+            torch.cuda.empty_cache()
+
+    def settle(self) -> None:
+        synchronize()
 
 
-@torch.inference_mode()
+class Run:
+    """The rows that there are, and a process for each operation.
+
+    Args:
+        cases: in their order.
+        workers: by operation, of a `Server` of these cases.
+        ceilings: GB/s and TFLOP/s.
+        write: keeps rows.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        workers: dict[str, Worker],
+        ceilings: tuple[float, float],
+        write: Callable[[list[Row]], None],
+    ) -> None:
+        self.cases, self.workers, self.ceilings, self.write = cases, workers, ceilings, write
+        self.rows: list[Row] = []
+
+    def measure(self, indices: Iterable[int], dtype: str, deadline: float) -> None:
+        """Beside eager."""
+        for index in indices:
+            case = self.cases[index]
+            row: Row = {"op": case.op, "shape": case.what, "dtype": dtype, "index": index}
+            self.rows.append(row)
+            if not _library.has_kernel(KERNELS[case.op], "triton"):
+                row["not_measured"] = "no Triton kernel yet"
+            else:
+                self.ask(row, compiled=False, deadline=deadline)
+            self.keep(row)
+
+    def measure_compiled(self, deadline: float) -> None:
+        """Beside eager and compiled, what was measured; that is kept where this fails."""
+        for row in [row for row in self.rows if "ratio" in row]:
+            if time.monotonic() > deadline:
+                return
+            self.ask(row, compiled=True, deadline=deadline)
+            self.keep(row)
+
+    def ask(self, row: Row, *, compiled: bool, deadline: float) -> None:
+        """Times into the row, or why there are none."""
+        seconds = min(60 * _CASE_MINUTES, deadline - time.monotonic())
+        what = "compiled_" if compiled else ""
+        try:
+            row.update(self.workers[row["op"]].ask(seconds, "measure", row["index"], compiled))
+        except OutOfTime as error:
+            row[f"{what}not_measured"] = str(error)
+        except WorkerError as error:  # one kernel's fault is to hide no other's time
+            row[f"{what}failed"] = str(error)
+
+    def keep(self, row: Row) -> None:
+        if "ratio" in row:
+            copy, product = self.ceilings
+            row["of_ceiling"] = max(row["gb_per_s"] / copy, row["tflop_per_s"] / product)
+        print(line(row), flush=True)
+        self.write([{key: value for key, value in row.items() if key != "index"} for row in self.rows])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line a case, write results/<device>/operations.json; fail where a case did."""
+    """Print a line a case, write operations.json; fail where a case did."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20, help="of each side (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=sorted({case.op for case in CASES}))
-    parser.add_argument("--minutes", type=float, default=60, help="no case begins later (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="of the whole run (%(default)s)")
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="without torch.compile")
-    parser.add_argument("--tiny", action="store_true", help="try it out; writes nothing")
+    parser.add_argument("--output", help="folder of the record")
+    parser.add_argument("--tiny", action="store_true", help="try it out; records only to --output")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         parser.error("there is no CUDA device; --tiny tries the benchmark out in Triton's interpreter")
     deadline = time.monotonic() + 60 * options.minutes
-    torch.backends.cudnn.benchmark = True
-    timer, rows = Timer(device), []
-    copy, product = ceilings(timer, getattr(torch, options.dtype), device)
-    print(f"copy {copy:.0f} GB/s, matrix product {product:.0f} TFLOP/s", flush=True)
+    timer, dtype = Timer(device), getattr(torch, options.dtype)
+    reached = ceilings(timer, dtype, device)
+    print(f"copy {reached[0]:.0f} GB/s, matrix product {reached[1]:.0f} TFLOP/s", flush=True)
     machine = {
-        "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product},
+        "ceilings": {"copy_gb_per_s": reached[0], "matrix_tflop_per_s": reached[1]},
         "card": card(), "versions": versions(),
     }  # fmt: skip
-    for case in TINY if options.tiny else CASES:
-        if options.only and case.op not in options.only:
-            continue
-        row = attempt(case, options, timer, deadline)
-        if "ratio" in row:
-            row["of_ceiling"] = max(row["gb_per_s"] / copy, row["tflop_per_s"] / product)  # type: ignore[operator]
-        rows.append(row)
-        print(line(row), flush=True)
-        if not options.tiny:
-            write_json(results_path("operations", "cuda"), rows, **machine)
-    failed = [row for row in rows if "Error" in str(row.get("not_measured"))]
+    del timer
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    path = output_path("operations", options)
+
+    def write(rows: list[Row]) -> None:
+        if path is not None:
+            write_json(path, rows, **machine)
+
+    cases = TINY if options.tiny else CASES
+    chosen = [i for i, case in enumerate(cases) if case.op in (options.only or KERNELS)]
+    server = (options.dtype, options.rounds, options.tiny)
+    workers = {case.op: Worker(Server, server) for case in cases}
+    run = Run(cases, workers, reached, write)
+    try:
+        run.measure(chosen, options.dtype, deadline)
+        if device == "cuda" and options.compiled:
+            run.measure_compiled(deadline)
+    finally:
+        for worker in workers.values():
+            worker.end()
+    failed = [row for row in run.rows if "failed" in row or "compiled_failed" in row]
     if failed:
         parser.exit(1, "\n".join(map(line, failed)) + "\n")
 
 
-def line(row: dict[str, object]) -> str:
+def line(row: Row) -> str:
     """A row for the terminal."""
     title = f"{row['op']}, {row['shape']}: "
-    if "not_measured" in row:
-        return title + str(row["not_measured"])
+    if "ratio" not in row:
+        return title + str(row.get("failed") or row["not_measured"])
     compiled = f", compiled {row['compiled_ms']:.4f}" if "compiled_ms" in row else ""
+    why = row.get("compiled_failed") or row.get("compiled_not_measured")
+    absent = f"; compiled: {why}" if why else ""
     return (
         f"{title}eager {row['eager_ms']:.4f} ms{compiled}, triton {row['triton_ms']:.4f},"
-        f" {row['ratio']:.2f}x, {row['of_ceiling']:.0%} of the ceiling"
+        f" {row['ratio']:.2f}x, {row['of_ceiling']:.0%} of the ceiling{absent}"
     )
 
 

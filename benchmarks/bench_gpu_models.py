@@ -1,7 +1,8 @@
 """Whole models on a GPU, SD 1.5, SDXL and their VAE: sdfast beside eager torch and torch.compile.
 
     python benchmarks/bench_gpu_models.py [--minutes 60] [--work sd15 sdxl ...] [--side eager sdfast ...]
-                                          [--rounds 7] [--dtype bfloat16] [--caches FOLDER] [--tiny]
+                                          [--rounds 7] [--dtype bfloat16] [--caches FOLDER] [--output FOLDER]
+                                          [--tiny]
 
 Random weights from a seed, the same on every side. Eager is diffusers in either memory format, or where that
 is not installed our own model under `use_backend("torch")`, as the record says; it is also what
@@ -14,8 +15,9 @@ The result is checked before it is timed: against fp32 eager without TF32, at mo
 eager in the same dtype. Then sides take turns; a time is CUDA events around calls that follow each other,
 and a ratio is of neighbours in time. Every side has a process of its own (`_gpu_sides.py`), so that its
 memory can be told, and that one which fails or takes too long is recorded as such and hides no other.
-`--minutes` bounds the run; the most important works come first, then torch.compile beside ours, then first
-results from full caches. Each row is written to results/<device>/gpu_models.json as soon as it is there.
+`--minutes` bounds the run; the most important works come first, three of them with torch.compile beside ours
+right after the others, then the rest, and last the first results from full caches. What is there is written
+to FOLDER/gpu_models.json, by default results/<device>/, whenever a side was timed.
 `--tiny` tries it out.
 """
 
@@ -29,15 +31,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from _gpu_sides import OutOfTime, Side, SideError
+from _gpu_process import OutOfTime, WorkerError
+from _gpu_sides import Side
 from _gpu_timing import Timer, card, ceilings, kernels_there, versions
 from _gpu_works import HAS_DIFFUSERS, OURS, SIDES, TINY_WORKS, WORKS
-from _record import results_path, write_json
+from _record import output_path, write_json
 
 from sdfast.testing import spread
 
 Row = dict[str, Any]
 _LARGEST_ERROR = 1.5  # times eager's own
+_COMPILED_EARLY = 3  # works: torch.compile beside ours right after the others, for the rest at the end
 _EAGER = ("eager", "eager channels_last")
 
 
@@ -58,8 +62,10 @@ class Benchmark:
             for name in ("reference", *options.side)
         }
         self.works = TINY_WORKS if options.tiny else WORKS
+        self.held: dict[str, tuple[str, Row]] = {}  # by side: the work that it has loaded, what it said
+        self.loaded_again: set[tuple[str, str]] = set()
         self.eager_errors: dict[str, float] = {}
-        self.no_reference: dict[str, SideError] = {}
+        self.no_reference: dict[str, WorkerError] = {}
         self.rows: list[Row] = []
         self.faults: list[str] = []
         self.more: Row = {}
@@ -67,38 +73,56 @@ class Benchmark:
     def ask(self, name: str, request: str, *arguments: object) -> Any:
         """Of a side, in what is left of the run and of what a request may take."""
         limit = self.options.compile_minutes if name == "compiled" else self.options.side_minutes
-        return self.sides[name].ask(min(60 * limit, self.deadline - time.monotonic()), request, *arguments)
+        seconds = min(60 * limit, self.deadline - time.monotonic())
+        try:
+            return self.sides[name].ask(seconds, request, *arguments)
+        except WorkerError:
+            self.held.pop(name, None)
+            raise
 
     def measure(self, work: str, names: Iterable[str]) -> None:
-        """Add the row of a work and write the record; what fails is named in the row."""
+        """Add the row of a work; what fails is named there.
+
+        The record is written after each side's first sample, which is taken as soon as the side is loaded and
+        counts only where no turns follow: time that runs out takes nothing away that was there.
+        """
         row: Row = {
             "name": work, "work": self.works[work].title, "dtype": self.options.dtype,
             "rounds": self.options.rounds, "sides": {}, "failed": {},
         }  # fmt: skip
+        self.rows.append(row)
+        first: dict[str, list[float]] = {}
         for name in names:
-            self.attempt(row, name, lambda name=name: row["sides"].update({name: self.load(work, name)}))
-        samples: dict[str, list[float]] = {name: [] for name in row["sides"]}
+            if self.attempt(row, name, lambda name=name: row["sides"].update({name: self.load(work, name)})):
+                first[name] = []
+                self.sample(row, name, first)
+            compare(row["sides"], first)
+            self.write()
+        turns: dict[str, list[float]] = {name: [] for name, times in first.items() if times}
         for _ in range(self.options.rounds):
-            for name in list(samples):
-                if not self.attempt(
-                    row, name, lambda name=name: samples[name].append(self.ask(name, "time"))
-                ):
-                    del samples[name], row["sides"][name]
-        compare(row["sides"], samples)
-        for name in [name for name in row["sides"] if name not in ("eager", "compiled")]:
+            for name in [name for name in turns if name not in row["failed"]]:
+                self.sample(row, name, turns)
+        compare(row["sides"], turns if any(turns.values()) else first)
+        for name in [name for name in row["sides"] if name not in ("eager", "compiled", *row["failed"])]:
             profile = row["sides"][name]
             self.attempt(
                 row, f"{name}, profile", lambda p=profile, n=name: p.update(profile=self.ask(n, "profile"))
             )
-        self.rows.append(row)
         print(described(row), flush=True)
         self.write()
+
+    def sample(self, row: Row, name: str, samples: dict[str, list[float]]) -> None:
+        """Add a time; a side that fails has none any more, one out of time keeps those it has."""
+        faults = len(self.faults)
+        self.attempt(row, name, lambda: samples[name].append(self.ask(name, "time")))
+        if len(self.faults) > faults:
+            del samples[name], row["sides"][name]
 
     def attempt(self, row: Row, what: str, do: Callable[[], object]) -> bool:
         """Whether it went well; if not, the row says why."""
         try:
             do()
-        except SideError as error:
+        except WorkerError as error:
             row["failed"][what] = str(error)
             if not isinstance(error, OutOfTime):
                 self.faults.append(f"{row['work']}, {what}: {error}")
@@ -106,21 +130,24 @@ class Benchmark:
         return True
 
     def load(self, work: str, name: str) -> Row:
-        """What a side says of its first result, judged."""
+        """What a side says of its first result, judged; of a work that it holds, what it said then."""
+        if self.held.get(name, ("",))[0] == work:
+            return dict(self.held[name][1])
         self.need_reference(work)
         compiled_before = any(self.sides[name].caches.glob("*/*"))
         side = {**self.ask(name, "load", work), "compiled_before": compiled_before}
         if name in _EAGER:
             self.eager_errors[work] = side["error"]  # in the end that of channels_last
         elif work not in self.eager_errors:
-            raise SideError("there is no eager result to judge its error by")
+            raise WorkerError("there is no eager result to judge its error by")
         elif not side["error"] <= _LARGEST_ERROR * self.eager_errors[work]:
             self.ask(name, "unload")
-            raise SideError(
+            raise WorkerError(
                 f"error {side['error']:.1e} exceeds {_LARGEST_ERROR} times eager's,"
                 f" {self.eager_errors[work]:.1e}"
             )
-        return side
+        self.held[name] = (work, side)
+        return dict(side)
 
     def need_reference(self, work: str) -> None:
         """The expected result, computed once; where it cannot be, nothing of this work is judged or timed."""
@@ -129,7 +156,7 @@ class Benchmark:
         if not (self.folder / f"{work}.pt").exists():
             try:
                 self.ask("reference", "load", work)
-            except SideError as error:
+            except WorkerError as error:
                 self.no_reference[work] = type(error)(f"reference, {error}")
                 raise self.no_reference[work] from None
 
@@ -138,6 +165,9 @@ class Benchmark:
         for name, side in row["sides"].items():
             if name in _EAGER or (side["compiled_before"] and name in OURS):
                 continue
+            if (work := (row["name"], name)) in self.loaded_again:
+                continue
+            self.loaded_again.add(work)
             self.sides[name].end()
             self.attempt(
                 row,
@@ -156,14 +186,19 @@ class Benchmark:
             for side in self.sides.values():
                 if side.name != "compiled":
                     side.start()
-            for work in works:
+            ours = [name for name in OURS if name in self.sides]
+            compiled = "compiled" in self.options.side
+            for work in works[:_COMPILED_EARLY]:
                 self.measure(work, names)
-            if "compiled" in self.options.side:
+                if compiled:
+                    self.measure(work, ("compiled", *ours))
+            for work in works[_COMPILED_EARLY:]:
+                self.measure(work, names)
+            if compiled:
                 for name in _EAGER:  # they need their memory no more
                     if name in self.sides:
                         self.sides[name].end()
-                ours = [name for name in OURS if name in self.sides]
-                for work in works:
+                for work in works[_COMPILED_EARLY:]:
                     self.measure(work, ("compiled", *ours))
             for row in self.rows:
                 if time.monotonic() < self.deadline:
@@ -173,10 +208,7 @@ class Benchmark:
                 side.end()
 
     def write(self) -> None:
-        path = self.options.output
-        if path is None and not self.options.tiny:
-            path = results_path("gpu_models", "cuda")
-        if path is not None:
+        if (path := output_path("gpu_models", self.options)) is not None:
             write_json(path, self.rows, **self.more)
 
 
@@ -186,10 +218,11 @@ def compare(sides: Row, samples: dict[str, list[float]]) -> None:
     others = [name for name in medians if name not in OURS]
     for name, ms in medians.items():
         p20, _, p80 = spread(samples[name])
-        sides[name].update(ms=ms, p20_ms=p20, p80_ms=p80)
+        sides[name].update(ms=ms, p20_ms=p20, p80_ms=p80, samples=len(samples[name]))
         if name in OURS and others:
             best = min(others, key=lambda other: medians[other])
-            ratio = spread([theirs / own for theirs, own in zip(samples[best], samples[name], strict=True)])
+            pairs = zip(samples[best], samples[name], strict=False)  # the last turn may lack some sides
+            ratio = spread([theirs / own for theirs, own in pairs])
             sides[name].update(beside=best, ratio=ratio[1], ratio_p20=ratio[0], ratio_p80=ratio[2])
 
 
@@ -202,8 +235,9 @@ def described(row: Row) -> str:
         launches = f", {profile['launches']} launches" if "launches" in profile else ""
         waits = f", WAITS: {profile['waits_for']}" if profile.get("waits_for") else ""
         memory = "" if side["peak_bytes"] is None else f", {side['peak_bytes'] / 2**30:.1f} GiB"
+        ms = f"{side['ms']:.3f} ms" if "ms" in side else "not timed"
         lines.append(
-            f"  {name}: {side['ms']:.3f} ms{ratio}, error {side['error']:.1e}{memory},"
+            f"  {name}: {ms}{ratio}, error {side['error']:.1e}{memory},"
             f" first result after {side['first_seconds']:.1f} s{launches}{waits}"
         )
     return "\n".join([*lines, *(f"  {name}: {why}" for name, why in row["failed"].items())])
@@ -225,7 +259,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="of each side (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--caches", type=pathlib.Path, help="keep compiled kernels here, between runs too")
-    parser.add_argument("--output", type=pathlib.Path, help="record here instead")
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the record")
     parser.add_argument(
         "--tiny", action="store_true", help="small models on the CPU; records only to --output"
     )

@@ -20,6 +20,7 @@ from _report_models import markdown_table, models_rows, models_table, peers_line
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+_GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- end of gpu -->"
 
 _ORDER = (
     "models", "peers", "training", "profile", "conv2d", "linear", "attention", "group_norm", "layer_norm",
@@ -173,11 +174,11 @@ def results_md(records: dict[str, Row]) -> list[str]:
 
 def _gpu_line(records: dict[str, Row]) -> str:
     """When kernels last ran on which GPU."""
-    runs = {
-        record["environment"]["gpu"]: record["environment"]["date"][:10]
-        for record in records.values()
-        if "card" in record
-    }
+    runs: dict[str, str] = {}
+    for record in records.values():
+        if "card" in record:
+            machine = record["environment"]
+            runs[machine["gpu"]] = max(machine["date"][:10], runs.get(machine["gpu"], ""))
     if not runs:
         return "No kernel has run on a GPU yet, and nothing here was measured on one."
     return f"Last run on a GPU: {', '.join(f'{gpu}, {date}' for gpu, date in runs.items())}."
@@ -248,9 +249,15 @@ def main() -> None:
     paths = sorted((HERE / "results").glob("*/*.json"), key=lambda p: (p.parent, _ORDER.index(p.stem)))
     records = {f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths}
     (HERE / "RESULTS.md").write_text("\n".join(results_md(records)) + "\n")
-    block = "\n".join([_BEGIN, *readme_block(records), _END])
     text = README.read_text()
-    README.write_text(re.sub(f"{_BEGIN}.*?{_END}", lambda _: block, text, flags=re.DOTALL))
+    text = between(_BEGIN, _END, readme_block(records), text)
+    README.write_text(between(_GPU_BEGIN, _GPU_END, [f"**{_gpu_line(records)}**"], text))
+
+
+def between(begin: str, end: str, lines: Sequence[str], text: str) -> str:
+    """`text` with these lines between two markers."""
+    block = "\n".join([begin, *lines, end])
+    return re.sub(f"{begin}.*?{end}", lambda _: block, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

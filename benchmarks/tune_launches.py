@@ -4,9 +4,10 @@
 
 The calls are those of tests/<op>_launches.py: the sizes of Stable Diffusion 1.5 and XL. For each choice that
 a call makes, every plan that its launcher lists takes turns with the others on random values, after its
-result was compared with that of the rule's own plan. sdfast/assets/launches/sm_<capability>.json names the
+result was compared with that of the rule's own plan; one that cannot be launched is left out, and the file
+says why. sdfast/assets/launches/sm_<capability>.json names the
 plans that were faster than the rule's by more than 2%, and keeps the milliseconds. It is replaced in one step
-after each call, and a run that was interrupted goes on where it ended.
+after each choice, and a run that was interrupted goes on where it ended.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from _gpu_timing import Timer
+from _record import error_text
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -90,23 +93,45 @@ def _tensors(result: object) -> list[Tensor]:
     ]
 
 
-def measure(call: Callable[[], object], key: Key, plans: list[str], timer: Timer) -> dict[str, float]:
-    """Milliseconds by plan; one whose result differs from the first's has none."""
-    with preferring(key, plans[0]):
-        expected = call()
+def measure(
+    call: Callable[[], object], key: Key, plans: list[str], timer: Timer, left_out: dict[str, str]
+) -> dict[str, float]:
+    """Milliseconds by plan, of those that can be launched and whose result is that of the first of these.
+
+    Args:
+        left_out: why others have none; those that it names already are not tried. Added to.
+    """
+    expected: object = None
     usable = []
     for plan in plans:
-        with preferring(key, plan):
-            if differs(call(), expected) <= 1:
-                usable.append(plan)
-            else:
-                print(f"  {plan}: another result, left out", flush=True)
+        if plan in left_out:
+            continue
+        try:
+            with preferring(key, plan):
+                result = call()
+            _synchronize()
+            if expected is None:
+                expected = result
+            if differs(result, expected) > 1:
+                left_out[plan] = "another result"
+        except Exception as error:  # OutOfResources, a compiler's assertion: the others are to be timed
+            left_out[plan] = error_text(error)
+            _synchronize()  # fails again where the device is of no use any more
+        if plan in left_out:
+            print(f"  {plan}: {left_out[plan]}, left out", flush=True)
+        else:
+            usable.append(plan)
     samples: dict[str, list[float]] = {plan: [] for plan in usable}
     for _ in range(ROUNDS):
         for plan in usable:
             with preferring(key, plan):
                 samples[plan].append(timer(call))
     return {plan: float(f"{spread(times)[1]:.4g}") for plan, times in samples.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Record:
@@ -117,6 +142,7 @@ class Record:
         content = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         self.plans: dict[str, dict[str, str]] = content.get("plans", {})
         self.ms: dict[str, dict[str, dict[str, float]]] = content.get("ms", {})
+        self.left_out: dict[str, dict[str, dict[str, str]]] = content.get("left_out", {})
         self.devices: list[str] = content.get("devices", [])
 
     def __contains__(self, key: Key) -> bool:
@@ -125,19 +151,29 @@ class Record:
     def add(self, key: Key, ms: dict[str, float], rule: str) -> None:
         """Keep what was measured; name the fastest where it gains over the rule's plan."""
         kernel, bucket = key
-        best = min(ms, key=lambda plan: ms[plan])
         self.ms.setdefault(kernel, {})[bucket] = ms
         chosen = self.plans.setdefault(kernel, {})
         chosen.pop(bucket, None)
-        if ms[best] * LEAST_GAIN < ms[rule]:
-            chosen[bucket] = best
+        if ms and min(ms.values()) * LEAST_GAIN < ms.get(rule, math.inf):
+            chosen[bucket] = min(ms, key=lambda plan: ms[plan])
+
+    def reasons(self, key: Key, *, again: bool = False) -> dict[str, str]:
+        """Why plans of a choice are left out, to be added to; none where all are tried again."""
+        buckets = self.left_out.setdefault(key[0], {})
+        if again:
+            buckets.pop(key[1], None)
+        return buckets.setdefault(key[1], {})
 
     def save(self) -> None:
         if torch.cuda.is_available() and (name := torch.cuda.get_device_name()) not in self.devices:
             self.devices.append(name)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        content = {"devices": self.devices, "plans": self.plans, "ms": self.ms}
+        left_out = {
+            kernel: {bucket: reasons for bucket, reasons in buckets.items() if reasons}
+            for kernel, buckets in self.left_out.items()
+        }
+        content = {"devices": self.devices, "plans": self.plans, "ms": self.ms, "left_out": left_out}
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, self.file)
 
@@ -147,6 +183,15 @@ def cases(ops: list[str], only: str) -> Iterator[tuple[str, Callable[[], object]
         for name, case in importlib.import_module(f"{op}_launches").code_cases().items():
             if only in name:
                 yield name, case
+
+
+def described(name: str, key: Key, ms: dict[str, float], rule: str) -> str:
+    """What was measured, for the terminal."""
+    if not ms:
+        return f"{name}: {' '.join(key)}: no plan can be launched"
+    best = min(ms, key=lambda plan: ms[plan])
+    beside = f"the rule's {ms[rule]} ms" if rule in ms else "the rule's is left out"
+    return f"{name}: {' '.join(key)}: {best}\n  {ms[best]} ms, {beside}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,12 +227,12 @@ def main(arguments: list[str] | None = None) -> None:
                 for key, plans in met.items():
                     if len(plans) < 2 or (key in record and not options.again):
                         continue
-                    ms = measure(call, key, plans, timer)
-                    record.add(key, ms, plans[0])
-                    best = min(ms, key=lambda plan: ms[plan])
-                    print(f"{name}: {' '.join(key)}: {best}", flush=True)
-                    print(f"  {ms[best]} ms, the rule's {ms[plans[0]]} ms", flush=True)
-        record.save()
+                    try:
+                        ms = measure(call, key, plans, timer, record.reasons(key, again=options.again))
+                        record.add(key, ms, plans[0])
+                    finally:  # after a fault of the device too: the next run leaves that plan out
+                        record.save()
+                    print(described(name, key, ms, plans[0]), flush=True)
 
 
 if __name__ == "__main__":

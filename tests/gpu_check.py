@@ -1,17 +1,21 @@
 """`make gpu`: everything that there is to check and to measure on a GPU, in ten minutes.
 
-    python tests/gpu_check.py [--minutes 9.5] [--only tests models ...] [--logs FOLDER] [--tiny]
+    python tests/gpu_check.py [--minutes 9.5] [--only tests models ...] [--output FOLDER] [--commit ID] [--tiny]
 
-Tests of what runs there, compute-sanitizer over every Triton kernel where that is installed, the operations and
-whole models beside eager and compiled torch. Each part is a process with a time of its own; a red one stops no
-other, and what one leaves of its time the last ones have. Logs are kept, a table comes last, and the exit
-status is the sum of the parts' numbers that failed: 1 tests, 2 memcheck, 4 racecheck, 8 operations, 16 models.
-Needs no installation: `python tests/gpu_check.py` in a copy of the repository. --tiny tries it out without a GPU.
+Every kernel once, tests of what runs there, the operations and whole models beside eager and compiled torch,
+and compute-sanitizer over every kernel where that is found. Each part is a process with a time of its own; a
+red one stops no other, one that is over its time is interrupted, so that it says what it has, and whole
+models have the time that others leave. Records go to FOLDER, by default benchmarks/results/<device>, logs to
+FOLDER/logs. A table comes last, and the exit status is the sum of the numbers of the parts that failed:
+1 kernels, 2 tests, 4 operations, 8 models, 16 memcheck, 32 racecheck.
+Needs no installation: `python tests/gpu_check.py` in a copy of the repository; --commit names what it is a copy
+of where git does not know. --tiny tries it out without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -25,6 +29,8 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RED = ("failed", "took too long")
+GRACE_SECONDS = 15.0  # from the interruption of a part to its end
+_SANITIZER = "compute-sanitizer"
 
 
 class Part(NamedTuple):
@@ -32,44 +38,60 @@ class Part(NamedTuple):
 
     Attributes:
         command: its arguments.
-        share: of the whole time, at most; the last part has what is left.
+        share: of the whole time, at most; None for all that later parts leave.
         needs: a program without which it is left out.
         variables: of the environment.
     """
 
     command: Sequence[str]
-    share: float
+    share: float | None
     needs: str | None = None
     variables: dict[str, str] | None = None
 
 
-def parts(minutes: float, tiny: bool) -> dict[str, Part]:
+def find(program: str) -> str | None:
+    """Its path; CUDA's own folders are often not among those that are searched."""
+    folders = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME",) if name in os.environ]
+    return shutil.which(program) or shutil.which(program, path=":".join([*folders, "/usr/local/cuda/bin"]))
+
+
+def parts(minutes: float, output: pathlib.Path, tiny: bool) -> dict[str, Part]:
     """By name, in their order."""
     python = [sys.executable, "-u"]
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*_triton.py"))
-    files += [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_graphs.py")]
-    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    sanitized = [*python, str(ROOT / "tests/each_kernel.py")]
+    files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_graphs.py")]
+    if not tiny:
+        files += sorted(str(path) for path in (ROOT / "tests").glob("test_*_triton.py"))
+    each = [*python, str(ROOT / "tests/each_kernel.py")]
     small = ["--tiny", "--dtype", "float16", "--rounds", "1"] if tiny else []
+    measured = ["--output", str(output), *small]
     # torch's own allocator would hide what lies beside a tensor.
     memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = "compute-sanitizer"
 
     def sanitize(tool: str) -> list[str]:
-        return [sanitizer, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *sanitized]
+        tool_options = ["--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
+        return [find(_SANITIZER) or _SANITIZER, *tool_options, *each]
 
     return {
-        "tests": Part(
-            [*python, "-m", "pytest", *(files[-2:] if tiny else files), "-q", "-p", "no:cacheprovider", *parallel],
-            0.35,
-        ),
-        "memcheck": Part(sanitized if tiny else sanitize("memcheck"), 0.1, None if tiny else sanitizer, memory),
-        "racecheck": Part(sanitize("racecheck"), 0.1, sanitizer),
+        "kernels": Part([*python, str(ROOT / "tests/kernels_at_once.py")], 0.15),
+        "tests": Part([*python, "-m", "pytest", *files, *_pytest_options()], 0.25),
         "operations": Part(
-            [*python, str(ROOT / "benchmarks/bench_gpu.py"), "--minutes", f"{0.15 * minutes:.2f}", *small], 0.2
+            [*python, str(ROOT / "benchmarks/bench_gpu.py"), "--minutes", f"{0.13 * minutes:.2f}", *measured],
+            0.15,
         ),
-        "models": Part([*python, str(ROOT / "benchmarks/bench_gpu_models.py"), *small], 1.0),
-    }  # fmt: skip
+        "models": Part([*python, str(ROOT / "benchmarks/bench_gpu_models.py"), *measured], None),
+        "memcheck": Part(each if tiny else sanitize("memcheck"), 0.1, None if tiny else _SANITIZER, memory),
+        "racecheck": Part(sanitize("racecheck"), 0.1, _SANITIZER),
+    }
+
+
+def _pytest_options() -> list[str]:
+    """Names of the tests, so that one without end is known; processes and limits where plugins are there."""
+    options = ["-vv", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "60"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(12, os.cpu_count() or 1))]
+    return options
 
 
 class Result(NamedTuple):
@@ -79,13 +101,14 @@ class Result(NamedTuple):
 
 
 def run(part: Part, seconds: float, log: pathlib.Path) -> Result:
-    """Run a part for at most so long; it and what it started is ended then."""
-    if part.needs is not None and shutil.which(part.needs) is None:
+    """Run a part for at most so long; it and what it started is interrupted then, and soon after killed."""
+    if part.needs is not None and find(part.needs) is None:
         return Result(f"{part.needs} is not installed", 0.0, log)
     if seconds <= 0:
         return Result("took too long", 0.0, log)
     variables = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | (part.variables or {})
     began = time.monotonic()
+    grace = min(GRACE_SECONDS, seconds / 2)
     with log.open("w") as file:
         process = subprocess.Popen(
             part.command,
@@ -96,12 +119,16 @@ def run(part: Part, seconds: float, log: pathlib.Path) -> Result:
             start_new_session=True,
         )
         try:
-            code = process.wait(seconds)
+            code = process.wait(seconds - grace)
             status = "passed" if code == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "took too long"
+            os.killpg(process.pid, signal.SIGINT)  # pytest prints its failures then, a benchmark what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the session that it began
-            process.wait()
+        process.wait()
     return Result(status, time.monotonic() - began, log)
 
 
@@ -117,14 +144,36 @@ def run_all(chosen: dict[str, Part], minutes: float, logs: pathlib.Path) -> dict
     deadline = time.monotonic() + 60 * minutes
     logs.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name, part in chosen.items():
+    for i, (name, part) in enumerate(chosen.items()):
+        later = [p.share or 0.0 for p in list(chosen.values())[i + 1 :] if p.needs is None or find(p.needs)]
         left = deadline - time.monotonic()
-        bound = min(60 * minutes * part.share, left)
-        if name == "models":  # it ends by itself, with what it has recorded
-            part = part._replace(command=[*part.command, "--minutes", f"{max(0.1, left / 60 - 0.2):.2f}"])
+        if part.share is None:
+            bound = left - 60 * minutes * sum(later)
+        else:
+            bound = min(60 * minutes * part.share, left) if later else left
+        if name == "models":
+            part = part._replace(command=[*part.command, *_models_time(bound / 60)])
         results[name] = run(part, bound, logs / f"{name}.log")
         print(f"{name}: {results[name].status}, {results[name].seconds:.0f} s", flush=True)
     return results
+
+
+def _models_time(minutes: float) -> list[str]:
+    """It ends by itself, and no side takes so long that the others have nothing."""
+    minutes = max(0.1, minutes - GRACE_SECONDS / 60 - 0.1)
+    limits = {"--minutes": minutes, "--side-minutes": minutes / 6, "--compile-minutes": minutes / 3}
+    return [word for name, limit in limits.items() for word in (name, f"{limit:.2f}")]
+
+
+def default_output(tiny: bool) -> pathlib.Path:
+    """The folder of this device's records, which what is only tried out stays away from."""
+    if tiny:
+        return ROOT / "build/gpu_check"
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    import torch
+    from _record import RESULTS, device_slug
+
+    return RESULTS / device_slug("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
@@ -132,18 +181,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = list(parts(1, False))
+    names = list(parts(1, ROOT, False))
     parser.add_argument("--minutes", type=float, default=9.5, help="of the whole (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--logs", type=pathlib.Path, default=ROOT / "build/gpu_check")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names)
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the records, with the logs in logs/")
+    parser.add_argument("--commit", help="for the records, where there is no .git")
     parser.add_argument("--tiny", action="store_true", help="in the interpreter, without a GPU")
     options = parser.parse_args()
+    # A shell's background job ignores it, and so would every part.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
-    every = parts(options.minutes, options.tiny)
-    results = run_all(
-        {name: every[name] for name in every if name in options.only}, options.minutes, options.logs
-    )
+    if options.commit:
+        os.environ["SDFAST_COMMIT"] = options.commit
+    output = (options.output or default_output(options.tiny)).absolute()
+    every = parts(options.minutes, output, options.tiny)
+    chosen = {name: part for name, part in every.items() if name in options.only}
+    results = run_all(chosen, options.minutes, output / "logs")
     for name, result in results.items():
         if result.status in RED or name in ("operations", "models"):
             print(f"\n{name}, the end of {result.log}:\n{last_lines(result.log, 40)}")
