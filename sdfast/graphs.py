@@ -12,14 +12,14 @@ A weight that moved, as those of an offloaded model do, or whose version counter
 step, captures anew: a kernel may read a copy of it in another layout (packing.py), which is made outside of
 the graph. `weight.data += ...` and writes to inference tensors move no counter: call `release` after them.
 
-All graphs of a cache share one memory pool and a budget, above which the least recently used are dropped.
+All graphs of a cache share one memory pool, whose intermediates lie over each other, and a budget. The
+allocator gives a pool back when its last graph is gone, so above the budget all are dropped but the newest.
 What cannot be captured (CPU tensors, a call that records a gradient, a model with hooks, which a replay would
 not call, a call within another capture or under torch.compile) runs as it is.
 """
 
 from __future__ import annotations
 
-import collections
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -44,13 +44,13 @@ class Capture(NamedTuple):
         inputs: the tensors it reads, in the order of the call's.
         outputs: what the function returned; each replay overwrites its tensors.
         replay: runs it.
-        nbytes: what it keeps of device memory.
+        pool_bytes: by how much the pool grew for it, which has the outputs and what lies between.
     """
 
     inputs: list[Tensor]
     outputs: Any
     replay: Callable[[], None]
-    nbytes: int
+    pool_bytes: int
 
 
 class _Entry(NamedTuple):
@@ -65,17 +65,19 @@ class GraphCache:
     """The graphs of one or several functions on one device, within one budget.
 
     Args:
-        budget_bytes: of device memory for graphs, their intermediates, inputs and outputs; the graph of the
-            latest call stays whatever it takes.
+        budget_bytes: of device memory for graphs, their intermediates, inputs and outputs. A capture that goes
+            beyond it drops all others, and is made anew in a pool of its own, where it stays whatever it takes.
     """
 
     def __init__(self, budget_bytes: int = BUDGET_BYTES) -> None:
         if budget_bytes < 0:
             raise ValueError(f"budget_bytes: got {budget_bytes}, expected 0 or more")
         self.budget_bytes = budget_bytes
-        self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._entries: dict[Hashable, _Entry] = {}
         self._running: set[Hashable] = set()
         self._pool: Any = None
+        self._pool_bytes = 0
+        self._stream: torch.cuda.Stream | None = None
         self._lock = threading.RLock()
         self._last_use: torch.cuda.Event | None = None
 
@@ -87,14 +89,20 @@ class GraphCache:
         return key in self._running
 
     def used_bytes(self) -> int:
-        """What its graphs keep of device memory."""
-        return sum(entry.capture.nbytes for entry in self._entries.values())
+        """What its graphs keep of device memory: their pool, and their inputs, which lie outside of it."""
+        inputs = (t for entry in self._entries.values() for t in entry.capture.inputs)
+        return self._pool_bytes + sum(t.nbytes for t in inputs)
+
+    def pool_bytes(self) -> int:
+        """What of it is the pool. It never shrinks while one of its graphs is there."""
+        return self._pool_bytes
 
     def release(self) -> None:
         """Drop all graphs and their memory; later calls capture anew."""
         with self._lock:
+            self._wait_for_last_use()
             self._entries.clear()
-            self._pool = None
+            self._pool, self._pool_bytes = None, 0
 
     def run(
         self,
@@ -117,23 +125,46 @@ class GraphCache:
         """
         with self._lock:
             identity = tuple(_identity(weight) for weight in weights)
-            entry = self._entries.pop(key, None)
+            entry = self._entries.get(key)
             if entry is not None and entry.identity != identity:
-                entry = None  # its memory serves the next
+                self._wait_for_last_use()
+                entry = None
+                del self._entries[key]  # what it had of the pool serves the next
             if entry is None:
-                capture = self.capture(function, tensors)
-                entry = _Entry(identity, capture, packing.copies_of(weights))
-            self._entries[key] = entry
-            self._drop_oldest()
+                entry = self._add(key, identity, weights, tensors, function)
             self._running.add(key)
             try:
                 return self.replay(entry.capture, tensors, times, observe)
             finally:
                 self._running.remove(key)
 
-    def _drop_oldest(self) -> None:
-        while len(self._entries) > 1 and self.used_bytes() > self.budget_bytes:
-            self._entries.popitem(last=False)
+    def _add(
+        self,
+        key: Hashable,
+        identity: Hashable,
+        weights: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        function: Function,
+    ) -> _Entry:
+        """Capture, within the budget: in the pool of the others, or after them in a new one."""
+        if not self._entries or self._is_over_budget():
+            self.release()  # a pool whose graphs are all gone is not to be used again
+        while True:
+            capture = self.capture(function, tensors)
+            entry = self._entries[key] = _Entry(identity, capture, packing.copies_of(weights))
+            self._pool_bytes += capture.pool_bytes
+            if len(self._entries) == 1 or not self._is_over_budget():
+                return entry
+            del capture, entry
+            self.release()
+
+    def _is_over_budget(self) -> bool:
+        return self.used_bytes() > self.budget_bytes
+
+    def _wait_for_last_use(self) -> None:
+        """Before memory is given up that a graph may still read, on a stream other than the allocator knows."""
+        if self._last_use is not None:
+            self._last_use.synchronize()
 
     def replay(
         self,
@@ -153,24 +184,30 @@ class GraphCache:
                 self._last_use = stream.record_event()
 
     def capture(self, function: Function, tensors: Sequence[Tensor]) -> Capture:
-        """Warm up on a stream beside the current one, then capture."""
+        """Warm up on a stream beside the current one, then capture on it.
+
+        One stream for both and for all captures: a pool's blocks serve the stream that asked for them, and
+        what cuBLAS keeps for a stream is there before the capture, so that no pool has to hold it.
+        """
         with torch.cuda.device(tensors[0].device):
             inputs = [t.clone(memory_format=torch.preserve_format) for t in tensors]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARMUP_RUNS):
                     function(inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # as the capture would: what is reserved from here on is the pool's
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 outputs = function(inputs)
-            kept = max(0, torch.cuda.memory_reserved() - before)
-        return Capture(inputs, outputs, graph.replay, kept + sum(t.nbytes for t in inputs))
+            grown = max(0, torch.cuda.memory_reserved() - before)
+        return Capture(inputs, outputs, graph.replay, grown)
 
 
 def _copied_through(
