@@ -8,9 +8,10 @@ A step of a U-Net at batch 1 is some hundred kernels of microseconds, which the 
 launches them. A graph holds addresses, so inputs are copied to where it reads them, and results from where
 it writes them; of a loop whose state stays on the device, once for all steps. A new shape costs a capture.
 
-A weight that moved, as those of an offloaded model do, or whose version counter did, as at an optimiser's
-step, captures anew: a kernel may read a copy of it in another layout (packing.py), which is made outside of
-the graph. `weight.data += ...` and writes to inference tensors move no counter: call `release` after them.
+A layer that was replaced, a weight that moved, as those of an offloaded model do, or whose version counter
+did, as at an optimiser's step, captures anew: a kernel may read a copy of it in another layout (packing.py),
+which is made outside of the graph. `weight.data += ...` and writes to inference tensors move no counter: call
+`release` after them, and `packing.clear` before.
 
 All graphs of a cache share one memory pool, whose intermediates lie over each other, and a budget. The
 allocator gives a pool back when its last graph is gone, so above the budget all are dropped but the newest.
@@ -21,14 +22,16 @@ not call, a call within another capture or under torch.compile) runs as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from torch.utils import _pytree as pytree
 
-from sdfast import dispatch, packing
+from sdfast import packing
+from sdfast._graph_keys import call_key, model_identity, modules_of, weights_of
 
 BUDGET_BYTES = 4 << 30
 # Runs before a capture: the first of them compile kernels and fill caches, which a capture must not.
@@ -54,7 +57,7 @@ class Capture(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A capture and the weights it was made with: where they lie, their versions, their packed copies."""
+    """A capture, what it was made with (`model_identity`), and the packed copies of these weights."""
 
     identity: Hashable
     capture: Capture
@@ -65,8 +68,8 @@ class GraphCache:
     """The graphs of one or several functions on one device, within one budget.
 
     Args:
-        budget_bytes: of device memory for graphs, their intermediates, inputs and outputs. A capture that goes
-            beyond it drops all others, and is made anew in a pool of its own, where it stays whatever it takes.
+        budget_bytes: of device memory for graphs, their intermediates, inputs and outputs. A capture that
+            goes beyond it drops all others and is made anew in a new pool, where it stays whatever it takes.
     """
 
     def __init__(self, budget_bytes: int = BUDGET_BYTES) -> None:
@@ -107,7 +110,7 @@ class GraphCache:
     def run(
         self,
         key: Hashable,
-        weights: Sequence[Tensor],
+        model: nn.Module,
         tensors: Sequence[Tensor],
         function: Function,
         times: int = 1,
@@ -116,15 +119,17 @@ class GraphCache:
         """The result of `function`, called with `tensors`, by the graph of this key.
 
         Args:
-            key: all that the launches depend on but addresses.
-            weights: what they read besides.
+            key: all that the launches depend on but the model.
+            model: whose modules and weights they are of; changed ones are captured anew.
             tensors: the call's inputs, on one device.
             function: makes the call; takes a list of tensors in place of `tensors`.
             times: how often the graph is replayed, on inputs that are copied once.
             observe: called as observe(i, results) after replay i; the next one overwrites their tensors.
         """
         with self._lock:
-            identity = tuple(_identity(weight) for weight in weights)
+            modules = list(modules_of(model))
+            weights = weights_of(modules)
+            identity = model_identity(modules, weights)
             entry = self._entries.get(key)
             if entry is not None and entry.identity != identity:
                 self._wait_for_last_use()
@@ -162,7 +167,7 @@ class GraphCache:
         return self.used_bytes() > self.budget_bytes
 
     def _wait_for_last_use(self) -> None:
-        """Before memory is given up that a graph may still read, on a stream other than the allocator knows."""
+        """Before memory is given up that a graph may still read, on a stream unknown to the allocator."""
         if self._last_use is not None:
             self._last_use.synchronize()
 
@@ -261,7 +266,7 @@ def graphed(
             positional, named = pytree.tree_unflatten(_filled(leaves, inputs), structure)
             return function(*positional, **named)
 
-        return graphs.run(_key(function, owner, leaves, structure), _weights(owner), tensors, run)
+        return graphs.run(call_key(function, leaves, structure), owner, tensors, run)
 
     return call
 
@@ -293,7 +298,7 @@ def repeat(
     """
     leaves, structure = pytree.tree_flatten((state, constants))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    key = _key(step, model, leaves, structure)
+    key = call_key(step, leaves, structure)
     if not tensors or not _can_capture(model, tensors) or cache.is_running(key):
         for i in range(times):
             state = step(state, constants)
@@ -311,43 +316,13 @@ def repeat(
         torch._foreach_copy_(places, values)
         return now
 
-    return cache.run(key, _weights(model), tensors, run, times, observe)
+    return cache.run(key, model, tensors, run, times, observe)
 
 
 def _filled(leaves: Sequence[object], tensors: Sequence[Tensor]) -> list[object]:
     """The leaves with these tensors in place of theirs."""
     following = iter(tensors)
     return [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-
-def _key(function: Function, owner: nn.Module, leaves: Sequence[object], structure: object) -> Hashable:
-    """All that the launches of a call depend on but addresses. Holds the function: its id might be reused."""
-    kinds = tuple(_kind(leaf) for leaf in leaves)
-    return function, structure, kinds, owner.training, torch.is_inference_mode_enabled(), _switches()
-
-
-def _modules(owner: nn.Module) -> Iterator[nn.Module]:
-    """It and all below it. A U-Net has a thousand, and `nn.Module.modules` takes long for a step."""
-    pending: list[nn.Module | None] = [owner]
-    while pending:
-        module = pending.pop()
-        if module is not None:
-            yield module
-            pending.extend(module._modules.values())
-
-
-def _weights(owner: nn.Module) -> list[Tensor]:
-    return [
-        weight
-        for module in _modules(owner)
-        for weight in (*module._parameters.values(), *module._buffers.values())
-        if weight is not None
-    ]
-
-
-def _identity(weight: Tensor) -> tuple[int, int]:
-    """Where a weight lies and its version; inference tensors have none."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _can_capture(owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
@@ -357,24 +332,9 @@ def _can_capture(owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in _modules(owner)):
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules_of(owner)):
         return False
     recorded = (*tensors, *owner.parameters()) if torch.is_grad_enabled() else ()
     return not any(t.requires_grad for t in recorded)
-
-
-def _kind(leaf: object) -> Hashable:
-    """All that launches depend on: of a tensor what it is, of anything else its value."""
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
-    if not isinstance(leaf, Hashable):
-        raise TypeError(f"argument: got {type(leaf).__name__}, expected tensors, numbers, or lists of these")
-    return type(leaf), leaf
-
-
-def _switches() -> tuple[Hashable, ...]:
-    """The process-wide settings by which kernels are chosen."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    tf32 = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
-    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    return *dispatch.switches(), *tf32, *autocast

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import UNET
 from torch import nn
+from torch.nn.modules import module as everywhere
 from torch.utils import _pytree as pytree
 
 from sdfast import StableDiffusion, dispatch, graphs, packing
@@ -111,14 +112,60 @@ def test_what_chooses_kernels_chooses_graphs(on_cpu):
             assert cache.captured == captured + 1
         run(x)
         assert cache.captured == captured + 1
-    for flags, expected in ((torch.backends.cuda.matmul, 6), (torch.backends.cudnn, 7)):
-        before = flags.allow_tf32
-        try:
-            flags.allow_tf32 = not before
-            run(x)
-            assert cache.captured == expected
-        finally:
-            flags.allow_tf32 = before
+
+
+def attribute(owner, name):
+    """Its value, and what sets it."""
+    return getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+TORCH_SWITCHES = {
+    "matmul": lambda: (*attribute(torch.backends.cuda.matmul, "fp32_precision"), "tf32"),
+    "conv": lambda: (*attribute(torch.backends.cudnn.conv, "fp32_precision"), "ieee"),
+    **{
+        name: lambda name=name: (*attribute(torch.backends.cudnn, name), None)
+        for name in ("enabled", "benchmark", "deterministic")
+    },
+    **{
+        name: lambda name=name: (*attribute(torch.backends.cuda.matmul, name), None)
+        for name in (
+            "allow_fp16_reduced_precision_reduction",
+            "allow_bf16_reduced_precision_reduction",
+            "allow_fp16_accumulation",
+        )
+    },
+    **{
+        name: lambda name=name: (
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")(),
+            getattr(torch.backends.cuda, f"enable_{name}_sdp"),
+            None,
+        )
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+    },
+    "deterministic_algorithms": lambda: (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.use_deterministic_algorithms,
+        None,
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TORCH_SWITCHES)
+def test_what_chooses_the_kernels_of_torch_chooses_graphs(on_cpu, name):
+    before, change, value = TORCH_SWITCHES[name]()
+    cache, x = Recorder(), torch.ones(2)
+    run = graphed(Scaled(), cache=cache)
+    run(x)
+    try:
+        change(not before if value is None else value)
+        run(x)
+        run(x)
+        assert cache.captured == 2
+    finally:
+        change(before)
+    run(x)
+    assert cache.captured == 2
 
 
 @torch.no_grad()
@@ -140,6 +187,25 @@ def test_weights_that_changed_or_moved_are_captured_anew(on_cpu):
     model.weight.data = torch.tensor(5.0)
     assert run(x)["y"][0] == 5 and cache.captured == 3 and len(cache) == 1
     assert old == 4
+
+
+@torch.no_grad()
+def test_a_layer_that_was_replaced_is_captured_anew(on_cpu):
+    """Also one without weights, and one that takes over those of the old; a part may change its mode alone."""
+    model, cache, x = nn.Sequential(Scaled(), nn.Flatten(0), nn.Dropout(0.0)), Recorder(), torch.ones(2)
+    model[0].forward = lambda x: x
+    run = graphed(model, cache=cache)
+    assert run(x).tolist() == [1, 1] and cache.captured == 1
+    model[1] = nn.Threshold(2.0, 7.0)
+    assert run(x).tolist() == [7, 7] and cache.captured == 2
+    doubling = Scaled()
+    doubling.weight = model[0].weight
+    doubling.forward = lambda x: 3 * x
+    model[0] = doubling
+    assert run(x).tolist() == [3, 3] and cache.captured == 3
+    model[2].eval()
+    run(x)
+    assert cache.captured == 4 and len(cache) == 1
 
 
 class PacksOnce(nn.Module):
@@ -269,6 +335,13 @@ def test_a_model_with_hooks_is_not_captured():
         with torch.no_grad():
             assert graphs._can_capture(model, [OnCuda()])
             for register in (model[0].register_forward_hook, model[0].register_forward_pre_hook):
+                hook = register(lambda *_: None)
+                assert not graphs._can_capture(model, [OnCuda()])
+                hook.remove()
+            for register in (
+                everywhere.register_module_forward_hook,
+                everywhere.register_module_forward_pre_hook,
+            ):
                 hook = register(lambda *_: None)
                 assert not graphs._can_capture(model, [OnCuda()])
                 hook.remove()
