@@ -8,27 +8,30 @@ A step of a U-Net at batch 1 is some hundred kernels of microseconds, which the 
 launches them. A graph holds addresses, so inputs are copied to where it reads them, and results from where
 it writes them; of a loop whose state stays on the device, once for all steps. A new shape costs a capture.
 
-A weight that moved, as those of an offloaded model do, or whose version counter did, as at an optimiser's
-step, captures anew: a kernel may read a copy of it in another layout (packing.py), which is made outside of
-the graph. `weight.data += ...` and writes to inference tensors move no counter: call `release` after them.
+A layer that was replaced, a weight that moved, as those of an offloaded model do, or whose version counter
+did, as at an optimiser's step, captures anew: a kernel may read a copy of it in another layout (packing.py),
+which is made outside of the graph. `weight.data += ...` and writes to inference tensors move no counter: call
+`release` after them, and `packing.clear` before.
 
-All graphs of a cache share one memory pool and a budget, above which the least recently used are dropped.
+All graphs of a cache share one memory pool, whose intermediates lie over each other, and a budget. The
+allocator gives a pool back when its last graph is gone, so above the budget all are dropped but the newest.
 What cannot be captured (CPU tensors, a call that records a gradient, a model with hooks, which a replay would
 not call, a call within another capture or under torch.compile) runs as it is.
 """
 
 from __future__ import annotations
 
-import collections
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 from torch.utils import _pytree as pytree
 
-from sdfast import dispatch, packing
+from sdfast import packing
+from sdfast._graph_keys import call_key, model_identity, modules_of, weights_of
 
 BUDGET_BYTES = 4 << 30
 # Runs before a capture: the first of them compile kernels and fill caches, which a capture must not.
@@ -44,17 +47,17 @@ class Capture(NamedTuple):
         inputs: the tensors it reads, in the order of the call's.
         outputs: what the function returned; each replay overwrites its tensors.
         replay: runs it.
-        nbytes: what it keeps of device memory.
+        pool_bytes: by how much the pool grew for it, which has the outputs and what lies between.
     """
 
     inputs: list[Tensor]
     outputs: Any
     replay: Callable[[], None]
-    nbytes: int
+    pool_bytes: int
 
 
 class _Entry(NamedTuple):
-    """A capture and the weights it was made with: where they lie, their versions, their packed copies."""
+    """A capture, what it was made with (`model_identity`), and the packed copies of these weights."""
 
     identity: Hashable
     capture: Capture
@@ -65,17 +68,19 @@ class GraphCache:
     """The graphs of one or several functions on one device, within one budget.
 
     Args:
-        budget_bytes: of device memory for graphs, their intermediates, inputs and outputs; the graph of the
-            latest call stays whatever it takes.
+        budget_bytes: of device memory for graphs, their intermediates, inputs and outputs. A capture that
+            goes beyond it drops all others and is made anew in a new pool, where it stays whatever it takes.
     """
 
     def __init__(self, budget_bytes: int = BUDGET_BYTES) -> None:
         if budget_bytes < 0:
             raise ValueError(f"budget_bytes: got {budget_bytes}, expected 0 or more")
         self.budget_bytes = budget_bytes
-        self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._entries: dict[Hashable, _Entry] = {}
         self._running: set[Hashable] = set()
         self._pool: Any = None
+        self._pool_bytes = 0
+        self._stream: torch.cuda.Stream | None = None
         self._lock = threading.RLock()
         self._last_use: torch.cuda.Event | None = None
 
@@ -87,19 +92,25 @@ class GraphCache:
         return key in self._running
 
     def used_bytes(self) -> int:
-        """What its graphs keep of device memory."""
-        return sum(entry.capture.nbytes for entry in self._entries.values())
+        """What its graphs keep of device memory: their pool, and their inputs, which lie outside of it."""
+        inputs = (t for entry in self._entries.values() for t in entry.capture.inputs)
+        return self._pool_bytes + sum(t.nbytes for t in inputs)
+
+    def pool_bytes(self) -> int:
+        """What of it is the pool. It never shrinks while one of its graphs is there."""
+        return self._pool_bytes
 
     def release(self) -> None:
         """Drop all graphs and their memory; later calls capture anew."""
         with self._lock:
+            self._wait_for_last_use()
             self._entries.clear()
-            self._pool = None
+            self._pool, self._pool_bytes = None, 0
 
     def run(
         self,
         key: Hashable,
-        weights: Sequence[Tensor],
+        model: nn.Module,
         tensors: Sequence[Tensor],
         function: Function,
         times: int = 1,
@@ -108,32 +119,57 @@ class GraphCache:
         """The result of `function`, called with `tensors`, by the graph of this key.
 
         Args:
-            key: all that the launches depend on but addresses.
-            weights: what they read besides.
+            key: all that the launches depend on but the model.
+            model: whose modules and weights they are of; changed ones are captured anew.
             tensors: the call's inputs, on one device.
             function: makes the call; takes a list of tensors in place of `tensors`.
             times: how often the graph is replayed, on inputs that are copied once.
             observe: called as observe(i, results) after replay i; the next one overwrites their tensors.
         """
         with self._lock:
-            identity = tuple(_identity(weight) for weight in weights)
-            entry = self._entries.pop(key, None)
+            modules = list(modules_of(model))
+            weights = weights_of(modules)
+            identity = model_identity(modules, weights)
+            entry = self._entries.get(key)
             if entry is not None and entry.identity != identity:
-                entry = None  # its memory serves the next
+                self._wait_for_last_use()
+                entry = None
+                del self._entries[key]  # what it had of the pool serves the next
             if entry is None:
-                capture = self.capture(function, tensors)
-                entry = _Entry(identity, capture, packing.copies_of(weights))
-            self._entries[key] = entry
-            self._drop_oldest()
+                entry = self._add(key, identity, weights, tensors, function)
             self._running.add(key)
             try:
                 return self.replay(entry.capture, tensors, times, observe)
             finally:
                 self._running.remove(key)
 
-    def _drop_oldest(self) -> None:
-        while len(self._entries) > 1 and self.used_bytes() > self.budget_bytes:
-            self._entries.popitem(last=False)
+    def _add(
+        self,
+        key: Hashable,
+        identity: Hashable,
+        weights: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        function: Function,
+    ) -> _Entry:
+        """Capture, within the budget: in the pool of the others, or after them in a new one."""
+        if not self._entries or self._is_over_budget():
+            self.release()  # a pool whose graphs are all gone is not to be used again
+        while True:
+            capture = self.capture(function, tensors)
+            entry = self._entries[key] = _Entry(identity, capture, packing.copies_of(weights))
+            self._pool_bytes += capture.pool_bytes
+            if len(self._entries) == 1 or not self._is_over_budget():
+                return entry
+            del capture, entry
+            self.release()
+
+    def _is_over_budget(self) -> bool:
+        return self.used_bytes() > self.budget_bytes
+
+    def _wait_for_last_use(self) -> None:
+        """Before memory is given up that a graph may still read, on a stream unknown to the allocator."""
+        if self._last_use is not None:
+            self._last_use.synchronize()
 
     def replay(
         self,
@@ -153,24 +189,30 @@ class GraphCache:
                 self._last_use = stream.record_event()
 
     def capture(self, function: Function, tensors: Sequence[Tensor]) -> Capture:
-        """Warm up on a stream beside the current one, then capture."""
+        """Warm up on a stream beside the current one, then capture on it.
+
+        One stream for both and for all captures: a pool's blocks serve the stream that asked for them, and
+        what cuBLAS keeps for a stream is there before the capture, so that no pool has to hold it.
+        """
         with torch.cuda.device(tensors[0].device):
             inputs = [t.clone(memory_format=torch.preserve_format) for t in tensors]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARMUP_RUNS):
                     function(inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # as the capture would: what is reserved from here on is the pool's
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 outputs = function(inputs)
-            kept = max(0, torch.cuda.memory_reserved() - before)
-        return Capture(inputs, outputs, graph.replay, kept + sum(t.nbytes for t in inputs))
+            grown = max(0, torch.cuda.memory_reserved() - before)
+        return Capture(inputs, outputs, graph.replay, grown)
 
 
 def _copied_through(
@@ -224,7 +266,7 @@ def graphed(
             positional, named = pytree.tree_unflatten(_filled(leaves, inputs), structure)
             return function(*positional, **named)
 
-        return graphs.run(_key(function, owner, leaves, structure), _weights(owner), tensors, run)
+        return graphs.run(call_key(function, leaves, structure), owner, tensors, run)
 
     return call
 
@@ -256,7 +298,7 @@ def repeat(
     """
     leaves, structure = pytree.tree_flatten((state, constants))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    key = _key(step, model, leaves, structure)
+    key = call_key(step, leaves, structure)
     if not tensors or not _can_capture(model, tensors) or cache.is_running(key):
         for i in range(times):
             state = step(state, constants)
@@ -274,43 +316,13 @@ def repeat(
         torch._foreach_copy_(places, values)
         return now
 
-    return cache.run(key, _weights(model), tensors, run, times, observe)
+    return cache.run(key, model, tensors, run, times, observe)
 
 
 def _filled(leaves: Sequence[object], tensors: Sequence[Tensor]) -> list[object]:
     """The leaves with these tensors in place of theirs."""
     following = iter(tensors)
     return [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-
-def _key(function: Function, owner: nn.Module, leaves: Sequence[object], structure: object) -> Hashable:
-    """All that the launches of a call depend on but addresses. Holds the function: its id might be reused."""
-    kinds = tuple(_kind(leaf) for leaf in leaves)
-    return function, structure, kinds, owner.training, torch.is_inference_mode_enabled(), _switches()
-
-
-def _modules(owner: nn.Module) -> Iterator[nn.Module]:
-    """It and all below it. A U-Net has a thousand, and `nn.Module.modules` takes long for a step."""
-    pending: list[nn.Module | None] = [owner]
-    while pending:
-        module = pending.pop()
-        if module is not None:
-            yield module
-            pending.extend(module._modules.values())
-
-
-def _weights(owner: nn.Module) -> list[Tensor]:
-    return [
-        weight
-        for module in _modules(owner)
-        for weight in (*module._parameters.values(), *module._buffers.values())
-        if weight is not None
-    ]
-
-
-def _identity(weight: Tensor) -> tuple[int, int]:
-    """Where a weight lies and its version; inference tensors have none."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _can_capture(owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
@@ -320,24 +332,9 @@ def _can_capture(owner: nn.Module, tensors: Sequence[Tensor]) -> bool:
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in _modules(owner)):
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules_of(owner)):
         return False
     recorded = (*tensors, *owner.parameters()) if torch.is_grad_enabled() else ()
     return not any(t.requires_grad for t in recorded)
-
-
-def _kind(leaf: object) -> Hashable:
-    """All that launches depend on: of a tensor what it is, of anything else its value."""
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
-    if not isinstance(leaf, Hashable):
-        raise TypeError(f"argument: got {type(leaf).__name__}, expected tensors, numbers, or lists of these")
-    return type(leaf), leaf
-
-
-def _switches() -> tuple[Hashable, ...]:
-    """The process-wide settings by which kernels are chosen."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    tf32 = torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
-    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    return *dispatch.switches(), *tf32, *autocast

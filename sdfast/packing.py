@@ -10,7 +10,11 @@ A copy belongs to the weight tensor and dies with it. It is made anew when the w
 moved (an optimiser's step, `load_state_dict`), its storage is another, or the values at a few places differ:
 `weight.data += ...`, the way LoRAs are merged, moves no counter, nor does a write to an inference tensor.
 Where such a write touches few elements, call `clear`; on a GPU wherever there was one, as no values are read
-there: that would wait for the device, and could not be captured in a graph.
+there: that would wait for the device, and could not be captured in a graph. Nor are they on a CPU without the
+compiled library.
+
+On a GPU a stream waits for a copy that another one made. While a graph is captured none is kept that is made:
+its memory would be the graph's, and its values be there only after a replay.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -35,8 +40,19 @@ _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambd
 
 @dataclasses.dataclass
 class _Copy:
+    """A copy, the milliseconds it saves a byte at each call, and on a GPU when it is there, and who knows."""
+
     values: Tensor
-    worth: float  # the milliseconds it saves a byte at each call
+    worth: float
+    made: torch.cuda.Event | None = None
+    streams: set[torch.cuda.Stream] = dataclasses.field(default_factory=set)
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        """Let the stream's next work read it, and its memory outlast that work."""
+        if stream not in self.streams and self.made is not None:
+            stream.wait_event(self.made)
+            self.values.record_stream(stream)
+            self.streams.add(stream)
 
     @property
     def nbytes(self) -> int:
@@ -115,17 +131,32 @@ def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor], worth: f
 
     Threads that ask at the same time may both make one; either serves.
     """
-    state = _state_of(weight)
+    state, stream = _state_of(weight), _current_stream(weight)
+    # What was made before a capture is there: torch.cuda.graph waits for the device as it begins.
+    is_captured = stream is not None and torch.cuda.is_current_stream_capturing()
     with _lock:
         copies = _copies.get(weight)
         if copies is None or copies.state != state:
-            copies = _copies[weight] = _Copies(state, {})
+            copies = _Copies(state, {})
+            if not is_captured:
+                _copies[weight] = copies
         copy = copies.by_kind.get(kind)
     if copy is None:
         copy = _Copy(pack(weight.detach()), worth)
+        if is_captured:
+            return copy.values
+        if stream is not None:
+            copy.made = stream.record_event()
+            copy.streams.add(stream)
         with _lock:
             copies.by_kind[kind] = copy
+    elif stream is not None and not is_captured:
+        copy.wait(stream)
     return copy.values
+
+
+def _current_stream(weight: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(weight.device) if weight.device.type == "cuda" else None
 
 
 def is_lasting(weight: Tensor) -> bool:
@@ -136,7 +167,8 @@ def is_lasting(weight: Tensor) -> bool:
 def _state_of(weight: Tensor) -> State:
     version = 0 if weight.is_inference() else weight._version
     layout = (weight.dtype, weight.shape, weight.stride())
-    sample = _fingerprint(weight.detach()) if weight.device.type == "cpu" else None
+    sampled = weight.device.type == "cpu" and _library.has_kernel("fingerprint", "cpu")
+    sample = _fingerprint(weight.detach()) if sampled else None
     return version, weight.data_ptr(), sample, layout
 
 

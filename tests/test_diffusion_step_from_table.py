@@ -35,7 +35,7 @@ def check_step(
 ):  # fmt: skip
     """One call against `diffusion_step` with the row, by the same backend; the results, and the next input."""
     k, scale, g = (t.to(device) for t in tables())
-    x, m, previous = (arranged(t, arrangement).to(device) for t in tensors(dtype, shape, guided=guided))
+    x, m, previous = (arranged(t.to(device), arrangement) for t in tensors(dtype, shape, guided=guided))
     seeds = None if seeds is None else seeds.to(device)
     row = min(max(counter, 0), STEPS - 1)
     common = {"previous_x0": previous if takes_x0 else None, "clip": clip, "seeds": seeds, "backend": backend}

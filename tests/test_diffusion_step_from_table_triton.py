@@ -109,7 +109,7 @@ def test_opcheck():
     k, scale, g = (t.to(DEVICE) for t in tables())
     op, counter = torch.ops.sdfast.diffusion_step_from_table_triton.default, torch.tensor(2, device=DEVICE)
     for arrangement in ("contiguous", "channels_last"):
-        x, m, previous = (arranged(t, arrangement).to(DEVICE) for t in tensors(shape=(2, 3, 4, 5)))
+        x, m, previous = (arranged(t.to(DEVICE), arrangement) for t in tensors(shape=(2, 3, 4, 5)))
         options = {"guidance_scale": g, "previous_x0": previous, "clip": 1.0, "seeds": SEEDS.to(DEVICE)}
         torch.library.opcheck(op, (x, m, k, scale, counter), options)
         torch.library.opcheck(op, (x, x, k, scale, counter), {})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import UNET
 from torch import nn
+from torch.nn.modules import module as everywhere
 from torch.utils import _pytree as pytree
 
 from sdfast import StableDiffusion, dispatch, graphs, packing
@@ -18,11 +19,21 @@ from sdfast.models.config import config_from_dict
 
 
 class Recorder(GraphCache):
-    """Captures on the CPU: a replay runs the function on the captured tensors and writes the captured results."""
+    """Captures on the CPU: a replay runs the function on the captured tensors and writes the captured results.
+
+    Its pool is a number that grows by 100 with each graph and is the allocator's until the last one is gone.
+    """
 
     def __init__(self, budget_bytes=graphs.BUDGET_BYTES):
         super().__init__(budget_bytes)
         self.captured = self.replayed = 0
+        self.pools = []
+
+    def allocated(self):
+        """Bytes of the pools of which a graph is alive, and of the inputs of living graphs."""
+        gc.collect()
+        alive = [graph for pool in self.pools if any(g() is not None for g in pool) for graph in pool]
+        return 100 * len(alive) + sum(g().nbytes for g in alive if g() is not None)
 
     def capture(self, function, tensors):
         self.captured += 1
@@ -36,7 +47,13 @@ class Recorder(GraphCache):
                 if new is not None:
                     to.copy_(new)
 
-        return Capture(inputs, outputs, replay, nbytes=100)
+        replay.nbytes = sum(t.nbytes for t in inputs)
+        if self._pool is None:
+            self._pool = []
+            self.pools.append(self._pool)
+        assert not self._pool or any(g() is not None for g in self._pool), "a pool that was given back"
+        self._pool.append(weakref.ref(replay))
+        return Capture(inputs, outputs, replay, pool_bytes=100)
 
     def replay(self, capture, tensors, times=1, observe=None):
         return graphs._copied_through(capture, tensors, times, observe)
@@ -95,14 +112,60 @@ def test_what_chooses_kernels_chooses_graphs(on_cpu):
             assert cache.captured == captured + 1
         run(x)
         assert cache.captured == captured + 1
-    for flags, expected in ((torch.backends.cuda.matmul, 6), (torch.backends.cudnn, 7)):
-        before = flags.allow_tf32
-        try:
-            flags.allow_tf32 = not before
-            run(x)
-            assert cache.captured == expected
-        finally:
-            flags.allow_tf32 = before
+
+
+def attribute(owner, name):
+    """Its value, and what sets it."""
+    return getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+TORCH_SWITCHES = {
+    "matmul": lambda: (*attribute(torch.backends.cuda.matmul, "fp32_precision"), "tf32"),
+    "conv": lambda: (*attribute(torch.backends.cudnn.conv, "fp32_precision"), "ieee"),
+    **{
+        name: lambda name=name: (*attribute(torch.backends.cudnn, name), None)
+        for name in ("enabled", "benchmark", "deterministic")
+    },
+    **{
+        name: lambda name=name: (*attribute(torch.backends.cuda.matmul, name), None)
+        for name in (
+            "allow_fp16_reduced_precision_reduction",
+            "allow_bf16_reduced_precision_reduction",
+            "allow_fp16_accumulation",
+        )
+    },
+    **{
+        name: lambda name=name: (
+            getattr(torch.backends.cuda, f"{name}_sdp_enabled")(),
+            getattr(torch.backends.cuda, f"enable_{name}_sdp"),
+            None,
+        )
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+    },
+    "deterministic_algorithms": lambda: (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.use_deterministic_algorithms,
+        None,
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TORCH_SWITCHES)
+def test_what_chooses_the_kernels_of_torch_chooses_graphs(on_cpu, name):
+    before, change, value = TORCH_SWITCHES[name]()
+    cache, x = Recorder(), torch.ones(2)
+    run = graphed(Scaled(), cache=cache)
+    run(x)
+    try:
+        change(not before if value is None else value)
+        run(x)
+        run(x)
+        assert cache.captured == 2
+    finally:
+        change(before)
+    run(x)
+    assert cache.captured == 2
 
 
 @torch.no_grad()
@@ -124,6 +187,25 @@ def test_weights_that_changed_or_moved_are_captured_anew(on_cpu):
     model.weight.data = torch.tensor(5.0)
     assert run(x)["y"][0] == 5 and cache.captured == 3 and len(cache) == 1
     assert old == 4
+
+
+@torch.no_grad()
+def test_a_layer_that_was_replaced_is_captured_anew(on_cpu):
+    """Also one without weights, and one that takes over those of the old; a part may change its mode alone."""
+    model, cache, x = nn.Sequential(Scaled(), nn.Flatten(0), nn.Dropout(0.0)), Recorder(), torch.ones(2)
+    model[0].forward = lambda x: x
+    run = graphed(model, cache=cache)
+    assert run(x).tolist() == [1, 1] and cache.captured == 1
+    model[1] = nn.Threshold(2.0, 7.0)
+    assert run(x).tolist() == [7, 7] and cache.captured == 2
+    doubling = Scaled()
+    doubling.weight = model[0].weight
+    doubling.forward = lambda x: 3 * x
+    model[0] = doubling
+    assert run(x).tolist() == [3, 3] and cache.captured == 3
+    model[2].eval()
+    run(x)
+    assert cache.captured == 4 and len(cache) == 1
 
 
 class PacksOnce(nn.Module):
@@ -256,22 +338,56 @@ def test_a_model_with_hooks_is_not_captured():
                 hook = register(lambda *_: None)
                 assert not graphs._can_capture(model, [OnCuda()])
                 hook.remove()
+            for register in (
+                everywhere.register_module_forward_hook,
+                everywhere.register_module_forward_pre_hook,
+            ):
+                hook = register(lambda *_: None)
+                assert not graphs._can_capture(model, [OnCuda()])
+                hook.remove()
             assert graphs._can_capture(model, [OnCuda()])
 
 
 @torch.no_grad()
-def test_the_least_recently_used_go_first(on_cpu):
+def test_the_budget_bounds_the_pool(on_cpu):
+    """Dropping some graphs of a pool frees nothing: the newest goes to a new pool, all others go."""
     cache = Recorder(budget_bytes=250)
     run = graphed(Scaled(), cache=cache)
-    for size in (1, 2, 1, 3, 1):
-        run(torch.ones(size))
-    assert cache.captured == 3 and len(cache) == 2 and cache.used_bytes() == 200
-    run(torch.ones(2))
-    assert cache.captured == 4
+    for size, captured, graphs_left in (
+        (1, 1, 1), (2, 2, 2), (1, 2, 2), (3, 4, 1), (3, 4, 1), (1, 5, 2), (3, 5, 2), (9, 7, 1),
+    ):  # fmt: skip
+        assert torch.equal(run(torch.ones(size))["y"], torch.full((size,), 2.0))
+        assert (cache.captured, len(cache)) == (captured, graphs_left)
+        assert cache.used_bytes() == cache.allocated() <= 250
+        assert cache.pool_bytes() == 100 * graphs_left
     cache.release()
-    assert len(cache) == 0 and torch.equal(run(torch.ones(1))["y"], torch.tensor([2.0]))
-    tight = Recorder(budget_bytes=0)
-    assert graphed(Scaled(), cache=tight)(torch.ones(1))["y"] == 2 and len(tight) == 1
+    assert len(cache) == 0 == cache.used_bytes() == cache.allocated()
+    assert torch.equal(run(torch.ones(1))["y"], torch.tensor([2.0]))
+
+
+@torch.no_grad()
+def test_the_newest_graph_stays_whatever_it_takes(on_cpu):
+    cache = Recorder(budget_bytes=0)
+    run = graphed(Scaled(), cache=cache)
+    for size, captured in ((1, 1), (1, 1), (2, 2), (1, 3)):
+        assert torch.equal(run(torch.ones(size))["y"], torch.full((size,), 2.0))
+        assert len(cache) == 1 and cache.captured == captured and cache.allocated() == 100 + 4 * size
+
+
+@torch.no_grad()
+def test_a_pool_counts_what_graphs_before_left_in_it(on_cpu):
+    """A weight that changed drops one graph; the pool of those that stay is as large as it was."""
+    model, other = Scaled(), Scaled()
+    cache = Recorder()
+    for run in (graphed(model, cache=cache), graphed(other, cache=cache), graphed(model, cache=cache)):
+        run(torch.ones(1))
+        model.weight.mul_(2)
+    assert len(cache) == 2 and cache.pool_bytes() == 300 and cache.used_bytes() == cache.allocated() == 308
+    alone = Recorder()
+    for _ in range(3):  # the only graph: its pool goes with it
+        graphed(model, cache=alone)(torch.ones(1))
+        model.weight.mul_(2)
+    assert alone.used_bytes() == alone.allocated() == 104
 
 
 @torch.no_grad()
@@ -317,7 +433,23 @@ def test_captured_on_a_gpu():
     for size in (8, 16, 8):
         x = torch.randn(2, 4, size, size, device="cuda")
         torch.testing.assert_close(run(x, 500, text), unet(x, 500, text))
-    assert len(cache) == 2 and cache.used_bytes() > 0
+    assert len(cache) == 2 and cache.pool_bytes() > 0
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_above_the_budget_are_given_back_on_a_gpu():
+    """In turn by two sizes, each in a pool of its own: what is reserved is the same each round."""
+    unet, cache = tiny_unet().cuda(), GraphCache(budget_bytes=0)
+    run, reserved = graphed(unet, cache=cache), []
+    text = torch.randn(2, 5, UNET["cross_attention_dim"], device="cuda")
+    for size in (8, 64) * 3:
+        run(torch.randn(2, 4, size, size, device="cuda"), 500, text)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+        assert len(cache) == 1 and cache.pool_bytes() > 0
+    assert reserved[4:] == reserved[2:4]
 
 
 @pytest.mark.gpu

@@ -96,7 +96,8 @@ ALLOWED = {
     "sdfast.tokenizer": (),
     "sdfast.ops._conv2d_tuning": ("sdfast.dispatch", "sdfast.tuning", "sdfast.testing", "sdfast.ops"),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.tuning", "sdfast.ops"),
-    "sdfast.graphs": ("sdfast.dispatch", "sdfast.packing"),
+    "sdfast.graphs": ("sdfast._graph_keys", "sdfast.packing"),
+    "sdfast._graph_keys": ("sdfast.dispatch",),
     "sdfast.packing": ("sdfast._library", "sdfast.dispatch"),
     "sdfast.tuning": (
         "sdfast.__version__", "sdfast._library", "sdfast._tuning_file", "sdfast.dispatch", "sdfast.packing",

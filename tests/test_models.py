@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from on_device import OnTheDevice
 from torch.utils import _pytree as pytree
 
 from sdfast import dispatch
@@ -216,6 +217,18 @@ def test_encoded_time_of_the_unconditional_unet():
     sample = torch.randn(2, 3, 8, 8)
     for time, timestep in zip(ours.encode_time([7, 500]), [7, 500], strict=True):
         assert torch.equal(ours(sample, time), ours(sample, timestep))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("timestep", [500, 12.5])
+def test_a_timestep_of_the_host_is_copied_by_nobody(timestep):
+    """A number is part of a CUDA graph, as a fill; the values are those of the tensor."""
+    unet = UNet2DCondition(config_from_dict(UNet2DCondition, SMALL)).eval()
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    with dispatch.use_backend("torch"):
+        expected = unet(sample, torch.tensor([timestep] * 2), text)
+        with OnTheDevice():
+            assert torch.equal(unet(sample, timestep, text), expected)
 
 
 @torch.inference_mode()

@@ -32,6 +32,17 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("name", SAMPLE_ARGUMENTS)
+def test_shapes_alone(name):
+    """On meta tensors, of which torch knows no autocast."""
+    args, keywords = arguments(name, torch.float32)
+    result = getattr(ops, name)(*(a.to("meta") for a in args), **keywords)
+    expected = getattr(ops, name)(*args, **keywords)
+    assert result.device.type == "meta" and result.shape == expected.shape
+    with pytest.raises(TypeError, match="got dtype torch.float64, expected torch.float32"):
+        getattr(ops, name)(args[0].to("meta"), *(a.to("meta", torch.float64) for a in args[1:]), **keywords)
+
+
+@pytest.mark.parametrize("name", SAMPLE_ARGUMENTS)
 def test_registered_operation_equals_the_reference(name):
     args, keywords = arguments(name)
     expected = getattr(ops, name)(*args, **keywords, backend="reference")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -71,6 +71,68 @@ def test_values_on_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first is copy(weight)
     weight.add_(1)
     assert first is not copy(weight)
+
+
+def test_values_are_not_read_without_the_compiled_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of Triton's, interpreted, has copies on the CPU where none was built."""
+    monkeypatch.setattr(packing, "_fingerprint", lambda weight: pytest.fail("there is no kernel"))
+    monkeypatch.setattr(_library, "_kernels", _library._kernels - {("fingerprint", "cpu")})
+    weight = torch.zeros(64, 32)
+    first = copy(weight)
+    assert first is copy(weight)
+    weight.add_(1)
+    assert copy(weight)[0, 0] == 1
+
+
+class Stream:
+    """Stands in for a CUDA stream: notes what it waited for."""
+
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def record_event(self) -> object:
+        return self, "event"
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stream]]:
+    """Makes a stream the current one, capturing or not; the memory that it reads notes so."""
+
+    def make_current(stream: Stream, *, capturing: bool = False) -> Stream:
+        monkeypatch.setattr(packing, "_current_stream", lambda weight: stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        return stream
+
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: stream.waited.append(t))
+    yield make_current
+
+
+def test_another_stream_waits_for_the_copy(stream: Callable[..., Stream]) -> None:
+    weight, one, other = torch.ones(64, 32), Stream(), Stream()
+    stream(one)
+    first = copy(weight)
+    assert copy(weight) is first and one.waited == []
+    stream(other)
+    for _ in range(2):  # once it has, its work is in order
+        assert copy(weight) is first
+        event, memory = other.waited
+        assert event == (one, "event") and memory is first
+
+
+def test_nothing_that_a_capture_makes_is_kept(stream: Callable[..., Stream]) -> None:
+    weight, one, other = torch.ones(64, 32), Stream(), Stream()
+    stream(other, capturing=True)
+    assert copy(weight) is not copy(weight) and packing.packed_bytes() == 0
+    stream(one)
+    kept = copy(weight)
+    stream(other, capturing=True)
+    assert copy(weight) is kept  # it was made before
+    assert other.waited == []  # on what lies outside of a capture nothing in it may wait
+    weight.add_(1)
+    assert copy(weight)[0, 0] == 2 and packing.packed_bytes() == kept.nbytes
 
 
 def test_what_is_worth_more_takes_the_place(monkeypatch: pytest.MonkeyPatch) -> None:

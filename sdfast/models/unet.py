@@ -116,9 +116,11 @@ class _UNet(nn.Module):
         if added is not None:
             check_rows("added_cond", len(added), sample)
             added = each_repeated(added, images)
-        return self._embed(
-            torch.as_tensor(timesteps, device=sample.device).expand(images), sample.dtype, added
-        )
+        if isinstance(timesteps, (int, float)):  # filled on the device: a copy from the host ends a capture
+            steps = torch.full((images,), timesteps, device=sample.device)
+        else:
+            steps = torch.as_tensor(timesteps, device=sample.device).expand(images)
+        return self._embed(steps, sample.dtype, added)
 
     def _embed(self, timesteps: Tensor, dtype: torch.dtype, added: Tensor | None) -> Tensor:
         """Timesteps (M,) and `added` (M, time_channels) -> (M, time_channels), SiLU'd.

@@ -20,6 +20,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast would cast what an operation on such a device is given; torch raises for "meta"."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
 def check_tensor(
     name: str,
     value: object,
@@ -47,7 +52,7 @@ def check_tensor(
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, expected {like.device} as the input")
-    if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if like is not None and value.dtype != like.dtype and not is_autocast(like.device.type):
         or_fp32 = or_fp32 and like.dtype in (torch.bfloat16, torch.float16)
         if or_fp32 and value.dtype is torch.float32:
             return

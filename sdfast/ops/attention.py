@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_autocast, widened
 from sdfast.ops._native import empty_by_token, requires_grad, unavailable
 
 
@@ -160,7 +160,7 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     """Why each backend that cannot take this call cannot."""
     if q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
         reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
-    elif torch.is_autocast_enabled(q.device.type):
+    elif is_autocast(q.device.type):
         reason = "under autocast torch decides the dtypes"
     elif mask is not None:
         reason = "it takes no mask; use torch or reference"

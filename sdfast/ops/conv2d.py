@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, tuning
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
 from sdfast.ops._conv2d_choice import folds, shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
@@ -143,7 +143,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     """Why each backend that cannot take this call cannot."""
     if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
         reason = "it takes tensors of one dtype that are not empty"
-    elif torch.is_autocast_enabled(x.device.type):
+    elif is_autocast(x.device.type):
         reason = "under autocast torch decides the dtypes"
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, widened
+from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
 from sdfast.ops._linear_rows import ACTIVATIONS, rows_op, rows_triton_op
 from sdfast.ops._linear_training import TRITON, linear_training
 from sdfast.ops._native import requires_grad, unavailable
@@ -137,7 +137,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     """Why each backend that cannot take this call cannot."""
     if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
         reason = "it takes tensors of one dtype that are not empty"
-    elif torch.is_autocast_enabled(x.device.type):
+    elif is_autocast(x.device.type):
         reason = "under autocast torch decides the dtypes"
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
