@@ -24,7 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import (
+    Config,
+    architecture,
+    launch,
+    multiprocessors,
+    product_precision,
+    shared_memory_bytes,
+)
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
 # What changes with the resolution and the batch: none of it tells how x and dy are aligned.
@@ -221,7 +228,7 @@ def conv2d_weight_gradient(
     dw = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     if dw.numel() == 0 or pixels == 0:
         return dw.zero_()
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    precision = product_precision(dy.dtype, "conv")
     plans = plans_of(
         rows, columns, pixels, precision, dy.element_size(), rows % 16 == 0 and channels % 16 == 0,
         multiprocessors(dy.device), shared_memory_bytes(dy.device), architecture(dy.device) in (90, 100),
