@@ -14,7 +14,6 @@ follow each other column by column, and the four phases of an upsampled tile tog
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ def convolve(
         grid = (triton.cdiv(out_channels, _FINISH.constants["BLOCK_N"]), phases * images * tiles)
         launch(
             finish_kernel, grid, target, *added, y, out_channels, columns.size, pixels, *y_size, images,
-            phases, tiles, plan.splits, math.prod(shape[1:]), *rows[4:], *columns[4:], config=_FINISH,
+            phases, tiles, plan.splits, *rows[4:], *columns[4:], config=_FINISH,
         )  # fmt: skip
     if statistics is None or partial_statistics is None:
         return None
