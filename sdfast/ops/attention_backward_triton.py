@@ -8,7 +8,7 @@ queries and walks over the keys; both compute p and ds, so that nothing is added
 they share out the columns of their results. Where blocks of keys are fewer than multiprocessors, the queries
 are shared out, and a second kernel adds the fp32 results in order.
 Bytes: all tensors once, those of the other side again from L2 for every block; the limit is the tensor
-cores', 14 L S D flops, where the forward has 4 L S D.
+cores', 14 L S D flops, where the forward has 4 L S D, and 8 L S D more for each further slice of columns.
 """
 
 from __future__ import annotations
