@@ -78,11 +78,6 @@ def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple
     return max(1, triton.cdiv(rows, each)), each
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How tiles are multiplied; fp16 and bf16 products are exact in any case."""
-    return "tf32" if dtype is not torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 @triton.jit
 def rows(first, stride, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """Where the rows of a tile begin, in elements: (BLOCK, 1), int64."""

@@ -52,6 +52,7 @@ def conv2d_triton(
     if stats_groups:
         return cast("tuple[Tensor, Tensor, Tensor]", statistics_op(*operands, stats_groups, stats_eps))
     is_product = is_pointwise and stride == 1 and not any(padding) and not upsample
+    is_product = is_product and x.dtype is not torch.float32  # whose precision torch sets apart for the two
     if is_product and not norm and skip is None and time_embedding is None:
         return _product(x, weight, bias, residual)
     return cast(Tensor, kernel_op(*operands))

@@ -124,7 +124,7 @@ def _place(image, row, out_width, height, width, stride_y, stride_x, start_y, st
 # A kernel for every image, whatever divides its size.
 _SIZES = [
     "height", "width", "out_width", "pixels", "y_height", "y_width", "images", "tiles", "steps", "steps_x",
-    "steps_all", "start_y", "place_y", "start_x", "place_x", "splits", "partial_size",
+    "steps_all", "start_y", "place_y", "start_x", "place_x", "splits",
 ]  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def convolution_kernel(
 def finish_kernel(
     partials,  # (splits, phases, N, pixels, out_channels), fp32
     bias, time_embedding, residual, statistics, y,  # as those of convolution_kernel
-    out_channels, out_width, pixels, y_height, y_width, images, phases, tiles, splits, partial_size,
+    out_channels, out_width, pixels, y_height, y_width, images, phases, tiles, splits,
     place_stride_y, place_y, place_stride_x, place_x,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -222,6 +222,8 @@ def finish_kernel(
     row = (tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     inside = (row < pixels) & (column < out_channels)
     at = partials + (part * pixels + row) * out_channels + column
+    # Out of out_channels, which are known to be a multiple of 16: loads of 16 bytes need that.
+    partial_size = images.to(tl.int64) * phases * pixels * out_channels
     h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, splits):
         h += tl.load(at, mask=inside, other=0.0)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,10 +115,23 @@ def shared_memory_bytes(device: torch.device) -> int:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once at least."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132
-    )
+    """How many programs run at once at least; without a GPU, an H100's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product_precision(dtype: torch.dtype, kind: Literal["matmul", "conv"]) -> Literal["tf32", "ieee"]:
+    """`input_precision` of `tl.dot`, as torch's switches for products and for convolutions want it.
+
+    Asked is `fp32_precision`, which answers for the older `allow_tf32` too; the latter raises once the former
+    was set. Products of fp16 and bf16 are exact in any case, and so have one kernel.
+    """
+    if dtype is not torch.float32:
+        return "tf32"
+    backends: Any = torch.backends
+    switch = backends.cuda.matmul if kind == "matmul" else backends.cudnn.conv
+    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
 def why_not(first: str, device_type: str) -> str | None:

@@ -222,6 +222,8 @@ def attention(
             )
         if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             check_tensor("mask", mask, like=q)
+        elif mask.device != q.device:
+            raise ValueError(f"mask: is on {mask.device}, expected {q.device} as the input")
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")

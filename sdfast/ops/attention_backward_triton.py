@@ -8,7 +8,7 @@ queries and walks over the keys; both compute p and ds, so that nothing is added
 they share out the columns of their results. Where blocks of keys are fewer than multiprocessors, the queries
 are shared out, and a second kernel adds the fp32 results in order.
 Bytes: all tensors once, those of the other side again from L2 for every block; the limit is the tensor
-cores', 14 L S D flops, where the forward has 4 L S D.
+cores', 14 L S D flops, where the forward has 4 L S D, and 8 L S D more for each further slice of columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from sdfast.ops._attention_triton import (
     alignment,
     chunks,
     load,
-    precision,
     reads_shared_memory,
     rows,
     slices,
@@ -36,7 +35,14 @@ from sdfast.ops._attention_triton import (
     strides,
 )
 from sdfast.ops._native import empty_by_token
-from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import (
+    Config,
+    architecture,
+    launch,
+    multiprocessors,
+    product_precision,
+    shared_memory_bytes,
+)
 
 
 @triton.jit
@@ -250,7 +256,7 @@ def _plan(q: Tensor, kept_rows: int) -> _Plan:
     batch, heads, _, head_dim = q.shape
     if q.dtype is torch.float32:
         # Multiplied without tensor cores, unless they may be tf32: factors in registers, narrow ones.
-        ieee = precision(q.dtype) == "ieee"
+        ieee = product_precision(q.dtype, "matmul") == "ieee"
         count, d0, d1 = slices(head_dim, 64)
         step = 16 if ieee else 32
         return _Plan({"SLICES": count, "D0": d0, "D1": d1, "CHUNK": step}, 64, step, 8, 2)
@@ -286,7 +292,8 @@ def attention_backward(
     unit = alignment(q)
     delta = row_products(do, aligned(o))
     inputs, factor = (do, q, k, v, lse, delta), scale * LOG2E
-    kind = {"IS_CAUSAL": is_causal, "D": q.shape[3], "O_COLUMNS": head_dim, "PRECISION": precision(q.dtype)}
+    precision = product_precision(q.dtype, "matmul")
+    kind = {"IS_CAUSAL": is_causal, "D": q.shape[3], "O_COLUMNS": head_dim, "PRECISION": precision}
 
     plan = _plan(q, queries)
     blocks, o_unit = triton.cdiv(queries, plan.kept), alignment(dq)

@@ -24,7 +24,6 @@ from sdfast.ops._attention_triton import (
     alignment,
     chunks,
     load,
-    precision,
     reads_shared_memory,
     rows,
     slices,
@@ -33,7 +32,14 @@ from sdfast.ops._attention_triton import (
     strides,
 )
 from sdfast.ops._native import empty_by_token
-from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import (
+    Config,
+    architecture,
+    launch,
+    multiprocessors,
+    product_precision,
+    shared_memory_bytes,
+)
 
 # A maximum before there is one: finite, so that it can be subtracted from itself.
 _LOWEST = tl.constexpr(-1e38)
@@ -195,7 +201,7 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
     is_streamed = head_dim > 512 or (head_dim > 256 and architecture(q.device) != 90)
     if q.dtype is torch.float32 or is_streamed:
         # fp32 is multiplied without tensor cores, its factors in registers: narrow ones. Not so tf32.
-        ieee = precision(q.dtype) == "ieee"
+        ieee = product_precision(q.dtype, "matmul") == "ieee"
         count, v0, v1 = slices(head_dim, 64 if ieee else 128)
         constants = {"SLICES": count, "K0": 0, "K1": 0, "V0": v0, "V1": v1, "CHUNK": 16 if ieee else 64}
         blocks = {"BLOCK_M": 64, "BLOCK_N": 16 if ieee else 32, "BLOCK_TAIL": 16}
@@ -246,7 +252,7 @@ def _attend(
         queries, keys, batch, heads, blocks, splits, split_keys,
         *strides(unit, q, k, v), *strides(o_unit, partials), scale * LOG2E,
         config=config, IS_CAUSAL=is_causal, UNIT=unit, O_UNIT=o_unit, D=q.shape[3], O_COLUMNS=head_dim,
-        PRECISION=precision(q.dtype),
+        PRECISION=product_precision(q.dtype, "matmul"),
     )  # fmt: skip
     if splits > 1:
         assert lses is not None

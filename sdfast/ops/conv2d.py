@@ -4,8 +4,9 @@
     y = W * h + bias + time_embedding[:, :, None, None] + residual
 
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
-a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
-Triton. With `stats_groups` the operation also returns the mean and rstd of y per group, which the next
+a kernel never forms `up(a)`; the composite below does.
+The concatenation is formed by all backends but Triton, and by Triton where there is a gradient, for which it
+is read again. With `stats_groups` the operation also returns the mean and rstd of y per group, which the next
 GroupNorm would otherwise read y once more to find.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
+from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
 from sdfast.ops._conv2d_choice import folds, shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
@@ -180,7 +182,7 @@ def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int = 1,
+    stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, ...] = 0,
     *,
     norm: NormPrologue | None = None,
@@ -198,7 +200,7 @@ def conv2d(
         x: (N, C_in, H, W), fp32, bf16, fp16 or fp64, contiguous or channels_last; other strides are copied.
         weight: (C_out, C_in, kh, kw), same dtype; with `skip` (C_out, C_in + C_skip, kh, kw).
         bias: (C_out,) or None.
-        stride: of both axes, at least 1.
+        stride: of both axes, at least 1; a pair of equal ints will also do.
         padding: zeros on every side; or (vertical, horizontal) as `torch.nn.functional.conv2d` counts; or
             (left, right, top, bottom) as `torch.nn.functional.pad` does.
         norm: GroupNorm and SiLU of the input, before anything else.
@@ -206,7 +208,7 @@ def conv2d(
         time_embedding: (N, C_out), added to every pixel.
         residual: (N, C_out, H_out, W_out), added last.
         skip: (N, C_skip, H, W): channels that follow those of x, as if x were `torch.cat([x, skip], 1)`.
-            Triton reads both where they lie; the others concatenate.
+            Triton reads both where they lie; the others, and Triton for a gradient, concatenate.
         stats_groups: also return the statistics of y over this many channel groups.
         stats_eps: added to the variance in the returned rstd.
         backend: see `sdfast.dispatch`; None takes the best that can run.
@@ -232,9 +234,8 @@ def conv2d(
         what = "x" if skip is None else "x and skip"
         raise ValueError(f"{what}: got {channels_in} channels, expected {weight_channels} to fit weight")
     check_optional("bias", bias, shape=(channels_out,), like=x)
-    if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride: got {stride}, expected one int, at least 1")
-    sides = _sides(padding)
+    stride = stride_of(stride)
+    sides = sides_of(padding)
     out_height, out_width = output_size(x, (kernel_height, kernel_width), stride, sides, upsample)
     if out_height < 1 or out_width < 1:
         raise ValueError(
@@ -243,13 +244,14 @@ def conv2d(
     check_optional("time_embedding", time_embedding, shape=(batch, channels_out), like=x)
     check_optional("residual", residual, shape=(batch, channels_out, out_height, out_width), like=x)
     if norm is not None:
-        _check_groups("norm.num_groups", norm.num_groups, channels_in)
+        if not isinstance(norm, NormPrologue):
+            raise TypeError(f"norm: got {type(norm).__name__}, expected a NormPrologue")
+        check_groups("norm.num_groups", norm.num_groups, channels_in)
         check_tensor("norm.weight", norm.weight, shape=(channels_in,), like=x)
         check_tensor("norm.bias", norm.bias, shape=(channels_in,), like=x)
-        for name, value in zip(("mean", "rstd"), norm.statistics or (), strict=False):
-            check_tensor(f"norm.statistics, {name}", value, shape=(batch, norm.num_groups))
+        check_statistics(norm.statistics, x, (batch, norm.num_groups))
     if stats_groups is not None:
-        _check_groups("stats_groups", stats_groups, channels_out)
+        check_groups("stats_groups", stats_groups, channels_out)
 
     fused: dict[str, Any] = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
     if norm is not None:
@@ -328,18 +330,3 @@ def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Te
     mean = grouped.mean(dim=-1)
     var = (grouped - mean[..., None]).square().mean(dim=-1)
     return mean, torch.rsqrt(var + eps)
-
-
-def _sides(padding: int | tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Zeros to the left, right, top and bottom."""
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-    if len(sides) == 2:
-        sides = (sides[1], sides[1], sides[0], sides[0])
-    if len(sides) != 4 or min(sides) < 0:
-        raise ValueError(f"padding: got {padding}, expected an int >= 0, two or (left, right, top, bottom)")
-    return cast("tuple[int, int, int, int]", sides)
-
-
-def _check_groups(name: str, groups: int, channels: int) -> None:
-    if groups < 1 or channels % groups:
-        raise ValueError(f"{name}: got {groups}, expected a divisor of the {channels} channels")

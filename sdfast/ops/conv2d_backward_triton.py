@@ -24,7 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import Config, architecture, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import (
+    Config,
+    architecture,
+    launch,
+    multiprocessors,
+    product_precision,
+    shared_memory_bytes,
+)
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
 # What changes with the resolution and the batch: none of it tells how x and dy are aligned.
@@ -139,11 +146,13 @@ _WIDE = (
     _Tile(64, 128, 64, 4, 0.75), _Tile(64, 64, 64, 4, 0.6),
 )  # fmt: skip
 _UNALIGNED = (_Tile(64, 64, 16, 8, 0.3),)  # loaded number by number, each with its address in registers
-_FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)  # for at most 16, where memory is the limit
-# By precision, and whether rows are aligned.
+# For at most 16 rows, where memory is the limit; the second where x too is loaded number by number.
+_FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)
+_FEW_UNALIGNED = (_Tile(16, 64, 16, 4, 0.1),)
+# By precision, and whether rows are aligned. Of 32 x 32 numbers 4 warps would spill some exact variants.
 _FP32 = {
     ("ieee", True): (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7)),
-    ("ieee", False): (_Tile(32, 32, 16, 4, 0.6),),
+    ("ieee", False): (_Tile(32, 32, 16, 8, 0.6),),
     ("tf32", True): (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 8, 0.7)),
     ("tf32", False): (_Tile(32, 32, 32, 4, 0.6),),
 }
@@ -166,16 +175,19 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plans_of(
-    rows: int, columns: int, pixels: int, precision: str, itemsize: int, aligned: bool, processors: int,
+    rows: int, columns: int, pixels: int, precision: str, itemsize: int, x_aligned: bool, processors: int,
     shared_bytes: int, deep: bool,
 ) -> tuple[Plan, ...]:  # fmt: skip
     """A plan for each tile that suits the shape, and each number of splits that fills the multiprocessors.
 
     Args:
-        aligned: rows of dy and x can be loaded by 16 bytes.
+        x_aligned: pixels of x can be loaded by 16 bytes; those of dy, where `rows` is a multiple of 16.
         deep: tensor cores read both factors from shared memory; else the registers bound a tile's depth.
     """
-    tiles: tuple[_Tile, ...] = _FEW_ROWS if rows <= 16 else _WIDE if aligned else _UNALIGNED
+    aligned = x_aligned and rows % 16 == 0
+    tiles: tuple[_Tile, ...] = _WIDE if aligned else _UNALIGNED
+    if rows <= 16:
+        tiles = _FEW_ROWS if x_aligned else _FEW_UNALIGNED
     if itemsize == 4:
         tiles = _FP32[precision, aligned]
     plans = []
@@ -221,9 +233,9 @@ def conv2d_weight_gradient(
     dw = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     if dw.numel() == 0 or pixels == 0:
         return dw.zero_()
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    precision = product_precision(dy.dtype, "conv")
     plans = plans_of(
-        rows, columns, pixels, precision, dy.element_size(), rows % 16 == 0 and channels % 16 == 0,
+        rows, columns, pixels, precision, dy.element_size(), channels % 16 == 0,
         multiprocessors(dy.device), shared_memory_bytes(dy.device), architecture(dy.device) in (90, 100),
     )  # fmt: skip
     plan = choose("conv2d_weight_gradient", (dy.dtype, rows, columns, near(pixels)), plans, dy.device)

@@ -14,7 +14,6 @@ follow each other column by column, and the four phases of an upsampled tile tog
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from sdfast.ops._conv2d_kernels_triton import convolution_kernel, finish_kernel
 from sdfast.ops._conv2d_operations import empty_result
 from sdfast.ops._conv2d_plan import Convolution, plan_convolution
 from sdfast.ops._conv2d_statistics_triton import combine
-from sdfast.ops._triton import Config, launch
+from sdfast.ops._triton import Config, launch, product_precision
 
 
 class Axis(NamedTuple):
@@ -102,7 +101,7 @@ def convolve(
     pixels = rows.size * columns.size
     weights = weight if weight.dim() == 5 else weight.unsqueeze(0)
     phases, out_channels, _, taps_y, taps_x = weights.shape
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    precision = product_precision(x.dtype, "conv")
     more = {"normalised": norm is not None, "statistics": statistics is not None}
     call = Convolution(weight, sources, images, pixels, phases, precision, **more)
     plan = plan_convolution(call)
@@ -134,7 +133,7 @@ def convolve(
         grid = (triton.cdiv(out_channels, _FINISH.constants["BLOCK_N"]), phases * images * tiles)
         launch(
             finish_kernel, grid, target, *added, y, out_channels, columns.size, pixels, *y_size, images,
-            phases, tiles, plan.splits, math.prod(shape[1:]), *rows[4:], *columns[4:], config=_FINISH,
+            phases, tiles, plan.splits, *rows[4:], *columns[4:], config=_FINISH,
         )  # fmt: skip
     if statistics is None or partial_statistics is None:
         return None

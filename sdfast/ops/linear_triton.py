@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import Config, launch, multiprocessors, shared_memory_bytes
+from sdfast.ops._triton import Config, launch, multiprocessors, product_precision, shared_memory_bytes
 
 # Places in linear.ACTIVATIONS.
 _SILU = tl.constexpr(1)
@@ -238,7 +238,7 @@ def product(
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     residual_row = 0 if residual is None else residual.stride(0)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = product_precision(a.dtype, "matmul")
 
     plan = plan_product(a, b, n, precision)
     if plan.splits == 1 and paired:
