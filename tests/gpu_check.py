@@ -30,6 +30,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RED = ("failed", "took too long")
 GRACE_SECONDS = 15.0  # from the interruption of a part to its end
+_BENCHMARKS = ("operations", "models")
 _SANITIZER = "compute-sanitizer"
 
 
@@ -55,7 +56,7 @@ def find(program: str) -> str | None:
     return shutil.which(program) or shutil.which(program, path=":".join([*folders, "/usr/local/cuda/bin"]))
 
 
-def parts(minutes: float, output: pathlib.Path, tiny: bool) -> dict[str, Part]:
+def parts(output: pathlib.Path, tiny: bool) -> dict[str, Part]:
     """By name, in their order."""
     python = [sys.executable, "-u"]
     files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_graphs.py")]
@@ -74,10 +75,7 @@ def parts(minutes: float, output: pathlib.Path, tiny: bool) -> dict[str, Part]:
     return {
         "kernels": Part([*python, str(ROOT / "tests/kernels_at_once.py")], 0.15),
         "tests": Part([*python, "-m", "pytest", *files, *_pytest_options()], 0.25),
-        "operations": Part(
-            [*python, str(ROOT / "benchmarks/bench_gpu.py"), "--minutes", f"{0.13 * minutes:.2f}", *measured],
-            0.15,
-        ),
+        "operations": Part([*python, str(ROOT / "benchmarks/bench_gpu.py"), *measured], 0.15),
         "models": Part([*python, str(ROOT / "benchmarks/bench_gpu_models.py"), *measured], None),
         "memcheck": Part(each if tiny else sanitize("memcheck"), 0.1, None if tiny else _SANITIZER, memory),
         "racecheck": Part(sanitize("racecheck"), 0.1, _SANITIZER),
@@ -151,17 +149,19 @@ def run_all(chosen: dict[str, Part], minutes: float, logs: pathlib.Path) -> dict
             bound = left - 60 * minutes * sum(later)
         else:
             bound = min(60 * minutes * part.share, left) if later else left
-        if name == "models":
-            part = part._replace(command=[*part.command, *_models_time(bound / 60)])
+        if name in _BENCHMARKS:
+            part = part._replace(command=[*part.command, *own_time(name, bound)])
         results[name] = run(part, bound, logs / f"{name}.log")
         print(f"{name}: {results[name].status}, {results[name].seconds:.0f} s", flush=True)
     return results
 
 
-def _models_time(minutes: float) -> list[str]:
-    """It ends by itself, and no side takes so long that the others have nothing."""
-    minutes = max(0.1, minutes - GRACE_SECONDS / 60 - 0.1)
-    limits = {"--minutes": minutes, "--side-minutes": minutes / 6, "--compile-minutes": minutes / 3}
+def own_time(name: str, seconds: float) -> list[str]:
+    """A benchmark ends by itself before it is interrupted, and no side takes all that others need."""
+    minutes = max(0.1, (seconds - GRACE_SECONDS - 8) / 60)
+    limits = {"--minutes": minutes}
+    if name == "models":
+        limits |= {"--side-minutes": minutes / 6, "--compile-minutes": minutes / 3}
     return [word for name, limit in limits.items() for word in (name, f"{limit:.2f}")]
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = list(parts(1, ROOT, False))
+    names = list(parts(ROOT, False))
     parser.add_argument("--minutes", type=float, default=9.5, help="of the whole (%(default)s)")
     parser.add_argument(
         "--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names)
@@ -197,11 +197,11 @@ def main() -> None:
     if options.commit:
         os.environ["SDFAST_COMMIT"] = options.commit
     output = (options.output or default_output(options.tiny)).absolute()
-    every = parts(options.minutes, output, options.tiny)
+    every = parts(output, options.tiny)
     chosen = {name: part for name, part in every.items() if name in options.only}
     results = run_all(chosen, options.minutes, output / "logs")
     for name, result in results.items():
-        if result.status in RED or name in ("operations", "models"):
+        if result.status in RED or name in _BENCHMARKS:
             print(f"\n{name}, the end of {result.log}:\n{last_lines(result.log, 40)}")
     print()
     for name, result in results.items():

@@ -349,7 +349,7 @@ def test_parts_of_make_gpu(tmp_path, monkeypatch):
     python = [sys.executable, "-c"]
     parts = {
         "tests": gpu_check.Part([*python, "print('seen'); raise SystemExit(3)"], 0.5),
-        "operations": gpu_check.Part([*python, "import time; time.sleep(60)"], 0.05),
+        "kernels": gpu_check.Part([*python, "import time; time.sleep(60)"], 0.05),
         "models": gpu_check.Part([*python, "import sys; print(sys.argv[1])"], None),
         "memcheck": gpu_check.Part([*python, ""], 0.5, "no-such-program"),
         "racecheck": gpu_check.Part([*python, ""], 0.2),
@@ -360,7 +360,7 @@ def test_parts_of_make_gpu(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert gpu_check.last_lines(tmp_path / "tests.log", 9) == "  seen"
     assert gpu_check.last_lines(tmp_path / "models.log", 9) == "  --minutes"
-    assert list(gpu_check.parts(9.5, tmp_path, tiny=False)) == [
+    assert list(gpu_check.parts(tmp_path, tiny=False)) == [
         "kernels", "tests", "operations", "models", "memcheck", "racecheck",
     ]  # fmt: skip
 
@@ -414,6 +414,7 @@ def test_whole_models_have_what_later_parts_leave(tmp_path, monkeypatch):
     sanitized = {name: gpu_check.Part([], 0.1, "sanitizer") for name in ("memcheck", "racecheck")}
     monkeypatch.setattr(gpu_check, "find", lambda program: program)
     gpu_check.run_all({**parts, **sanitized}, 10, tmp_path)
+    assert gpu_check.own_time("operations", 83) == ["--minutes", "1.00"]
     assert bounds == {"tests": 180, "models": 480, "memcheck": 60, "racecheck": 600}
     monkeypatch.setattr(gpu_check, "find", lambda program: None)
     gpu_check.run_all({**parts, **sanitized}, 10, tmp_path)
