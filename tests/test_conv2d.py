@@ -9,9 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdfast import _library, dispatch, ops, packing
+from sdfast.ops._conv2d_arguments import sides_of
 from sdfast.ops._conv2d_choice import algorithm_for, shape_of
 from sdfast.ops._conv2d_cpu import ALGORITHMS
-from sdfast.ops.conv2d import NormPrologue, _sides, conv2d_torch
+from sdfast.ops.conv2d import NormPrologue, conv2d_torch
 from sdfast.testing import assert_within_budget, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def make(case: tuple, dtype: torch.dtype, upsample: bool = False) -> tuple[tuple
     images, channels, height, width, out_channels, kernel, stride, padding = case
     x = torch.randn(images, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = (torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(dtype)
-    args = (x, weight, torch.randn(out_channels).to(dtype), stride, _sides(padding))
+    args = (x, weight, torch.randn(out_channels).to(dtype), stride, sides_of(padding))
     keywords = {"upsample": upsample, "time_embedding": torch.randn(images, out_channels).to(dtype)}
     keywords["residual"] = torch.randn_like(conv2d_torch(*args, **keywords))
     return args, keywords

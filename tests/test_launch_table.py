@@ -83,6 +83,24 @@ def test_exploring_and_preferring(table: Path) -> None:
     assert chosen() == 256
 
 
+def test_convolutions_of_different_images_have_different_buckets() -> None:
+    """As many pixels in all, but tiles that hold those of one image alone; and precisions."""
+
+    def buckets(dtype: torch.dtype, *shapes: tuple[int, ...], tf32: bool = True) -> set[str]:
+        with exploring() as met, recording(), torch.backends.cudnn.flags(allow_tf32=tf32):
+            for shape in shapes:
+                x = torch.empty(shape, dtype=dtype).to(memory_format=torch.channels_last)
+                weight = torch.empty(32, shape[1], 3, 3, dtype=dtype)
+                torch.ops.sdfast.conv2d_kernel_triton(
+                    x, weight, None, 1, [1] * 4, False, None, None, None, [], False
+                )
+        return {bucket for _, bucket in met}
+
+    assert len(buckets(torch.float16, (16, 32, 8, 8), (1, 32, 32, 32))) == 2
+    fp32 = (torch.float32, (1, 32, 8, 8))
+    assert buckets(*fp32).isdisjoint(buckets(*fp32, tf32=False))
+
+
 def test_tables_are_made_and_serve(table: Path) -> None:
     """Measured in the interpreter, where times mean nothing, but which plans there are does."""
     script = PACKAGE / "benchmarks" / "tune_launches.py"

@@ -111,6 +111,17 @@ def test_sum_rows(dtype: torch.dtype) -> None:
         assert torch.equal(actual, torch.ops.sdfast.sum_rows_triton(x))
 
 
+def test_sum_rows_has_enough_in_flight() -> None:
+    with _triton.recording() as launches:
+        torch.ops.sdfast.sum_rows_triton(torch.empty(1, 65536, 320, device=DEVICE))
+    assert launches[0].grid[0] > 6 * _triton.multiprocessors(torch.device(DEVICE))
+
+
+def test_multiprocessors_of_a_cpu_on_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _triton.multiprocessors.__wrapped__(torch.device("cpu")) > 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_and_slopes(dtype: torch.dtype) -> None:
     h = torch.linspace(-30, 30, 4 * 2058).view(4, 2058).flip(1).to(DEVICE, dtype)

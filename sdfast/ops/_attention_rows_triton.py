@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._attention_triton import alignment, strides
+from sdfast.ops._attention_triton import SIZES, alignment, strides
 from sdfast.ops._triton import Config, launch
 
 
@@ -21,7 +21,7 @@ def _place(row, rows, heads, batch_stride, head_stride, row_stride, UNIT: tl.con
     return (at * UNIT)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
     partials,  # (splits B, heads, L, D), fp32, contiguous
     lses,  # (splits B, heads, L)
@@ -52,7 +52,7 @@ def _combine_kernel(
     tl.store(o + column, (acc / total[:, None]).to(o.dtype.element_ty), mask=tile_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sum_kernel(
     dk_parts, dv_parts,  # (splits B, heads, S, D), fp32, contiguous
     dk, dv,  # (B, heads, S, D)
@@ -75,7 +75,7 @@ def _sum_kernel(
     tl.store(dv + at, dv_total.to(dv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _delta_kernel(
     do,  # (B, heads, L, D)
     o,  # (B, heads, L, D)
@@ -100,7 +100,7 @@ def _config(head_dim: int) -> Config:
 
 
 def _grid(count: int, config: Config) -> tuple[int]:
-    return (triton.cdiv(count, config.constants["BLOCK_R"]),)
+    return (-(-count // config.constants["BLOCK_R"]),)
 
 
 def combine(partials: Tensor, lses: Tensor, o: Tensor, lse: Tensor | None) -> None:

@@ -15,6 +15,12 @@ from torch import Tensor
 from sdfast.ops._triton import architecture, multiprocessors
 
 LOG2E = 1.4426950408889634
+# All sizes and strides of the kernels: whether 16 divides one, by which Triton would compile another kernel,
+# changes with resolution and batch, and says nothing that UNIT and D do not.
+SIZES = [
+    "L", "S", "batch", "heads", "blocks", "splits", "split_keys", "split_queries", "count",
+    *(f"{t}_{axis}" for t in ("q", "k", "v", "o", "do", "dq", "dk") for axis in ("batch", "head", "row")),
+]  # fmt: skip
 
 
 def chunks(columns: int) -> tuple[int, int]:
@@ -27,8 +33,8 @@ def chunks(columns: int) -> tuple[int, int]:
 
 def slices(head_dim: int, widest: int) -> tuple[int, int, int]:
     """How many programs share the columns of a result, at most `widest` each, and the chunks of each."""
-    count = triton.cdiv(head_dim, widest)
-    return count, *chunks(triton.cdiv(head_dim, count))
+    count = -(-head_dim // widest)
+    return count, *chunks(-(-head_dim // count))
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
@@ -74,8 +80,9 @@ def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple
     results cost.
     """
     splits = max(1, min(multiprocessors(device) // tiles, rows // 256, 16))
-    each = max(1, triton.cdiv(triton.cdiv(rows, splits), block)) * block
-    return max(1, triton.cdiv(rows, each)), each
+    share = -(-rows // splits)
+    each = max(1, -(-share // block)) * block
+    return max(1, -(-rows // each)), each
 
 
 @triton.jit

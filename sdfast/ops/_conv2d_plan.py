@@ -79,10 +79,9 @@ def plan_convolution(call: Convolution) -> Plan:
     weight = call.weight
     kind = "normalised" if call.normalised else "statistics" if call.statistics else "plain"
     contiguous = "C" if weight.stride(-3) == 1 else "O"
-    sizes = (near(call.images * call.pixels), call.phases, weight.shape[-4], *call.channels)
-    return choose(
-        "conv2d", (kind, weight.dtype, *sizes, *weight.shape[-2:], contiguous), plans_of(call), weight.device
-    )
+    sizes = (near(call.images), near(call.pixels), call.phases, weight.shape[-4], *call.channels)
+    bucket = (kind, weight.dtype, call.precision, *sizes, *weight.shape[-2:], contiguous)
+    return choose("conv2d", bucket, plans_of(call), weight.device)
 
 
 def plans_of(call: Convolution) -> list[Plan]:

@@ -70,10 +70,13 @@ def choose(kernel: str, bucket: Sequence[object], plans: Sequence[AnyPlan], devi
         plans: at least one; of those that cost the same, the first goes first.
         device: of the call.
     """
+    measured = table(architecture(device)).get(kernel)
+    if not measured and not _preferred and _met is None:
+        return min(plans, key=lambda plan: plan.cost)  # nothing asks for the bucket's name
     key = (kernel, " ".join(str(part).removeprefix("torch.") for part in bucket))
     if _met is not None:
         _met[key] = [name_of(plan) for plan in sorted(plans, key=lambda plan: plan.cost)]
-    wanted = _preferred.get(key) or table(architecture(device)).get(kernel, {}).get(key[1])
+    wanted = _preferred.get(key) or (measured or {}).get(key[1])
     if wanted is not None:
         for plan in plans:
             if name_of(plan) == wanted:

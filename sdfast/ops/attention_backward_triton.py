@@ -23,6 +23,7 @@ from torch import Tensor
 from sdfast.ops._attention_rows_triton import row_products, sum_parts
 from sdfast.ops._attention_triton import (
     LOG2E,
+    SIZES,
     aligned,
     alignment,
     chunks,
@@ -45,7 +46,7 @@ from sdfast.ops._triton import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _keys_kernel(
     do, q,  # (B, heads, L, D)
     k, v,  # (B, heads, S, D)
@@ -150,7 +151,7 @@ def _keys_kernel(
         tl.store(dv + at + column1, dv1.to(dv.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _queries_kernel(
     do, q,  # (B, heads, L, D)
     k, v,  # (B, heads, S, D)
@@ -263,7 +264,7 @@ def _plan(q: Tensor, kept_rows: int) -> _Plan:
     d0, d1 = chunks(head_dim)
     in_registers = not reads_shared_memory(q.device)
     kept, step = (128, 64) if d0 + d1 <= 64 else (64, 32 if in_registers else 64)
-    if batch * heads * triton.cdiv(kept_rows, kept) < multiprocessors(q.device):
+    if batch * heads * -(-kept_rows // kept) < multiprocessors(q.device):
         kept = 64
     row_bytes, available = (d0 + d1) * q.element_size(), shared_memory_bytes(q.device)
     while step > 32 and 2 * (kept + 2 * step) * row_bytes > available:
@@ -296,7 +297,7 @@ def attention_backward(
     kind = {"IS_CAUSAL": is_causal, "D": q.shape[3], "O_COLUMNS": head_dim, "PRECISION": precision}
 
     plan = _plan(q, queries)
-    blocks, o_unit = triton.cdiv(queries, plan.kept), alignment(dq)
+    blocks, o_unit = -(-queries // plan.kept), alignment(dq)
     launch(
         _queries_kernel, (blocks * plan.constants["SLICES"] * batch * heads,), *inputs, dq,
         queries, keys, heads, blocks, *strides(unit, do, q, k, v), *strides(o_unit, dq), scale, factor,
@@ -304,7 +305,7 @@ def attention_backward(
     )  # fmt: skip
 
     plan = _plan(q, keys)
-    blocks = triton.cdiv(keys, plan.kept)
+    blocks = -(-keys // plan.kept)
     tiles = blocks * plan.constants["SLICES"] * batch * heads
     splits, split_queries = split_walk(max(tiles, 1), queries, plan.step, q.device)
     dk_parts, dv_parts = dk, dv

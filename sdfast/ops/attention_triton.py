@@ -20,6 +20,7 @@ from torch import Tensor
 from sdfast.ops._attention_rows_triton import combine
 from sdfast.ops._attention_triton import (
     LOG2E,
+    SIZES,
     aligned,
     alignment,
     chunks,
@@ -102,7 +103,7 @@ def _walk(
     return acc0, acc1, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     q,  # (B, heads, L, D)
     k,  # (B, heads, S, D)
@@ -213,7 +214,7 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
     if width > 256:
         return Config({**constants, "BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_TAIL": 0}, 8, 2)
     # Two blocks of queries for every multiprocessor, so that one multiplies while the other takes powers.
-    block_m = 128 if batch * heads * triton.cdiv(queries, 128) >= 2 * processors else 64
+    block_m = 128 if batch * heads * -(-queries // 128) >= 2 * processors else 64
     in_registers = not reads_shared_memory(q.device)
     block_n, stages = 32 if in_registers and width > 128 else 64, 3 if width <= 64 else 2
     while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
@@ -238,7 +239,7 @@ def _attend(
     q, k, v = aligned(q), aligned(k), aligned(v)
     config = _plan(q, is_causal)
     constants = config.constants
-    blocks = triton.cdiv(queries, constants["BLOCK_M"])
+    blocks = -(-queries // constants["BLOCK_M"])
     tiles = blocks * constants["SLICES"] * batch * heads
     seen = min(queries, keys) if is_causal else keys
     splits, split_keys = split_walk(tiles, seen, constants["BLOCK_N"], q.device)

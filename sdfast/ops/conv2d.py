@@ -4,10 +4,9 @@
     y = W * h + bias + time_embedding[:, :, None, None] + residual
 
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
-a kernel never forms `up(a)`; the composite below does.
-The concatenation is formed by all backends but Triton, and by Triton where there is a gradient, for which it
-is read again. With `stats_groups` the operation also returns the mean and rstd of y per group, which the next
-GroupNorm would otherwise read y once more to find.
+a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
+Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the operation
+also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again to find.
 """
 
 from __future__ import annotations

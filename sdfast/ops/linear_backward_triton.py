@@ -80,7 +80,7 @@ def _activation_gradient_kernel(dy, h, dh, columns, ACTIVATION: tl.constexpr, BL
     tl.store(dh + at, grad.to(dh.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "steps"])
 def _sum_rows_kernel(
     x,  # (groups, rows, columns)
     y,  # (groups, splits, columns)
@@ -108,7 +108,7 @@ _SUM = Config({"BLOCK_R": 32, "BLOCK_C": 64}, num_warps=4)
 
 
 def _blocks(rows: int, columns: int) -> tuple[int]:
-    return (rows * triton.cdiv(columns, 1024),)
+    return (rows * -(-columns // 1024),)
 
 
 def linear_input_gradient(dh: Tensor, weight: Tensor) -> Tensor:
@@ -157,15 +157,16 @@ def sum_rows(x: Tensor) -> Tensor:
     x = x.contiguous()
     groups, rows, columns = x.shape
     y = x.new_empty((groups, columns))
-    blocks, steps = triton.cdiv(columns, 64), triton.cdiv(rows, 32)
-    splits = max(1, min(2 * multiprocessors(x.device) // max(groups * blocks, 1), steps // 4))
-    steps = triton.cdiv(steps, splits)
-    splits = max(1, triton.cdiv(triton.cdiv(rows, 32), max(steps, 1)))
+    blocks, all_steps = -(-columns // 64), -(-rows // 32)
+    # A step of fp16 is 4 KiB: 8 programs of a multiprocessor are assumed to keep its bandwidth busy.
+    splits = max(1, min(8 * multiprocessors(x.device) // max(groups * blocks, 1), all_steps // 4))
+    steps = max(1, -(-all_steps // splits))
+    splits = max(1, -(-all_steps // steps))
     partials = y if splits == 1 else x.new_empty((groups, splits, columns), dtype=torch.float32)
     launch(
         _sum_rows_kernel, (groups * splits * blocks,), x, partials, rows, columns, splits, steps, config=_SUM
     )
     if splits > 1:
-        steps = triton.cdiv(splits, 32)
+        steps = -(-splits // 32)
         launch(_sum_rows_kernel, (groups * blocks,), partials, y, splits, columns, 1, steps, config=_SUM)
     return y

@@ -58,18 +58,23 @@ def _add(h, bias, residual, row, column, inside, residual_row):
     return h
 
 
-@triton.jit
+# One kernel for all resolutions and batches: M_UNIT and K_UNIT say what loads of 16 bytes depend on.
+@triton.jit(do_not_specialize=["M", "K", "steps"])
 def _matmul_kernel(
     a,  # (M, K), strides a_row, a_k
     b,  # (K, N), strides b_k, b_column; for "geglu" (K, 2 N), value and gate
     bias,  # (N,), or None
     residual,  # (M, N), stride residual_row, or None
     y,  # (splits, M, N), contiguous
-    M, N, K, steps, a_row, a_k, b_k, b_column, residual_row,
+    M, N, K, steps,  # M and K in units
+    a_row, a_k, b_k, b_column, residual_row,
+    M_UNIT: tl.constexpr, K_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles, splits). Each split takes `steps` blocks of K."""
+    M *= M_UNIT
+    K *= K_UNIT
     tile = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -110,13 +115,13 @@ def _matmul_kernel(
     tl.store(y + (split * M + row) * N + column, h.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def _finish_kernel(
     partials,  # (splits, M, N), fp32
     bias,  # (N,), or None
     residual,  # (M, N), stride residual_row, or None
     y,  # (M, N); for "geglu" (M, N / 2)
-    N, columns, splits, partial_size, residual_row,
+    M, N, columns, splits, residual_row,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """act(Σ partials + bias + residual). Grid: the blocks of y's columns, row after row."""
@@ -126,6 +131,7 @@ def _finish_kernel(
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     at = partials + row * N + column
+    partial_size = M.to(tl.int64) * N
     h = tl.zeros((BLOCK,), tl.float32)
     gate = h
     for _ in range(0, splits):
@@ -244,23 +250,26 @@ def product(
     if plan.splits == 1 and paired:
         plan = plan_product(a, b, columns, precision, paired=True)
     even_k = k == plan.splits * plan.steps * plan.config.constants["BLOCK_K"]
-    sizes: tuple[Any, ...] = (k, plan.steps, *a.stride(), *b.stride())
+    m_unit = 16 if a.stride(0) == 1 and m % 16 == 0 else 1
+    k_unit = 16 if 1 in (a.stride(1), b.stride(0)) and k % 16 == 0 else 1
+    sizes: tuple[Any, ...] = (k // k_unit, plan.steps, *a.stride(), *b.stride())
+    kind = {"M_UNIT": m_unit, "K_UNIT": k_unit, "EVEN_K": even_k, "PRECISION": precision}
     grid = (plan.tiles, plan.splits)
     if plan.splits == 1:
         launch(
-            _matmul_kernel, grid, a, b, bias, residual, y, m, columns, *sizes, residual_row,
-            config=plan.config, ACTIVATION=activation, EVEN_K=even_k, PRECISION=precision,
+            _matmul_kernel, grid, a, b, bias, residual, y, m // m_unit, columns, *sizes, residual_row,
+            config=plan.config, ACTIVATION=activation, **kind,
         )  # fmt: skip
         return y
     partials = a.new_empty((plan.splits, m, n), dtype=torch.float32)
     launch(
-        _matmul_kernel, grid, a, b, None, None, partials, m, n, *sizes, 0,
-        config=plan.config, ACTIVATION=0, EVEN_K=even_k, PRECISION=precision,
+        _matmul_kernel, grid, a, b, None, None, partials, m // m_unit, n, *sizes, 0,
+        config=plan.config, ACTIVATION=0, **kind,
     )  # fmt: skip
     config = Config({"BLOCK": 512}, num_warps=4)
     launch(
-        _finish_kernel, (m * triton.cdiv(columns, 512),), partials, bias, residual, y,
-        n, columns, plan.splits, m * n, residual_row, config=config, ACTIVATION=activation,
+        _finish_kernel, (m * -(-columns // 512),), partials, bias, residual, y,
+        m, n, columns, plan.splits, residual_row, config=config, ACTIVATION=activation,
     )  # fmt: skip
     return y
 
