@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdfast.ops import _triton, group_norm
 from sdfast.ops._group_norm_plan import Shape, blocks_of_tiles, chunks_of_tiles, tiling, whole_tiling
+from sdfast.ops._launch_table import exploring, preferring
 from sdfast.ops.group_norm import group_norm_torch
 from sdfast.testing import assert_within_budget
 
@@ -325,6 +326,25 @@ def test_partial_statistics_are_few_beside_pixels(images: int, channels: int, si
     groups, pixels = constants["SPAN"] // shape.group_channels, apply.arguments[-1] * constants["BLOCK_P"]
     assert 2 * 12 * chunks * groups <= pixels * constants["SPAN"] * shape.element_bytes
     assert min(partials.grid[0], apply.grid[0]) >= 100
+
+
+def test_one_launch_or_two_is_a_choice() -> None:
+    """Where a program holds its groups a table may say two, with the same result; elsewhere there is none."""
+    case = make_case((2, 40, 8, 8), 4, torch.float16, "last")
+    given, exact = on_device(case), case.converted(torch.float64).run("torch")
+    with exploring() as met:
+        given.run("triton")
+        group_norm(torch.zeros(2, 40, 64, 64, device=DEVICE), 4, backend="triton")
+    ((key, names),) = met.items()
+    assert [name.split()[-1] for name in names] == ["splits=1", "splits=2"]
+    for count, name in enumerate(names, 1):
+        with preferring(key, name):
+            y = given.run("triton")
+            with _triton.recording() as launches:
+                given.run("triton")
+        assert len(launches) == count
+        sizes = terms(case, torch.zeros_like(case.x))
+        assert_within_budget(y.cpu(), case.run("torch"), exact, magnitude=sizes["y"])
 
 
 def test_large_images_keep_short_chunks() -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from sdfast.ops._launch_table import choose, near
 from sdfast.ops._triton import Config, multiprocessors
 
 
@@ -32,6 +33,25 @@ class Tiling(NamedTuple):
     spans: int
     parts: int
     config: Config
+
+
+class Plan(NamedTuple):
+    """Tiles of one launch, `whole`, or of two. The cost is in launches."""
+
+    tiles: Tiling
+    whole: bool
+
+    @property
+    def config(self) -> Config:
+        return self.tiles.config
+
+    @property
+    def splits(self) -> int:
+        return 1 if self.whole else 2
+
+    @property
+    def cost(self) -> float:
+        return float(self.splits)
 
 
 _WHOLE_PIXELS = (64, 256, 1024)  # images of at most these fit one tile; 8x8, 16x16, 32x32
@@ -89,12 +109,21 @@ def tiling(shape: Shape) -> Tiling:
     return _tiling(shape, best, parts, _TILE_ELEMENTS // block_c, block_c, 8)
 
 
+def plan_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Plan:
+    """One launch where programs hold their groups, unless two, with more programs, were measured faster."""
+    whole, apart = whole_tiling(shape), Plan(tiling(shape), False)
+    if whole is None:
+        return apart
+    bucket = (dtype, near(shape.images), near(shape.pixels), shape.groups, shape.group_channels, shape.last)
+    return choose("group_norm", bucket, [Plan(whole, True), apart], device)
+
+
 def blocks_of_tiles(
     shape: Shape, tiles: Tiling, programs: int, device: torch.device, least_steps: int = 1
 ) -> tuple[int, int]:
-    """Runs of tiles that an image's pixels are cut into, and their tiles, for `programs` a multiprocessor.
+    """Runs of tiles that an image's pixels are cut into, and tiles in each, `programs` a multiprocessor.
 
-    For fewer, where a run would be shorter than `least_steps`, but for one a multiprocessor where there can be.
+    For fewer where a run would be shorter than `least_steps`, yet for one a multiprocessor if there can be.
     """
     rows = triton.cdiv(shape.pixels, tiles.config.constants["BLOCK_P"])
 

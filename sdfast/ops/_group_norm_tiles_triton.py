@@ -8,11 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What images and batches decide; a kernel for all of it, whatever divides it. Addresses lose nothing: channels
-# last, rows of channels are as aligned as these are many; channels first, a kernel is given how many pixels
-# there are once more, as `channel_stride`, whose divisibility it may know.
+# What images and batches decide: one kernel for all of it. Addresses lose nothing by that: channels last,
+# what divides the channels aligns every pixel; channels first, a kernel is given the pixels once more,
+# as `channel_stride`, whose divisibility it may know.
 SIZES = [
-    "pixels", "groups", "scale_row", "shift_row", "images", "spans", "chunks", "chunk_pixels", "blocks", "steps",
+    "pixels", "groups", "scale_row", "shift_row",
+    "images", "spans", "chunks", "chunk_pixels", "blocks", "steps",
 ]  # fmt: skip
 
 

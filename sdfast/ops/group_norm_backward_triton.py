@@ -54,7 +54,8 @@ def _sums_kernel(
     weight, bias,  # (channels,), or None
     scale, shift,  # (N, channels), strides scale_row and shift_row, or None
     sums,  # (2, N, chunks, channels): Σ dz and Σ dz x̂
-    pixels, channel_stride, channels, groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps,
+    pixels, channel_stride, channels, groups, group_channels, scale_row, shift_row,
+    images, blocks, chunks, steps,
     SILU: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: images, chunks of `steps` tiles, blocks of channels."""
@@ -153,7 +154,8 @@ def _input_gradient_kernel(
     dy, x, mean, rstd, weight, bias, scale, shift,  # as for _sums_kernel
     means,  # (2, N, groups): of dx̂ and dx̂ x̂
     dx,  # as x
-    pixels, channel_stride, channels, groups, group_channels, scale_row, shift_row, images, blocks, chunks, steps,
+    pixels, channel_stride, channels, groups, group_channels, scale_row, shift_row,
+    images, blocks, chunks, steps,
     SILU: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: images, chunks, blocks of channels; backwards, through what L2 still holds."""

@@ -1,7 +1,7 @@
 """group_norm in Triton, y = act((x̂ weight + bias) (1 + scale) + shift), of one or two sources of channels.
 
 A program owns some whole groups, channels last as many as make runs of whole vectors, if any do. Where their
-pixels fit its registers it computes mean, squares and y from these: one launch, vectors of 8 bytes. Else, with
+pixels fit its registers it computes mean, squares and y from these: one launch, vectors of 8 bytes. Else, of
 16, programs take chunks of pixels, each place of a tile keeps a running mean and squares (Welford), and a
 second launch combines the chunks of its groups by Chan's formula, in order, as it applies them, last chunk
 first: what was read last is in L2 still. A group that is too wide is cut into parts, combined as chunks are.
@@ -27,8 +27,8 @@ from sdfast.ops._group_norm_plan import (
     Tiling,
     blocks_of_tiles,
     chunks_of_tiles,
+    plan_of,
     tiling,
-    whole_tiling,
 )
 from sdfast.ops._group_norm_tiles_triton import (
     SIZES,
@@ -276,14 +276,14 @@ class _Call:
     def run(self, mean: Tensor | None = None, rstd: Tensor | None = None) -> None:
         """y and, where given, mean and rstd."""
         shape, x = self.shape, self.sources[0]
-        whole = whole_tiling(shape)
-        if whole is not None:
+        plan = plan_of(shape, x.dtype, x.device)
+        tiles = plan.tiles
+        if plan.whole:
             launch(
-                _whole_kernel, (shape.images * whole.spans,), *self.operands, mean, rstd, *self.numbers,
-                whole.spans, config=whole.config, **self.keywords,
+                _whole_kernel, (shape.images * tiles.spans,), *self.operands, mean, rstd, *self.numbers,
+                tiles.spans, config=tiles.config, **self.keywords,
             )  # fmt: skip
             return
-        tiles = tiling(shape)
         chunks, steps = chunks_of_tiles(shape, tiles, x.device)
         partials = (shape.images, shape.groups, chunks * tiles.parts)
         means, squares = (x.new_empty(partials, dtype=torch.float32) for _ in range(2))

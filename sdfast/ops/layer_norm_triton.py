@@ -185,28 +185,30 @@ def _parameters_kernel(
         tl.store(dbias + column, tl.sum(dy, axis=0).to(dbias.dtype.element_ty), mask=there)
 
 
-def _config(width: int) -> tuple[bool, Config]:
+def _config(width: int, most: int = _MAX_BLOCK) -> tuple[bool, Config]:
     """Whether a row is held whole, and tiles of 16 elements to a thread, of at least 4 warps.
 
     Rows that start anywhere are loaded number by number, each with its address in registers: 8 to a thread.
     """
-    whole = width <= _MAX_BLOCK
+    whole = width <= most
     block = triton.next_power_of_2(width) if whole else _MAX_BLOCK // 2
     rows = max(2048 // block, 1)
     num_warps = max(rows * block // (512 if width % 16 == 0 else 256), 4)
     return whole, Config({"ROWS": rows, "BLOCK": block}, num_warps, 1)
 
 
-def _shares(rows: int, width: int, device: torch.device) -> tuple[Config, int, int]:
-    """Tiles of the backward, how many programs share out the rows, and the blocks of rows of each.
+def _shares(x: Tensor, rows: int, width: int) -> tuple[bool, Config, int, int]:
+    """Whether the backward holds rows whole, its tiles, the shares of the rows, and the tiles of a share.
 
-    Every share is written and read again: one a multiprocessor, with all the warps that want to wait for memory
-    at a time, and of few rows small tiles, that there be programs for these. Rows in strips have programs for each strip.
+    Every share is written and read again, so there is one a multiprocessor, whose tile is large enough to
+    keep its memory busy; few rows have small tiles, for more programs. Rows in strips have programs for each.
+    Of fp32 a tile has half as many numbers: 512 threads have too few registers for more.
     """
-    whole, config = _config(width)
-    programs = multiprocessors(device)
+    fp32 = x.element_size() == 4
+    whole, config = _config(width, 4096 if fp32 else _MAX_BLOCK)
+    programs = multiprocessors(x.device)
     if whole:
-        block, elements = config.constants["BLOCK"], 8192 if width % 16 == 0 else 4096
+        block, elements = config.constants["BLOCK"], 8192 if width % 16 == 0 and not fp32 else 4096
         large = max(elements // block, 1)
         if 2 * triton.cdiv(rows, large) >= programs:
             warps = config.num_warps * large // config.constants["ROWS"]
@@ -215,7 +217,7 @@ def _shares(rows: int, width: int, device: torch.device) -> tuple[Config, int, i
         programs = triton.cdiv(2 * programs, triton.cdiv(width, config.constants["BLOCK"]))
     blocks = triton.cdiv(rows, config.constants["ROWS"])
     steps = triton.cdiv(blocks, min(blocks, programs))
-    return config, triton.cdiv(blocks, steps), steps
+    return whole, config, triton.cdiv(blocks, steps), steps
 
 
 def _rows(x: Tensor, axes: int) -> tuple[int, int]:
@@ -266,11 +268,11 @@ def layer_norm_backward(
     if x.numel() == 0:
         return dx, results[1].zero_(), results[2].zero_()
     rows, width = _rows(x, axes)
-    config, shares, steps = _shares(rows, width, x.device)
+    whole, config, shares, steps = _shares(x, rows, width)
     operands = (dy.contiguous(), x.contiguous(), mean.contiguous(), rstd.contiguous())
     weight = None if weight is None else weight.contiguous()
     means = None
-    if width > _MAX_BLOCK:
+    if not whole:
         means = x.new_empty((2, rows), dtype=torch.float32)
         block = config.constants["BLOCK"]
         launch(
