@@ -1,4 +1,7 @@
-"""Calls of attention at the sizes of Stable Diffusion 1.5 and XL, whose Triton launches can be recorded."""
+"""Calls of attention at the sizes of Stable Diffusion 1.5 and XL, whose Triton launches can be recorded.
+
+And of size 1, which Triton makes a constant.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ _SHAPES = {
     "vae 64x64": (1, 1, 4096, 4096, 512, False),
     "vae 128x128": (1, 1, 16384, 16384, 512, False),
     "clip": (2, 12, 77, 77, 64, True),
+    "of one": (1, 1, 1, 1, 1, False),
+    "one query": (1, 1, 1, 4096, 64, False),
+    "one key": (1, 1, 4096, 1, 64, True),
     "odd": (1, 3, 1001, 999, 333, True),
 }
 _SOME = ("sd15 64x64", "sd15 32x32 to the text", "sd15 16x16", "vae 64x64")  # in further dtypes

@@ -1,4 +1,7 @@
-"""Convolutions at the sizes of Stable Diffusion 1.5 and XL, whose Triton launches can be recorded."""
+"""Convolutions at the sizes of Stable Diffusion 1.5 and XL, whose Triton launches can be recorded.
+
+And of size 1, which Triton makes a constant.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,11 @@ _FORWARD = {
     "vae conv 64x64": _Case(1, (512,), 64, 512, statistics=True),
     "vae upsample 128x128": _Case(1, (512,), 128, 512, upsample=True, statistics=True),
     "vae conv_out": _Case(1, (128,), 512, 3),
+    "of one": _Case(1, (1,), 1, 1, time_embedding=True, residual=True),
+    "one pixel of two, kernel 1": _Case(1, (1, 1), 1, 1, kernel=1, norm=True, silu=True),
+    "one pixel, K split": _Case(1, (1280,), 1, 1280, residual=True, statistics=True),
+    "one pixel, upsample": _Case(1, (1,), 1, 2, upsample=True, statistics=True),
+    "one pixel, stride 2": _Case(1, (64,), 1, 64, stride=2),
     "odd": _Case(2, (9, 8), 17, 30, residual=True, statistics=True),
     "odd, normalised": _Case(3, (20, 10), 65, 70, kernel=1, norm=True),
     "norm of a wide kernel": _Case(1, (128, 64), 33, 128, norm=True, silu=True, residual=True),
@@ -54,6 +62,7 @@ _GRADIENT = {
     "sd15 8x8": _Case(4, (1280,), 8, 1280),
     "sd15 downsample": _Case(4, (640,), 32, 640, stride=2),
     "odd": _Case(2, (9,), 17, 30, stride=2),
+    "of one": _Case(1, (1,), 1, 1),
 }
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,4 +1,7 @@
-"""Calls of linear at the sizes of Stable Diffusion 1.5 and XL, whose Triton launches can be recorded."""
+"""Calls of linear at the sizes of Stable Diffusion 1.5 and XL, whose Triton launches can be recorded.
+
+And of size 1: Triton makes such an argument a constant, which not all code that takes a number takes.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ _FORWARD = {
     "clip feed-forward": (77, 3072, 768, "quick_gelu", False),
     "clip-g feed-forward": (77, 5120, 1280, "gelu", False),
     "vae to_q 64x64": (4096, 512, 512, None, False),
+    "of one": (1, 1, 1, "silu", True),
+    "one token, geglu": (1, 10240, 1280, "geglu", False),
+    "one column, K split": (8, 1, 11520, None, True),
     "odd": (50, 34, 77, "geglu", True),
     "odd rows": (4001, 2570, 771, "geglu", True),
     "odd and wide": (4001, 5123, 771, "gelu", True),
@@ -32,6 +38,8 @@ _BACKWARD = {
     "sd15 64x64": (4096, 320, 320),
     "sd15 geglu 8x8": (64, 10240, 1280),
     "sdxl 32x32": (1024, 1280, 1280),
+    "one token": (1, 1280, 320),
+    "of one, and a gate": (1, 2, 1),
 }
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
