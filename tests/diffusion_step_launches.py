@@ -33,6 +33,7 @@ def _table_step(size: int, steps: int = 64, channels_last: bool = False, drawn: 
     return OPS.diffusion_step_from_table_triton(
         x, m, k, scale, empty(dtype=torch.int64), guidance_scale=scale, previous_x0=x, clip=1.0,
         seeds=empty(1, dtype=torch.int64) if drawn else None,
+        noise=None if drawn else empty(steps, 1, 4, size, size),
     )  # fmt: skip
 
 
