@@ -28,6 +28,9 @@ _IMAGE_PIXELS_PER_DECODE = 512 * 512
 # graph would keep gigabytes. Assumed, not measured.
 _MOST_PIXELS_BY_GRAPH = 1024 * 1024
 
+# Where the noise of all steps takes more, each is drawn, and waited for, when it is its turn.
+_MOST_NOISE_BYTES = 256 << 20
+
 OnStep = Callable[[int, int], None]
 # (which images, their generators) -> their first latents, (n, c, h, w)
 Start = Callable[[slice, list[torch.Generator]], Tensor]
@@ -133,17 +136,19 @@ class Generation:
         generators: list[torch.Generator],
         on_step: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
-        """The reverse steps of one batch: one graph for all of them, unless noise comes from the host."""
+        """The reverse steps of one batch: one graph for all of them, if their noise fits on the device."""
         options: dict[str, Any] = {
             "timesteps": timesteps,
             "guidance_scale": self.request.guidance_scale if self.request.guided else None,
             "on_step": on_step,
         }
-        if self.cache is not None and not self.plan.draws_noise.any():
+        drawn = len(self.plan) * latents.nbytes if self.plan.draws_noise.any() else 0
+        if self.cache is not None and drawn <= _MOST_NOISE_BYTES:
             replayed = functools.partial(repeat, model=self.unet, cache=self.cache)
             return sample_on_device(
-                self.plan, self.unet, latents, conditioning=[context], repeat=replayed, **options
-            )
+                self.plan, self.unet, latents, conditioning=[context], repeat=replayed,
+                noise=_noise_of_all_steps(self.plan, generators, latents) if drawn else None, **options,
+            )  # fmt: skip
         denoiser = functools.partial(self._denoise, context)
         noise = functools.partial(_draw_like, generators)
         return sample(self.plan, denoiser, latents, draw_noise=noise, **options)
@@ -195,6 +200,16 @@ def draw_noise(
         (N, c, h, w) of `dtype` on `device`.
     """
     return torch.cat([torch.randn(1, *shape, generator=one, dtype=dtype) for one in generators]).to(device)
+
+
+def _noise_of_all_steps(plan: SamplingPlan, generators: Sequence[torch.Generator], latents: Tensor) -> Tensor:
+    """(n, N, c, h, w) on the device, drawn in the order in which the steps would, and copied at once."""
+    pinned = latents.device.type == "cuda"
+    table = torch.zeros((len(plan), *latents.shape), dtype=latents.dtype, pin_memory=pinned)
+    for i, draws in enumerate(plan.draws_noise.tolist()):
+        if draws:
+            table[i] = draw_noise(generators, latents.shape[1:], latents.dtype, table.device)
+    return table.to(latents.device, non_blocking=True)
 
 
 def _draw_like(generators: Sequence[torch.Generator], latents: Tensor) -> Tensor:

@@ -130,6 +130,27 @@ def test_one_graph_for_all_steps_and_any_number_of_them(name, monkeypatch):
     assert (cache.captured, cache.replayed) == (2, 31)
 
 
+@pytest.mark.parametrize("guidance_scale", [None, 7.5])
+@pytest.mark.parametrize("name", ["ddpm", "euler_a"])
+def test_noise_that_was_drawn_before_is_that_of_each_step(name, guidance_scale, monkeypatch):
+    """Where a step draws none its row counts for nothing; other noise is an input of the same graph."""
+    monkeypatch.setattr(graphs, "_can_capture", lambda owner, tensors: True)
+    cache, model = Recorder(), Scaled()
+    x = start().to(memory_format=torch.channels_last)
+    for steps in (7, 65, 9):
+        plan = SAMPLERS[name](NoiseSchedule.scaled_linear(), steps)
+        noise = torch.randn(steps, *x.shape)
+        rows = iter(noise[plan.draws_noise])
+        plain = denoiser if guidance_scale is None else lambda x, t: halves(torch.cat([x, x]), t)
+        expected = sample(plan, plain, x, guidance_scale=guidance_scale, draw_noise=lambda _, r=rows: next(r))
+        actual = sample_on_device(
+            plan, denoiser if guidance_scale is None else halves, x, guidance_scale=guidance_scale, noise=noise,
+            repeat=lambda *arguments: graphs.repeat(*arguments, model=model, cache=cache),
+        )  # fmt: skip
+        assert torch.equal(actual, expected) and next(rows, None) is None
+    assert (cache.captured, cache.replayed) == (2, 81)
+
+
 def test_on_step_sees_the_latents():
     plan = SAMPLERS["ddim"](NoiseSchedule.linear(), 5)
     seen, expected = [], []
@@ -183,7 +204,9 @@ def test_errors_name_the_argument():
     ancestral = SAMPLERS["euler_a"](NoiseSchedule.linear(), 3)
     plan = SAMPLERS["ddim"](NoiseSchedule.linear(), 3)
     for options, error, message in (
-        ({"plan": ancestral}, ValueError, r"seeds: got None, expected \(N,\), as this plan draws noise"),
+        ({"plan": ancestral}, ValueError, r"seeds: got None, expected \(N,\) or noise, as this"),
+        ({"seeds": SEEDS, "noise": start()[None]}, ValueError, "seeds: got them beside noise"),
+        ({"noise": start()}, ValueError, r"noise: got shape \(2, 3, 6, 5\), expected \(3, 2, 3, 6, 5\)"),
         ({"seeds": SEEDS.int()}, TypeError, "seeds: got dtype torch.int32, expected torch.int64"),
         ({"seeds": SEEDS[:1]}, ValueError, r"seeds: got shape \(1,\), expected \(2,\)"),
         ({"timesteps": Table(torch.ones(2))}, ValueError, "timesteps: got 2, expected 3, one for each step"),

@@ -8,6 +8,7 @@ from on_device import OnTheDevice
 from sdfast import _library
 from sdfast.dispatch import use_backend
 from sdfast.ops import diffusion_step, diffusion_step_from_table
+from sdfast.ops._native import empty_by_sample
 
 STEPS = 5
 SEEDS = torch.tensor([3, -(2**63)])
@@ -31,20 +32,27 @@ def tensors(dtype=torch.float32, shape=(2, 4, 9, 7), *, guided=True):
 
 def check_step(
     counter, dtype, backend, *, guided, takes_x0, seeds, clip, arrangement="contiguous", device="cpu",
-    shape=(2, 4, 9, 7),
+    shape=(2, 4, 9, 7), noise=None,
 ):  # fmt: skip
     """One call against `diffusion_step` with the row, by the same backend; the results, and the next input."""
     k, scale, g = (t.to(device) for t in tables())
     x, m, previous = (arranged(t.to(device), arrangement) for t in tensors(dtype, shape, guided=guided))
     seeds = None if seeds is None else seeds.to(device)
     row = min(max(counter, 0), STEPS - 1)
+    table = None
+    if noise is not None:  # "dense", or in rows that lie as the sample does
+        table = torch.randn(STEPS, *x.shape, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+        if noise == "placed":
+            table = empty_by_sample(x, STEPS).copy_(table.flatten(0, 1)).unflatten(0, (STEPS, len(x)))
     common = {"previous_x0": previous if takes_x0 else None, "clip": clip, "seeds": seeds, "backend": backend}
     results = diffusion_step_from_table(
-        x, m, k, scale, torch.tensor(counter, device=device), guidance_scale=g if guided else None, **common
-    )
+        x, m, k, scale, torch.tensor(counter, device=device), guidance_scale=g if guided else None, noise=table,
+        **common,
+    )  # fmt: skip
     expected = diffusion_step(
-        x, m, k[row], guidance_scale=float(g[row]) if guided else None, step=row, **common
-    )
+        x, m, k[row], guidance_scale=float(g[row]) if guided else None, step=row,
+        noise=None if table is None else table[row], **common,
+    )  # fmt: skip
     for result, wanted in zip(results[:2], expected, strict=True):
         assert torch.equal(result, wanted) and result.stride() == wanted.stride()
     assert results[3].dtype == torch.int64 and results[3].shape == () and results[3] == counter + 1
@@ -56,7 +64,7 @@ def check_step(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"takes_x0": True}, {"seeds": SEEDS}, {"takes_x0": True, "clip": 0.5}]
+    "options", [{}, {"takes_x0": True}, {"seeds": SEEDS}, {"noise": "dense"}, {"takes_x0": True, "clip": 0.5}]
 )
 def test_is_diffusion_step_with_the_row(backend, dtype, guided, options):
     if backend == "cpu" and dtype == torch.float64:
@@ -70,9 +78,11 @@ def test_is_diffusion_step_with_the_row(backend, dtype, guided, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_layouts(backend, arrangement):
-    options = {"takes_x0": True, "seeds": SEEDS, "clip": 1.0, "arrangement": arrangement}
-    for guided in (False, True):
-        results, fed = check_step(1, torch.float32, backend, guided=guided, **options)
+    options = {"takes_x0": True, "clip": 1.0, "arrangement": arrangement}
+    for guided, drawn in (
+        (False, {"seeds": SEEDS}), (True, {"seeds": SEEDS}), (True, {"seeds": None, "noise": "placed"}),
+    ):  # fmt: skip
+        results, fed = check_step(1, torch.float32, backend, guided=guided, **drawn, **options)
         assert torch.equal(results[2], fed)
         if backend == "cpu":
             assert results[2].stride()[1:] == results[0].stride()[1:]
@@ -243,6 +253,13 @@ def test_backends():
         ),
         ({"previous_x0": torch.zeros(2, 3).double()}, TypeError, "previous_x0: got dtype torch.float64"),
         ({"clip": 0.0}, ValueError, "clip: got 0.0, expected a positive number or None"),
+        ({"noise": torch.zeros(2, 3)}, ValueError, r"noise: got shape \(2, 3\), expected \(5, 2, 3\)"),
+        ({"noise": torch.zeros(5, 2, 3).half()}, TypeError, "noise: got dtype torch.float16"),
+        (
+            {"noise": torch.zeros(5, 2, 3), "seeds": SEEDS},
+            ValueError,
+            "seeds: got them beside noise, expected one of the two",
+        ),
         ({"seeds": [1, 2]}, TypeError, "seeds: got list, expected a torch.Tensor"),
         ({"seeds": SEEDS[:1]}, ValueError, r"seeds: got shape \(1,\), expected \(2,\)"),
         ({"seeds": SEEDS.to("meta")}, ValueError, "seeds: is on meta, expected cpu as the sample"),

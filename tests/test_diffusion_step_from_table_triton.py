@@ -32,18 +32,18 @@ def test_every_form(dtype, guided):
 def test_every_row_and_beyond(dtype):
     for counter in (0, STEPS // 2, STEPS - 1, STEPS, 2**40, -1):
         check(counter, dtype, guided=True, takes_x0=True, seeds=SEEDS, clip=1.0)
+        check(counter, dtype, guided=True, takes_x0=True, seeds=None, noise="placed", clip=1.0)
 
 
 @pytest.mark.parametrize(
     "arrangement", ["channels_last", "channel_slice", "strided", "transposed", "misaligned"]
 )
 def test_layouts_give_the_same_bits(arrangement):
-    options = {"guided": True, "takes_x0": True, "seeds": SEEDS, "clip": 1.0}
-    plain = check(1, torch.float32, **options)
-    for result, expected in zip(
-        check(1, torch.float32, arrangement=arrangement, **options), plain, strict=True
-    ):
-        assert torch.equal(result, expected)
+    for drawn in ({"seeds": SEEDS}, {"seeds": None, "noise": "dense"}, {"seeds": None, "noise": "placed"}):
+        options = {"guided": True, "takes_x0": True, "clip": 1.0, **drawn}
+        plain = check(1, torch.float32, **options)
+        moved = check(1, torch.float32, arrangement=arrangement, **options)
+        assert all(torch.equal(a, b) for a, b in zip(moved, plain, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_opcheck():
         x, m, previous = (arranged(t.to(DEVICE), arrangement) for t in tensors(shape=(2, 3, 4, 5)))
         options = {"guidance_scale": g, "previous_x0": previous, "clip": 1.0, "seeds": SEEDS.to(DEVICE)}
         torch.library.opcheck(op, (x, m, k, scale, counter), options)
-        torch.library.opcheck(op, (x, x, k, scale, counter), {})
+        torch.library.opcheck(op, (x, x, k, scale, counter), {"noise": torch.stack([x] * STEPS)})

@@ -6,6 +6,7 @@ from elementwise import arranged, check_results
 from test_add_noise import levels, randn
 
 from sdfast.ops import add_noise, reparameterize
+from sdfast.ops._elementwise_triton import config
 from sdfast.testing import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,3 +95,9 @@ def test_opcheck():
             torch.library.opcheck(getattr(torch.ops.sdfast, name).default, (x, x, alpha, sigma))
         for name in ("reparameterize_triton", "reparameterize_backward_triton"):
             torch.library.opcheck(getattr(torch.ops.sdfast, name).default, (x, x, x))
+
+
+def test_one_program_for_all_resolutions():
+    """A size of block for each would be compiled for each."""
+    assert len({str(config(n, 4 * side * side)[1]) for n in (1, 8) for side in range(8, 257)}) == 1
+    assert config(2, 257)[0] == (4,)

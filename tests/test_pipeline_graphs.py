@@ -64,6 +64,20 @@ def test_text_to_image_is_the_same(pipe, sampler, guidance_scale):
     assert (pipe.graphs.captured, pipe.graphs.replayed) == (2, 2 * STEPS + 1)
 
 
+@pytest.mark.parametrize("sampler", NOISY)
+def test_all_steps_are_one_graph_where_noise_fits(pipe, sampler, monkeypatch):
+    """It is drawn before the first step; where it takes too much, each step is a graph's replay of the U-Net."""
+    options = {"sampler": sampler, "num_images": 2}
+    pipe.graphs, loops = Recorder(), []
+    replayed = graphs.repeat
+    monkeypatch.setattr(generation, "repeat", lambda *a, **k: loops.append(a[1]) or replayed(*a, **k))
+    assert_equal(both(pipe, **options))
+    assert loops == [STEPS] * 2
+    monkeypatch.setattr(generation, "_MOST_NOISE_BYTES", 0)
+    assert_equal(both(pipe, **options))
+    assert loops == [STEPS] * 2 and pipe.graphs.captured == 3
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_rows_of_text_are_shared_as_without(folders, kind):
     pipe = sdfast.StableDiffusion.from_pretrained(folders[kind])

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from sdfast.diffusion.plan import SamplingPlan
 from sdfast.ops import diffusion_step_from_table
-from sdfast.ops._checks import check_tensor
+from sdfast.ops._checks import check_optional, check_tensor
+from sdfast.ops._native import empty_by_sample
 from sdfast.ops.diffusion_step import check_seeds
 
 # Tables have a multiple of so many rows, so that one graph serves different numbers of steps.
@@ -62,6 +63,7 @@ class LoopConstants(NamedTuple):
         input_scale: (R,), float64.
         guidance_scale: (R,), float64, or None.
         seeds: (N,), int64, or None.
+        noise: (R, N, ...), or None.
         timesteps: (R,), or what has R of them.
         conditioning: what the denoiser takes besides.
     """
@@ -70,6 +72,7 @@ class LoopConstants(NamedTuple):
     input_scale: Tensor
     guidance_scale: Tensor | None
     seeds: Tensor | None
+    noise: Tensor | None
     timesteps: Tensor | Timesteps
     conditioning: tuple[Any, ...]
 
@@ -94,6 +97,7 @@ class LoopStep:
             previous_x0=state.x0,
             clip=self.clip,
             seeds=constants.seeds,
+            noise=constants.noise,
         )
         return LoopState(latents, None if state.x0 is None else x0, model_input, counter)
 
@@ -126,6 +130,7 @@ def sample_on_device(
     timesteps: Timesteps | None = None,
     guidance_scale: float | None = None,
     seeds: Tensor | None = None,
+    noise: Tensor | None = None,
     on_step: Callable[[int, int, Tensor], None] | None = None,
     repeat: Callable[..., LoopState] = repeat_step,
 ) -> Tensor:
@@ -140,7 +145,8 @@ def sample_on_device(
         conditioning: tensors, or pytrees of them, that the denoiser takes besides.
         timesteps: n of what the denoiser takes instead of the plan's timesteps (`encode_time`).
         guidance_scale: weight of classifier-free guidance, or None for an output without guidance.
-        seeds: what the noise of each sample is drawn from, (N,), int64; needed where the plan draws noise.
+        seeds: what the noise of each sample is drawn from, (N,), int64. A plan that draws noise needs them or
+        noise: of each step, (n, N, ...), like `latents`; rows of steps that draw none are not added.
         on_step: called as (i, n, latents) after step i of n, with a copy of the latents. It cannot replace
             them, as that of `sample` can.
         repeat: runs the steps, called as `repeat_step` is: a function that captures the step in a graph.
@@ -154,8 +160,11 @@ def sample_on_device(
     check_tensor("latents", latents)
     n, device = len(plan), latents.device
     draws_noise = bool(plan.draws_noise.any())
-    if draws_noise and seeds is None:
-        raise ValueError("seeds: got None, expected (N,), as this plan draws noise; `sample` can do without")
+    if draws_noise and seeds is None and noise is None:
+        raise ValueError("seeds: got None, expected (N,) or noise, as this plan draws some")
+    if seeds is not None and noise is not None:
+        raise ValueError("seeds: got them beside noise, expected one of the two")
+    check_optional("noise", noise, shape=(n, *latents.shape), like=latents)
     if seeds is not None:
         check_seeds(seeds, latents)
     if guidance_scale is not None and not math.isfinite(guidance_scale):
@@ -182,6 +191,7 @@ def sample_on_device(
         input_scale=tables[1],
         guidance_scale=tables[2],
         seeds=seeds.to(device) if seeds is not None and draws_noise else None,
+        noise=_padded(_lying_as(noise, latents)) if noise is not None and draws_noise else None,
         timesteps=tables[3] if timesteps is None else timesteps,
         conditioning=tuple(conditioning),
     )
@@ -200,6 +210,12 @@ def _padded(table: Tensor) -> Tensor:
     """(n, ...) -> (R, ...): its last row repeated up to a multiple of `_ROWS`."""
     missing = -len(table) % _ROWS
     return torch.cat([table, table[-1:].expand(missing, *table.shape[1:])])
+
+
+def _lying_as(noise: Tensor, latents: Tensor) -> Tensor:
+    """Each row of the noise in the layout of the latents, in which a kernel reads it in place."""
+    like = empty_by_sample(latents, len(noise))
+    return like.copy_(noise.flatten(0, 1)).unflatten(0, noise.shape[:2])
 
 
 def _at(timesteps: Tensor | Timesteps, step: Tensor) -> object:

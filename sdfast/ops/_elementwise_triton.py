@@ -7,16 +7,21 @@ from torch import Tensor
 
 from sdfast.ops import _triton
 
+_BLOCK = 256
+
 
 def lie_as(t: Tensor, out: Tensor) -> Tensor:
     """t itself where its samples (first axis) lie inside as those of `out`, else a copy that does."""
-    for size, stride, wanted in zip(out.shape[1:], t.stride()[1:], out.stride()[1:], strict=True):
-        if size > 1 and stride != wanted:
-            inner = 1 + sum((s - 1) * k for s, k in zip(out.shape[1:], out.stride()[1:], strict=True))
-            return torch.empty_strided(
-                t.shape, (inner, *out.stride()[1:]), dtype=t.dtype, device=t.device
-            ).copy_(t)
-    return t
+    if lies_as(t, out):
+        return t
+    inner = 1 + sum((s - 1) * k for s, k in zip(out.shape[1:], out.stride()[1:], strict=True))
+    return torch.empty_strided(t.shape, (inner, *out.stride()[1:]), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def lies_as(t: Tensor, out: Tensor) -> bool:
+    """Whether its samples lie inside as those of `out`."""
+    strides = zip(out.shape[1:], t.stride()[1:], out.stride()[1:], strict=True)
+    return all(size == 1 or stride == wanted for size, stride, wanted in strides)
 
 
 def sample_stride(t: Tensor) -> int:
@@ -30,13 +35,11 @@ def sizes(out: Tensor) -> tuple[int, int]:
     return count, out.numel() // max(count, 1)
 
 
-def config(samples: int, size: int, device: torch.device) -> tuple[tuple[int, ...], _triton.Config]:
-    """The grid, and four elements for each thread: the largest programs of which each multiprocessor has two.
+def config(samples: int, size: int) -> tuple[tuple[int, ...], _triton.Config]:
+    """The grid, and four elements for each thread.
 
-    Latents are small: where even the smallest programs are fewer, all of them run at once.
+    One size of program whatever the work, so that a new resolution compiles nothing; a small one, as latents
+    are small: those of one 512x512 image are 64 programs. Assumed, not measured.
     """
-    block = 1024
-    while block > 128 and samples * (-(-size // block)) < 2 * _triton.multiprocessors(device):
-        block //= 2
-    grid = (samples * (-(-size // block)),)
-    return grid, _triton.Config({"BLOCK": block}, num_warps=block // 128, num_stages=1)
+    grid = (samples * (-(-size // _BLOCK)),)
+    return grid, _triton.Config({"BLOCK": _BLOCK}, num_warps=_BLOCK // 128, num_stages=1)

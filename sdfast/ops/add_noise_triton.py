@@ -40,7 +40,7 @@ def _add_noise_kernel(
 def _run(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, out: Tensor, v: Tensor | None) -> None:
     x, e = lie_as(x0, out), lie_as(noise, out)
     samples, size = sizes(out)
-    grid, launch_config = config(samples, size, x0.device)
+    grid, launch_config = config(samples, size)
     _triton.launch(
         _add_noise_kernel, grid, x, e, alpha, sigma, out, v,
         size, sample_stride(x), sample_stride(e), alpha.stride(0), sigma.stride(0), sample_stride(out),

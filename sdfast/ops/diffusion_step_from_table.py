@@ -1,7 +1,7 @@
 """diffusion_step_from_table: the step that a counter on the device says, and what the model is fed next.
 
     i  = counter, from 0 to n - 1
-    x', x̂₀ = diffusion_step(x, m, coefficients[i], ...), its noise drawn from the seeds and i
+    x', x̂₀ = diffusion_step(x, m, coefficients[i], ...), noise[i] its noise, or drawn from seeds and i
     y  = input_scale[i + 1] x', twice with guidance, for both halves of the model's batch
 
 Nothing here depends on a number of the host, so that one CUDA graph of a step, replayed n times, is the whole
@@ -36,7 +36,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 def diffusion_step_from_table_torch(
     sample: Tensor, model_output: Tensor, coefficients: Tensor, input_scale: Tensor, counter: Tensor, *,
     guidance_scale: Tensor | None = None, previous_x0: Tensor | None = None, clip: float | None = None,
-    seeds: Tensor | None = None,
+    seeds: Tensor | None = None, noise: Tensor | None = None,
 ) -> Results:  # fmt: skip
     """The formula, in fp32 or fp64, without a transfer between host and device."""
     wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
@@ -49,6 +49,7 @@ def diffusion_step_from_table_torch(
     out, x0 = diffusion_step_torch(
         sample, model_output, row(coefficients, step), previous_x0=previous_x0, clip=clip, seeds=seeds,
         guidance_scale=None if guidance_scale is None else row(guidance_scale, step).to(wide), step=step,
+        noise=None if noise is None else row(noise, step),
     )  # fmt: skip
     model_input = (out.to(wide) * row(input_scale, (step + 1).clamp(max=last)).to(wide)).to(sample.dtype)
     if guidance_scale is not None:
@@ -69,7 +70,7 @@ def _empty_results(sample: Tensor, counter: Tensor, guidance_scale: Tensor | Non
 def _fake(
     sample: Tensor, model_output: Tensor, coefficients: Tensor, input_scale: Tensor, counter: Tensor, *,
     guidance_scale: Tensor | None = None, previous_x0: Tensor | None = None, clip: float | None = None,
-    seeds: Tensor | None = None,
+    seeds: Tensor | None = None, noise: Tensor | None = None,
 ) -> Results:  # fmt: skip
     return _empty_results(sample, counter, guidance_scale)
 
@@ -77,7 +78,7 @@ def _fake(
 def _by_row(
     sample: Tensor, model_output: Tensor, coefficients: Tensor, input_scale: Tensor, counter: Tensor, *,
     guidance_scale: Tensor | None = None, previous_x0: Tensor | None = None, clip: float | None = None,
-    seeds: Tensor | None = None,
+    seeds: Tensor | None = None, noise: Tensor | None = None,
 ) -> Results:  # fmt: skip
     """On the CPU: the compiled kernel of `diffusion_step`, with what the tables hold for this step."""
     last = len(coefficients) - 1
@@ -85,6 +86,7 @@ def _by_row(
     out, x0 = torch.ops.sdfast.diffusion_step(
         sample, model_output, coefficients[step], previous_x0=previous_x0, clip=clip, seeds=seeds,
         guidance_scale=None if guidance_scale is None else float(guidance_scale[step]), step=step,
+        noise=None if noise is None else noise[step],
     )  # fmt: skip
     copies = 1 if guidance_scale is None else 2
     model_input = _native.empty_by_sample(out, copies)
@@ -96,7 +98,7 @@ def _by_row(
 _on_cpu = _library.define_native(
     "diffusion_step_from_table(Tensor sample, Tensor model_output, Tensor coefficients, Tensor input_scale, "
     "Tensor counter, *, Tensor? guidance_scale=None, Tensor? previous_x0=None, float? clip=None, "
-    "Tensor? seeds=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? seeds=None, Tensor? noise=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _by_row,
 )
@@ -128,6 +130,7 @@ def diffusion_step_from_table(
     previous_x0: Tensor | None = None,
     clip: float | None = None,
     seeds: Tensor | None = None,
+    noise: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reverse step that `counter` says, and the model's next input. All tensors are on one device.
@@ -142,6 +145,7 @@ def diffusion_step_from_table(
         previous_x0: x̂₀ of the step before, (N, ...), same dtype; None leaves its term out.
         clip: bound of |x̂₀|, > 0, or None.
         seeds: what z is drawn from, with i, one for each sample, (N,), int64; None leaves its term out.
+        noise: z of each step instead, (n, N, ...), same dtype; rows that lie as it does are not copied.
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
@@ -172,14 +176,17 @@ def diffusion_step_from_table(
     if seeds is not None:
         check_seeds(seeds, sample)
         _check_device("seeds", seeds, sample)
+    check_optional("noise", noise, shape=(steps, *sample.shape), like=sample)
+    if seeds is not None and noise is not None:
+        raise ValueError("seeds: got them beside noise, expected one of the two")
     device_type = sample.device.type
     unavailable = _native.unavailable(
         "diffusion_step", "sample", device_type, sample.dtype,
-        needs_gradient=_native.requires_grad(sample, model_output, coefficients, previous_x0),
+        needs_gradient=_native.requires_grad(sample, model_output, coefficients, previous_x0, noise),
     )  # fmt: skip
     serve = dispatch.choose("diffusion_step_from_table", device_type, unavailable, backend)
     run = _BACKENDS.get(serve, diffusion_step_from_table_torch)
     return run(
         sample, model_output, coefficients, input_scale, counter, guidance_scale=guidance_scale,
-        previous_x0=previous_x0, clip=clip, seeds=seeds,
+        previous_x0=previous_x0, clip=clip, seeds=seeds, noise=noise,
     )  # fmt: skip

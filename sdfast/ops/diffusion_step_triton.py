@@ -3,8 +3,8 @@
 A program takes a run of elements of one sample as they lie in memory: x, both halves of m, x̂₀ᵖ and z are read
 once, x' and x̂₀ (from a table the model's next input, too) written once, 7 coefficients read by each program.
 Noise is a function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a
-thread draws four elements from one block. Products and sums are written as fused multiply-adds, so that a
-compiler has nothing to choose and the two operations give the same bits.
+thread draws four elements from one block. Products and sums of the step are fused multiply-adds, so that a
+compiler has nothing to choose there; in the noise's polynomials it may fuse as it likes, within their 2 units.
 Bytes: (4 to 8) * N * size elements. Limit: the launch for latents of one image, memory above.
 """
 
@@ -19,14 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops import _native, _triton
-from sdfast.ops._elementwise_triton import config, lie_as, sample_stride, sizes
+from sdfast.ops._elementwise_triton import config, lie_as, lies_as, sample_stride, sizes
 from sdfast.ops._philox_triton import normals_at, normals_of_row
+
+# Numbers by which nothing is compiled. Strides and `size` are not among them: vectors need their divisors.
+_SIZES = ("samples", "middle", "inner", "index_outer", "index_middle", "index_inner")
 
 
 @triton.jit
 def _step(
     x_ptr, m_ptr, k_ptr, previous_ptr, noise_ptr, seeds_ptr,
-    samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride, guidance_scale, clip, step,
+    samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride, noise_row,
+    guidance_scale, clip, step,
     middle, inner, index_outer, index_middle, index_inner,
     GUIDED: tl.constexpr, CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -67,12 +71,12 @@ def _step(
             z = normals_at(seed, element, step)
         out = tl.fma(zero + tl.load(k_ptr + 6).to(tl.float32), z, out)
     if noise_ptr is not None:
-        z = tl.load(noise_ptr + n * noise_stride + at, mask, 0.0).to(tl.float32)
+        z = tl.load(noise_ptr + noise_row + n * noise_stride + at, mask, 0.0).to(tl.float32)
         out = tl.fma(zero + tl.load(k_ptr + 6).to(tl.float32), z, out)
     return out, x0
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=[*_SIZES, "step"])
 def _diffusion_step_kernel(
     x_ptr, m_ptr, k_ptr, previous_ptr, noise_ptr, seeds_ptr, out_ptr, x0_ptr,
     samples, size, x_stride, m_stride, previous_stride, noise_stride, out_stride,
@@ -87,7 +91,7 @@ def _diffusion_step_kernel(
     first = program % blocks * BLOCK
     out, x0 = _step(
         x_ptr, m_ptr, k_ptr, previous_ptr, noise_ptr, seeds_ptr,
-        samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride,
+        samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride, 0,
         guidance_scale, clip, step.to(tl.int64), middle, inner, index_outer, index_middle, index_inner,
         GUIDED, CLIPPED, IN_ROWS, BLOCK,
     )  # fmt: skip
@@ -97,11 +101,12 @@ def _diffusion_step_kernel(
     tl.store(x0_ptr + n * out_stride + at, x0.to(x0_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=[*_SIZES, "steps"])
 def _table_step_kernel(
-    x_ptr, m_ptr, k_ptr, scale_ptr, guidance_ptr, counter_ptr, previous_ptr, seeds_ptr,
+    x_ptr, m_ptr, k_ptr, scale_ptr, guidance_ptr, counter_ptr, previous_ptr, noise_ptr, seeds_ptr,
     out_ptr, x0_ptr, input_ptr, next_counter_ptr,
-    samples, size, x_stride, m_stride, previous_stride, out_stride, input_stride, clip, steps,
+    samples, size, x_stride, m_stride, previous_stride, noise_stride, noise_step,
+    out_stride, input_stride, clip, steps,
     middle, inner, index_outer, index_middle, index_inner,
     GUIDED: tl.constexpr, CLIPPED: tl.constexpr, IN_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +125,8 @@ def _table_step_kernel(
     if GUIDED:
         guidance_scale = tl.load(guidance_ptr + step).to(tl.float32)
     out, x0 = _step(
-        x_ptr, m_ptr, k_ptr + 7 * step, previous_ptr, None, seeds_ptr,
-        samples, n, first, size, x_stride, m_stride, previous_stride, 0,
+        x_ptr, m_ptr, k_ptr + 7 * step, previous_ptr, noise_ptr, seeds_ptr,
+        samples, n, first, size, x_stride, m_stride, previous_stride, noise_stride, step * noise_step,
         guidance_scale, clip, step, middle, inner, index_outer, index_middle, index_inner,
         GUIDED, CLIPPED, IN_ROWS, BLOCK,
     )  # fmt: skip
@@ -197,6 +202,15 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else sample_stride(t)
 
 
+def _noise_of(noise: Tensor, counter: Tensor, out: Tensor) -> tuple[Tensor, int]:
+    """The table's first row, if it lies as `out`, and the stride to the next; else a copy of the row."""
+    first = noise.select(0, 0)
+    if lies_as(first, out):
+        return first, noise.stride(0)
+    step = counter.clamp(0, len(noise) - 1)
+    return lie_as(noise.index_select(0, step[None]).squeeze(0), out), 0
+
+
 def _moved(t: Tensor, sample: Tensor, copies: int = 1) -> Tensor:
     return _native.empty_by_sample(sample, copies).copy_(t)
 
@@ -213,7 +227,7 @@ def diffusion_step(
     k = coefficients.to(sample.device, non_blocking=True).contiguous()
     drawn = None if seeds is None else seeds.to(sample.device, non_blocking=True).contiguous()
     samples, size = sizes(o.out)
-    grid, launch_config = config(samples, size, sample.device)
+    grid, launch_config = config(samples, size)
     _triton.launch(
         _diffusion_step_kernel, grid, o.x, o.m, k, o.previous, z, drawn, o.out, o.x0, samples, size,
         _stride(o.x), _stride(o.m), _stride(o.previous), _stride(z), _stride(o.out),
@@ -229,7 +243,7 @@ def diffusion_step(
 def diffusion_step_from_table(
     sample: Tensor, model_output: Tensor, coefficients: Tensor, input_scale: Tensor, counter: Tensor, *,
     guidance_scale: Tensor | None = None, previous_x0: Tensor | None = None, clip: float | None = None,
-    seeds: Tensor | None = None,
+    seeds: Tensor | None = None, noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """sdfast::diffusion_step_from_table."""
     o = _operands(sample, model_output, previous_x0, seeds is not None)
@@ -238,13 +252,15 @@ def diffusion_step_from_table(
     if o.out.numel() == 0:
         return o.out, o.x0, model_input, counter + 1
     next_counter = torch.empty_like(counter)
+    z, noise_step = (None, 0) if noise is None else _noise_of(noise, counter, o.out)
     samples, size = sizes(o.out)
-    grid, launch_config = config(samples, size, sample.device)
+    grid, launch_config = config(samples, size)
     _triton.launch(
         _table_step_kernel, grid, o.x, o.m, coefficients.contiguous(), input_scale.contiguous(),
-        None if guidance_scale is None else guidance_scale.contiguous(), counter, o.previous,
+        None if guidance_scale is None else guidance_scale.contiguous(), counter, o.previous, z,
         None if seeds is None else seeds.contiguous(), o.out, o.x0, model_input, next_counter, samples, size,
-        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(o.out), _stride(model_input),
+        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(z), noise_step,
+        _stride(o.out), _stride(model_input),
         0.0 if clip is None else float(clip), len(coefficients), *o.places,
         config=launch_config,
         GUIDED=guidance_scale is not None, CLIPPED=clip is not None, IN_ROWS=o.in_rows,

@@ -45,7 +45,7 @@ def _reparameterize_kernel(
 def _run(first: Tensor, logvar: Tensor, noise: Tensor, out: Tensor, backward: bool) -> Tensor:
     first, logvar, noise = (lie_as(t, out) for t in (first, logvar, noise))
     samples, size = sizes(out)
-    grid, launch_config = config(samples, size, out.device)
+    grid, launch_config = config(samples, size)
     _triton.launch(
         _reparameterize_kernel, grid, first, logvar, noise, out, size,
         sample_stride(first), sample_stride(logvar), sample_stride(noise), sample_stride(out), *LOGVAR_RANGE,
