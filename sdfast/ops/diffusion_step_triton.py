@@ -4,7 +4,7 @@ A program takes a run of elements of one sample as they lie in memory: x, both h
 once, x' and x̂₀ (from a table the model's next input, too) written once, 7 coefficients read by each program.
 Noise is a function of seed, step and element (`_philox_triton.py`) and costs no memory: in row-major order a
 thread draws four elements from one block. Products and sums of the step are fused multiply-adds, so that a
-compiler has nothing to choose there; in the noise's polynomials it may fuse, within their 2 units.
+compiler has nothing to choose there; in the noise's polynomials it may fuse as it likes, within 2 units.
 Bytes: (4 to 8) * N * size elements. Limit: the launch for latents of one image, memory above.
 """
 
