@@ -208,7 +208,10 @@ def plans_of(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = Fal
         constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
         # Two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold.
         num_warps = 8 if paired else tile.num_warps
-        config = Config(constants, num_warps, min(4, available // stage_bytes))
+        stages = min(4, available // stage_bytes)
+        if block_k == 16 and tile.m == 32:
+            stages = 2  # exact products wait for no load, and with more stages they spill
+        config = Config(constants, num_warps, stages)
         plans.append(Plan(config, count, splits, steps, cost))
     return plans
 
