@@ -64,7 +64,7 @@ class Norm(NamedTuple):
     silu: bool
 
 
-_FINISH = Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4)
+_FINISH = Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4)
 
 
 def convolve(
