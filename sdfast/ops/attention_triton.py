@@ -219,7 +219,7 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
     block_n, stages = 32 if in_registers and width > 128 else 64, 3 if width <= 64 else 2
     while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
         block_n //= 2
-    held = 64 * 64 if in_registers else 128 * 64  # of the accumulator, by 4 warps
+    held = 128 * 64 if architecture(q.device) == 90 else 64 * 64  # of the accumulator, by 4 warps
     num_warps = 4 if width * block_m <= held else 8
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
     return Config({**constants, **blocks}, num_warps, stages)
