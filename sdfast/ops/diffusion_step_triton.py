@@ -202,13 +202,14 @@ def _stride(t: Tensor | None) -> int:
     return 0 if t is None else sample_stride(t)
 
 
-def _noise_of(noise: Tensor, counter: Tensor, out: Tensor) -> tuple[Tensor, int]:
-    """The table's first row, if it lies as `out`, and the stride to the next; else a copy of the row."""
+def _noise_of(noise: Tensor, counter: Tensor, out: Tensor) -> tuple[Tensor, int, int]:
+    """The table, if its rows lie as `out`, else a copy of one; the strides of samples and of rows."""
     first = noise.select(0, 0)
     if lies_as(first, out):
-        return first, noise.stride(0)
+        return noise, sample_stride(first), noise.stride(0)
     step = counter.clamp(0, len(noise) - 1)
-    return lie_as(noise.index_select(0, step[None]).squeeze(0), out), 0
+    row = lie_as(noise.index_select(0, step[None]).squeeze(0), out)
+    return row, sample_stride(row), 0
 
 
 def _moved(t: Tensor, sample: Tensor, copies: int = 1) -> Tensor:
@@ -252,14 +253,14 @@ def diffusion_step_from_table(
     if o.out.numel() == 0:
         return o.out, o.x0, model_input, counter + 1
     next_counter = torch.empty_like(counter)
-    z, noise_step = (None, 0) if noise is None else _noise_of(noise, counter, o.out)
+    z, noise_stride, noise_step = (None, 0, 0) if noise is None else _noise_of(noise, counter, o.out)
     samples, size = sizes(o.out)
     grid, launch_config = config(samples, size)
     _triton.launch(
         _table_step_kernel, grid, o.x, o.m, coefficients.contiguous(), input_scale.contiguous(),
         None if guidance_scale is None else guidance_scale.contiguous(), counter, o.previous, z,
         None if seeds is None else seeds.contiguous(), o.out, o.x0, model_input, next_counter, samples, size,
-        _stride(o.x), _stride(o.m), _stride(o.previous), _stride(z), noise_step,
+        _stride(o.x), _stride(o.m), _stride(o.previous), noise_stride, noise_step,
         _stride(o.out), _stride(model_input),
         0.0 if clip is None else float(clip), len(coefficients), *o.places,
         config=launch_config,
