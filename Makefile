@@ -13,8 +13,9 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.installed
 	$(RUN) benchmarks/demo.py
 
+# A process for each core, a file of tests to a process.
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_models.py
