@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from _report_models import markdown_table
 
 Row = dict[str, Any]
+
+
+# What a step is to take on one H200, in ms, and what it might: by the titles of _gpu_works.
+GOALS = {
+    "SD 1.5 U-Net, guided step, 512x512": (4.5, 3.3),
+    "SDXL U-Net, guided step, 1024x1024": (28, 24),
+    "VAE decode to 512x512": (5, 4),
+    "VAE decode to 1024x1024": (20, 16),
+    "SD 1.5 U-Net, training step, 8 images of 512x512, bf16 weights": (53, 40),
+}
+
+
+def goals_lines(records: Iterable[Row]) -> list[str]:
+    """A line for each goal and each record that has its work, or one that says that none has."""
+
+    def ms(row: Row, *sides: str) -> str:
+        times = [row["sides"][side]["ms"] for side in sides if "ms" in row["sides"].get(side, {})]
+        return f"{min(times):.2f} ms" if times else "not measured"
+
+    rows = []
+    for work, (goal, stretch) in GOALS.items():
+        measured = [
+            (record["environment"]["gpu"], ms(row, "compiled"), ms(row, "sdfast", "sdfast triton"))
+            for record in records
+            for row in record["rows"]
+            if row["work"] == work
+        ]
+        for cells in measured or [("", "not measured", "not measured")]:
+            rows.append((work, *cells, f"{goal} ms", f"{stretch} ms"))
+    head = ("work, bf16", "GPU", "torch.compile, max-autotune", "sdfast", "goal", "stretch")
+    return ["", "## Goals on one H200", "", *markdown_table(head, rows)]
 
 
 def card_line(record: Row) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _report_gpu import gpu_models_lines, operations_lines, traffic_lines
+from _report_gpu import goals_lines, gpu_models_lines, operations_lines, traffic_lines
 from _report_models import markdown_table, models_rows, models_table, peers_lines, profile_lines
 
 HERE = Path(__file__).parent
@@ -167,6 +167,7 @@ def results_md(records: dict[str, Row]) -> list[str]:
             lines += operations_lines(record)
         elif kind == "gpu_models":
             lines += gpu_models_lines(record)
+    lines += goals_lines([r for name, r in records.items() if name.endswith("/gpu_models.json")])
     if _TRAFFIC.exists():
         lines += traffic_lines(json.loads(_TRAFFIC.read_text()))
     return lines

@@ -22,7 +22,8 @@ import report  # noqa: E402
 import tune_launches  # noqa: E402
 from _gpu_process import OutOfTime, Worker, WorkerError  # noqa: E402
 from _gpu_profile import Span, summary  # noqa: E402
-from _report_gpu import gpu_models_lines, operations_lines, traffic_lines  # noqa: E402
+from _gpu_works import WORKS  # noqa: E402
+from _report_gpu import GOALS, goals_lines, gpu_models_lines, operations_lines, traffic_lines  # noqa: E402
 from bench_gpu_models import Benchmark, described, parse  # noqa: E402
 
 from sdfast import testing  # noqa: E402
@@ -457,6 +458,19 @@ def test_report_of_operations():
         "a copy moved 4300 GB/s, a matrix product 790 TFLOP/s; at most 1980 MHz, driver 580. torch 2, triton 3."
         in text
     )
+
+
+def test_report_of_goals():
+    assert set(GOALS) <= {work.title for work in WORKS.values()}
+    assert sum("| not measured | not measured |" in line for line in goals_lines([])) == len(GOALS)
+    row = {"work": "VAE decode to 512x512", "sides": {"compiled": {"ms": 7.0}, "sdfast triton": {"ms": 4.5}}}
+    record = {
+        "environment": {"gpu": "H200"},
+        "rows": [row, {**row, "sides": {"sdfast": {"first_seconds": 1}}}],
+    }
+    text = "\n".join(goals_lines([record]))
+    assert "| VAE decode to 512x512 | H200 | 7.00 ms | 4.50 ms | 5 ms | 4 ms |" in text
+    assert "| VAE decode to 512x512 | H200 | not measured | not measured | 5 ms | 4 ms |" in text
 
 
 def test_report_of_models():
