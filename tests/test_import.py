@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,14 +26,10 @@ def run_python(code, *options, **environment):
 
 @pytest.mark.parametrize("statement", ["import sdfast", "from sdfast import StableDiffusion"])
 def test_import_time_beyond_torch(statement):
-    """What is imported after torch takes little; one try in three is enough, as the machine may be busy."""
-    code = f"import torch, sys; sys.stderr.write('begin\\n'); {statement}"
-    for _ in range(3):
-        trace = run_python(code, "-X", "importtime").stderr.split("begin\n")[1]
-        microseconds = sum(map(int, re.findall(r"^import time:\s*(\d+) \|", trace, re.MULTILINE)))
-        if microseconds < 1e6 * MAX_IMPORT_SECONDS:
-            return
-    pytest.fail(f"{statement} took {microseconds / 1e6:.2f} s beyond torch")
+    """What is imported after torch takes little, of the processor's time: the machine may be busy."""
+    code = f"import time, torch; began = time.process_time(); {statement}; print(time.process_time() - began)"
+    seconds = min(float(run_python(code).stdout) for _ in range(3))
+    assert seconds < MAX_IMPORT_SECONDS, f"{statement} took {seconds:.2f} s beyond torch"
 
 
 def test_import_loads_no_torch_and_public_names_load_on_use():

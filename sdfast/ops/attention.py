@@ -171,13 +171,9 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
 
 
-def _order(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...] | None:
-    """Candidates for this call, best first, where they are not the usual ones."""
-    if q.is_cuda:
-        return ("torch", "triton")  # not measured on a GPU yet: until then torch's SDPA goes first
-    # As measured: gradients of so little that Python decides.
-    is_faster_in_torch = q.numel() * k.shape[2] < 2**16 and requires_grad(q, k, v)
-    return ("torch",) if is_faster_in_torch else None
+def _is_faster_in_torch(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """As measured: gradients of so little that Python decides."""
+    return q.numel() * k.shape[2] < 2**16 and requires_grad(q, k, v)
 
 
 def attention(
@@ -227,7 +223,8 @@ def attention(
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
-    reasons, order = _unavailable(q, k, v, mask), _order(q, k, v)
+    reasons = _unavailable(q, k, v, mask)
+    order = ("torch",) if _is_faster_in_torch(q, k, v) else None
     serve = dispatch.choose("attention", q.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, attention_torch)
     return run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
 from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
-from sdfast.ops._conv2d_choice import folds, shape_of, suits_torch, times_of
+from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
@@ -161,20 +161,9 @@ def conv2d_fuses(x: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return False
-    reasons = _unavailable(x, x)
-    return dispatch.choose("conv2d", x.device.type, reasons, None, order=("torch",)) == "triton"
-
-
-def _order_on_cuda(
-    x: Tensor, weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool
-) -> tuple[str, ...]:
-    """Not measured on a GPU yet. Until then cuDNN goes first wherever both do the same arithmetic.
-
-    Folded, an upsampled convolution has 4/9 of it, and neither writes nor reads an image four times as large.
-    """
-    half = x.dtype in (torch.float16, torch.bfloat16) and min(weight.shape[:2]) >= 64
-    folded = upsample and folds(weight.shape[2:], stride, sides)
-    return ("triton", "torch") if half and folded else ("torch", "triton")
+    return dispatch.is_named(None) and (
+        dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None) == "triton"
+    )
 
 
 def conv2d(
@@ -261,12 +250,7 @@ def conv2d(
     others = (time_embedding, residual, skip, *((norm.weight, norm.bias) if norm else ()))
     reasons = _unavailable(x, weight, bias, *others)
     named, trains = dispatch.is_named(backend), requires_grad(x, weight, bias, *others)
-    order: tuple[str, ...] | None = None
-    if x.is_cuda:
-        order = ("torch", "triton") if trains else _order_on_cuda(x, weight, stride, sides, upsample)
-    if (x.is_cuda or named) and dispatch.choose(
-        "conv2d", x.device.type, reasons, backend, order=order
-    ) == "triton":
+    if named and dispatch.choose("conv2d", x.device.type, reasons, backend) == "triton":
         more: dict[str, Any] = {"skip": skip, "norm_statistics": norm.statistics if norm else None}
         if trains:
             y = conv2d_triton_training(x, weight, bias, stride, sides, **fused, **more)
@@ -284,6 +268,7 @@ def conv2d(
         )
     if skip is not None:
         x = torch.cat([x, skip], 1)
+    order: tuple[str, ...] | None = None
     if "cpu" not in reasons and not named:
         if trains:
             to_torch = suits_torch_in_training(x, weight, upsample)

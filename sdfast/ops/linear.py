@@ -115,17 +115,6 @@ def _is_faster_in_torch(x: Tensor, weight: Tensor, *others: Tensor | None) -> bo
     return x.dtype == torch.bfloat16 or x.numel() * weight.shape[0] < 2**22
 
 
-def _order(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
-) -> tuple[str, ...] | None:
-    """Candidates for this call, best first, where they are not the usual ones."""
-    if x.is_cuda:
-        # Not measured on a GPU yet. Until then torch's cuBLAS goes first wherever fusion saves no large
-        # matrix; "geglu" saves writing and reading h, twice as wide as the result.
-        return None if activation == "geglu" else ("torch", "triton")
-    return ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
-
-
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": linear_cpu,
     "triton": linear_triton,
@@ -187,7 +176,7 @@ def linear(
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
     reasons = _unavailable(x, weight, bias, residual)
-    order = _order(x, weight, bias, residual, activation)
+    order = ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
     serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)
