@@ -291,16 +291,6 @@ def test_what_the_kernel_leaves_to_torch() -> None:
         call(case.q)
 
 
-def test_sdpa_goes_first_on_cuda() -> None:
-    from sdfast.ops.attention import _order
-
-    class OnCuda:
-        is_cuda = True
-
-    q: object = OnCuda()
-    assert _order(q, q, q) == ("torch", "triton")
-
-
 def test_compiles_to_one_graph() -> None:
     case = make_case(20, 33, 8, torch.float32)
     torch._dynamo.reset()
