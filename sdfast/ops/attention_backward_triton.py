@@ -265,7 +265,7 @@ def _plan(q: Tensor, kept_rows: int) -> _Plan:
     in_registers = not reads_shared_memory(q.device)
     kept, step = (128, 64) if d0 + d1 <= 64 else (64, 32 if in_registers else 64)
     if batch * heads * -(-kept_rows // kept) < multiprocessors(q.device):
-        kept = 64
+        kept, step = 64, 32 if in_registers else step
     row_bytes, available = (d0 + d1) * q.element_size(), shared_memory_bytes(q.device)
     while step > 32 and 2 * (kept + 2 * step) * row_bytes > available:
         step //= 2

@@ -217,6 +217,8 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
     block_m = 128 if batch * heads * -(-queries // 128) >= 2 * processors else 64
     in_registers = not reads_shared_memory(q.device)
     block_n, stages = 32 if in_registers and width > 128 else 64, 3 if width <= 64 else 2
+    if width == 16 and architecture(q.device) == 100:
+        block_n = 32  # more scores than so narrow a head's registers hold
     while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
         block_n //= 2
     held = 128 * 64 if architecture(q.device) == 90 else 64 * 64  # of the accumulator, by 4 warps
