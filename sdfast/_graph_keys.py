@@ -72,6 +72,7 @@ def modules_of(owner: nn.Module) -> Iterator[nn.Module]:
 
 
 def weights_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers that these modules hold themselves."""
     return [
         weight
         for module in modules
