@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu_tensors.h"
+#include "sample_layout.h"
 
 namespace sdfast {
 namespace {

@@ -37,7 +37,7 @@ View<T> view_of(const Tensor& t) {
 // t, copied where its rows have gaps.
 inline Tensor checked(const Tensor& t, const char* name, const Sizes& sizes, int64_t rows,
                       ScalarType dtype) {
-  check_cpu(t, name);
+  check_device(t, name);
   check_shape(t, name, {sizes.batch, sizes.heads, rows, sizes.dim});
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected the dtype of q");
   return sizes.dim > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;

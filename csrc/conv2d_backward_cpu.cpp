@@ -48,7 +48,7 @@ void check_winograd(const Shape& s, bool winograd) {
 }
 
 void check_image(const Tensor& t, const char* name, ScalarType dtype) {
-  check_cpu(t, name);
+  check_device(t, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype && has_layout(t, Layout::kChannelsLast), name,
                   ": expected channels last, in the dtype of the others");
 }
@@ -72,7 +72,7 @@ Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
   const auto check_dense = [&](const std::optional<Tensor>& t, const char* name,
                                IntHeaderOnlyArrayRef shape) {
     if (!t) return;
-    check_cpu(*t, name);
+    check_device(*t, name);
     check_shape(*t, name, shape);
     STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == dtype, name,
                     ": expected contiguous, in the dtype of x");

@@ -68,7 +68,7 @@ void pack_winograd(const Tensor& weight, float* to) {
 // weight: (phases, out_channels, kernel, kernel, channels), fp32; one phase of 3x3 kernels, or the
 // four of an upsampling convolution. Returns what conv2d_kernel of this Winograd algorithm takes.
 Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
-  check_cpu(weight, "weight");
+  check_device(weight, "weight");
   STD_TORCH_CHECK(checked_algorithm(algorithm) != Algorithm::kDirect,
                   "algorithm: the direct one takes no packed weight");
   STD_TORCH_CHECK(weight.dim() == 5 && weight.scalar_type() == ScalarType::Float,
@@ -98,8 +98,8 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
                      int64_t algorithm, int64_t out_channels, int64_t kernel_height,
                      int64_t kernel_width, int64_t stride, std::vector<int64_t> padding,
                      bool upsample) {
-  check_cpu(x, "x");
-  check_cpu(weight, "weight");
+  check_device(x, "x");
+  check_device(weight, "weight");
   STD_TORCH_CHECK(x.dim() == 4 && padding.size() == 4, "x: expected 4 dimensions, padding 4 sides");
   const bool winograd = checked_algorithm(algorithm) != Algorithm::kDirect;
   Shape s;
@@ -127,7 +127,7 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
   STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0, "x: smaller than the kernel");
   const auto check_like = [&](const std::optional<Tensor>& t, const char* name) {
     if (!t) return;
-    check_cpu(*t, name);
+    check_device(*t, name);
     STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
   };
   check_like(bias, "bias");

@@ -14,6 +14,7 @@
 
 #include "cpu_philox.h"
 #include "cpu_tensors.h"
+#include "sample_layout.h"
 
 namespace sdfast {
 namespace {
@@ -94,7 +95,7 @@ std::tuple<Tensor, Tensor> diffusion_step_cpu(
   const Values k(coefficients, "coefficients", {7});
   if (seeds) {
     STD_TORCH_CHECK(!noise, "seeds: expected no noise beside them");
-    check_cpu(*seeds, "seeds");
+    check_device(*seeds, "seeds");
     check_shape(*seeds, "seeds", {layout.samples});
     STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long, "seeds: expected int64");
     seeds = torch::stable::contiguous(*seeds);

@@ -43,7 +43,7 @@ Tiling tiling_of(const Tensor& x, int64_t num_groups, Layout layout) {
 }
 
 void check_input(const Tensor& x, int64_t num_groups) {
-  check_cpu(x, "x");
+  check_device(x, "x");
   STD_TORCH_CHECK(x.dim() >= 2, "x: expected (N, C, *)");
   STD_TORCH_CHECK(num_groups > 0 && x.size(1) % num_groups == 0,
                   "num_groups: must divide the channels");
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     std::optional<Tensor> bias, bool silu, std::optional<Tensor> scale,
     std::optional<Tensor> shift) {
   check_input(x, num_groups);
-  check_cpu(dy, "dy");
+  check_device(dy, "dy");
   STD_TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
                   "dy: expected as x");
   const int64_t images = x.size(0), channels = x.size(1);

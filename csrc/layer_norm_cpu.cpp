@@ -241,7 +241,7 @@ void backward(const Shape& shape, const Blocks& blocks, const T* dy, const T* x,
 
 // x is (*, *shape) with `axes` of them normalized together.
 Shape shape_of(const Tensor& x, int64_t axes) {
-  check_cpu(x, "x");
+  check_device(x, "x");
   STD_TORCH_CHECK(axes > 0 && axes <= x.dim(), "axes: expected 1 to the rank of x");
   Shape shape{1, 1};
   for (int64_t axis = 0; axis < x.dim(); ++axis) {
@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tens
                                                        std::optional<Tensor> weight,
                                                        std::optional<Tensor> bias) {
   const Shape shape = shape_of(x, axes);
-  check_cpu(dy, "dy");
+  check_device(dy, "dy");
   check_shape(dy, "dy", x.sizes());
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");
   const auto normalized = x.sizes().slice(x.dim() - axes);

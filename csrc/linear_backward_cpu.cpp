@@ -29,7 +29,7 @@ struct Matrix {
 };
 
 void check_matrix(const Tensor& t, const char* name, ScalarType dtype) {
-  check_cpu(t, name);
+  check_device(t, name);
   STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == dtype, name,
                   ": expected a matrix of x's dtype");
   STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected contiguous rows");
@@ -88,7 +88,7 @@ Tensor linear_weight_gradient(Tensor dh, Tensor x) {
 
 // x: (groups, rows, columns), dense. Returns the sums over rows, (groups, columns).
 Tensor sum_rows(Tensor x) {
-  check_cpu(x, "x");
+  check_device(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "x: expected (groups, rows, columns), dense");
   Tensor sums = empty({x.size(0), x.size(2)}, x.scalar_type());
   with_element_type(x.scalar_type(), [&](auto element) {
@@ -114,7 +114,7 @@ SDFAST_INLINE V slope(Activation kind, const V& h) {
 }
 
 void check_activation(const Tensor& h, Activation kind) {
-  check_cpu(h, "h");
+  check_device(h, "h");
   STD_TORCH_CHECK(h.dim() == 2 && h.is_contiguous(), "h: expected a dense matrix");
   STD_TORCH_CHECK(kind >= Activation::kSilu && kind <= Activation::kGeglu,
                   "activation: expected 1 to 4");
@@ -157,7 +157,7 @@ Tensor linear_activate(Tensor h, int64_t activation) {
 Tensor linear_activation_gradient(Tensor dy, Tensor h, int64_t activation) {
   const auto kind = static_cast<Activation>(activation);
   check_activation(h, kind);
-  check_cpu(dy, "dy");
+  check_device(dy, "dy");
   const bool geglu = kind == Activation::kGeglu;
   const int64_t tokens = h.size(0), whole = h.size(1), width = geglu ? whole / 2 : whole;
   check_shape(dy, "dy", {tokens, width});

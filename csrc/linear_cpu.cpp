@@ -112,8 +112,8 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
 // residual: (tokens, weight_rows), contiguous. Returns (tokens, weight_rows), half of it for GEGLU.
 Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
                    std::optional<Tensor> residual, int64_t activation) {
-  check_cpu(x, "x");
-  check_cpu(weight, "weight");
+  check_device(x, "x");
+  check_device(weight, "weight");
   STD_TORCH_CHECK(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
                   "x: expected (tokens, K), its rows contiguous");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.is_contiguous(),
@@ -124,7 +124,7 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
   const int64_t tokens = x.size(0), k = x.size(1), weight_rows = weight.size(0);
   const int64_t width = kind == Activation::kGeglu ? weight_rows / 2 : weight_rows;
   const auto check_like = [&](const Tensor& t, const char* name) {
-    check_cpu(t, name);
+    check_device(t, name);
     STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_contiguous(), name,
                     ": expected contiguous, in the dtype of x");
   };
@@ -154,7 +154,7 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
 // A number that changes with the weight: its version counter does not see what is written through
 // `weight.data`, as merging a LoRA does. Reads 64 places; whatever rescales or adds moves most.
 int64_t fingerprint(Tensor weight) {
-  check_cpu(weight, "weight");
+  check_device(weight, "weight");
   constexpr int64_t kPlaces = 64;
   const int64_t size = weight.element_size(), count = weight.numel();
   const auto* bytes = static_cast<const uint8_t*>(weight.const_data_ptr());

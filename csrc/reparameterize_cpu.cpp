@@ -8,6 +8,7 @@
 
 #include "cpu_math.h"
 #include "cpu_tensors.h"
+#include "sample_layout.h"
 
 namespace sdfast {
 namespace {

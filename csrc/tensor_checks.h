@@ -1,4 +1,5 @@
-// Checks, layouts and allocation on torch::stable::Tensor, shared by every operation.
+// Checks, layouts and allocation on torch::stable::Tensor, shared by every operation, on CPU and,
+// where nvcc compiles it, on CUDA.
 //
 // Python has validated the call with better messages; what is checked here is what memory safety
 // needs when the registered operation is called directly.
@@ -26,9 +27,20 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_cpu(const Tensor& t, const char* name) {
+// The tensors of this library's kernels. New ones are made on the current device.
+#ifdef __CUDACC__
+inline void check_device(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
+}
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+constexpr int32_t kCurrentDevice = -1;
+#else
+inline void check_device(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
 }
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+constexpr int32_t kCurrentDevice = 0;
+#endif
 
 inline void check_shape(const Tensor& t, const char* name, IntHeaderOnlyArrayRef shape) {
   const IntHeaderOnlyArrayRef sizes = t.sizes();
@@ -72,7 +84,7 @@ inline bool has_layout(const Tensor& t, Layout layout) {
   return dim == 0 || fits(0);
 }
 
-// A new CPU tensor. Through the C shim: finding the operation by its name, as the dispatcher would,
+// A new tensor. Through the C shim: finding the operation by its name, as the dispatcher would,
 // takes longer than the allocation.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
                             ScalarType dtype) {
@@ -81,7 +93,7 @@ inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                   strides.data(), to<int32_t>(from(dtype)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+                                                  device_type(), kCurrentDevice, &handle));
   return Tensor(handle);
 }
 
@@ -106,7 +118,7 @@ inline Tensor in_layout(const Tensor& t, Layout layout) {
 // Asks for huge pages under memory that is about to be written for the first time. malloc maps
 // allocations this large anew each time, and faulting them in by 4 KiB costs more than the kernel.
 inline void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && !defined(__CUDACC__)
   constexpr uintptr_t kHugePageBytes = 2 << 20, kMappedBytes = 32 << 20;
   const size_t bytes = t.numel() * t.element_size();
   if (bytes < kMappedBytes) return;

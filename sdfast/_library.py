@@ -22,11 +22,15 @@ LIBRARY = torch.library.Library("sdfast", "DEF")
 _PACKAGE_DIR = pathlib.Path(__file__).parent
 # Plain values, looked up in every call, so that torch.compile traces through and guards on them.
 _native_ops: list[str] = []
+_cuda_ops: list[str] = []
 _fakes: dict[str, Callable[..., object]] = {}
 # What serves `sdfast::<name>_triton`, by name.
 launchers: dict[str, Callable[..., object]] = {}
 _kernels: set[tuple[str, str]] = set()
 _cpu_status: LibraryStatus | None = None
+_cuda_status: LibraryStatus | None = None
+# Where the CUDA kernels run. Tests set it to "cpu", where they have them executed (tests/simt).
+cuda_device_type = "cuda"
 # The instruction sets a CPU library is built for, best first. Each runs on all CPUs of those before it.
 _CPU_ISAS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
@@ -89,16 +93,33 @@ def define_triton(
             run = getattr(importlib.import_module(module), name)
         return run(*arguments, **keywords)
 
-    if schema is None:
-        native = str(getattr(torch.ops.sdfast, name).default._schema)  # "sdfast::name(...) -> ..."
-        schema = native.removeprefix(f"sdfast::{name}")
-    LIBRARY.define(f"{name}_triton{schema}")
-    torch.library.register_fake(f"sdfast::{name}_triton", fake or _fakes[name], lib=LIBRARY)
+    operation = _define_second(f"{name}_triton", name, schema, fake)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(f"{name}_triton", launcher, key)
     launchers[name] = launcher
     _kernels.add((name, "triton"))
-    return cast(Callable[..., Any], getattr(torch.ops.sdfast, f"{name}_triton").default)
+    return operation
+
+
+def define_cuda(
+    name: str, *, schema: str | None = None, fake: Callable[..., object] | None = None
+) -> Callable[..., Any]:
+    """Define `sdfast::<name>_cuda`, which csrc/<op>_cuda.cu serves; return it. See `define_triton`."""
+    return _define_second(f"{name}_cuda", name, schema, fake)
+
+
+def _define_second(
+    second: str, name: str, schema: str | None, fake: Callable[..., object] | None
+) -> Callable[..., Any]:
+    """Define `sdfast::<second>`, by default with the schema and fake of `sdfast::<name>`."""
+    if schema is None:
+        native = str(getattr(torch.ops.sdfast, name).default._schema)  # "sdfast::name(...) -> ..."
+        schema = native.removeprefix(f"sdfast::{name}")
+    LIBRARY.define(f"{second}{schema}")
+    torch.library.register_fake(f"sdfast::{second}", fake or _fakes[name], lib=LIBRARY)
+    if second.endswith("_cuda"):
+        _cuda_ops.append(name)
+    return cast(Callable[..., Any], getattr(torch.ops.sdfast, second).default)
 
 
 def cpu_isa() -> str:
@@ -164,6 +185,29 @@ def _load_cpu_library() -> LibraryStatus:
     )
 
 
+def load_cuda_library() -> LibraryStatus:
+    """Load the compiled CUDA library, once, where torch is built for CUDA. Never raises."""
+    global _cuda_status
+    if _cuda_status is None:
+        _cuda_status = _load_cuda_library()
+        _note_kernels()
+    return _cuda_status
+
+
+def _load_cuda_library() -> LibraryStatus:
+    path = _PACKAGE_DIR / "_C_cuda.so"
+    if not path.exists():
+        remedy = "SDFAST_CUDA_ARCHS=9.0a pip install --no-build-isolation . with nvcc"
+        return LibraryStatus("_C_cuda", False, f"{path.name} was not built: {remedy}")
+    if torch.version.cuda is None:
+        return LibraryStatus("_C_cuda", False, "built, but this torch is without CUDA")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return LibraryStatus("_C_cuda", False, f"{path.name}: {error.__cause__ or error}")
+    return LibraryStatus("_C_cuda", True, "loaded")
+
+
 def triton_status() -> LibraryStatus:
     """Whether Triton can be imported. Looks for it without importing it (that takes a second)."""
     found = importlib.util.find_spec("triton") is not None
@@ -172,17 +216,20 @@ def triton_status() -> LibraryStatus:
 
 def status() -> list[LibraryStatus]:
     """Every library sdfast can use, loaded or not, with the reason."""
-    return [load_cpu_library(), triton_status()]
+    return [load_cpu_library(), load_cuda_library(), triton_status()]
 
 
-def has_kernel(op_name: str, device_type: str) -> bool:
-    """Whether a kernel of `sdfast::<op_name>` is compiled for this kind of device, or written in "triton"."""
-    return (op_name, device_type) in _kernels
+def has_kernel(op_name: str, backend: str) -> bool:
+    """Whether a kernel of `sdfast::<op_name>` is compiled for "cpu" or "cuda", or written in "triton"."""
+    return (op_name, backend) in _kernels
 
 
 def _note_kernels() -> None:
     """Look up which operations have kernels by now."""
+    has_kernel_for = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in _native_ops:
-        for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sdfast::{name}", key):
-                _kernels.add((name, device_type))
+        if has_kernel_for(f"sdfast::{name}", "CPU"):
+            _kernels.add((name, "cpu"))
+    for name in _cuda_ops:
+        if has_kernel_for(f"sdfast::{name}_cuda", cuda_device_type.upper()):
+            _kernels.add((name, "cuda"))

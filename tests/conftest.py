@@ -14,9 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 
+import emulated_cuda  # noqa: E402
 from triton_guards import guarded  # noqa: E402
 
-from sdfast import packing, tuning  # noqa: E402
+from sdfast import _library, packing, tuning  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -118,3 +119,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuning.Shape]:
 
     monkeypatch.setitem(tuning._measures, "conv2d", measure)
     return shapes
+
+
+@pytest.fixture(scope="module")
+def cuda_kernels() -> Iterator[str]:
+    """Where the CUDA kernels run: "cuda", or without a GPU "cpu", executed by the emulation."""
+    if torch.cuda.is_available():
+        if (status := _library.load_cuda_library()).loaded:
+            yield "cuda"
+            return
+        pytest.skip(status.detail)
+    if (reason := emulated_cuda.why_not()) is not None:
+        (pytest.fail if os.environ.get("SDFAST_REQUIRE_NATIVE") == "1" else pytest.skip)(reason)
+    with emulated_cuda.kernels():
+        yield "cpu"

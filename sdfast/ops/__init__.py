@@ -12,6 +12,7 @@ from sdfast.ops.linear import linear
 from sdfast.ops.reparameterize import reparameterize
 
 _library.load_cpu_library()  # after the schemas: kernels register under them
+_library.load_cuda_library()
 
 __all__ = [
     "NormPrologue",

@@ -34,11 +34,16 @@ def unavailable(
     elif needs_gradient:
         reason = "this gradient needs torch or reference"
     else:
-        reasons = {"cuda": NO_KERNEL_YET["cuda"]}
+        reasons = {}
         if device_type != "cpu":
             reasons["cpu"] = f"{first} is on {device_type}, the kernel runs on cpu"
         elif not _library.has_kernel(op_name, "cpu"):
             reasons["cpu"] = _library.load_cpu_library().detail
+        if not _library.has_kernel(op_name, "cuda"):
+            status = _library.load_cuda_library()
+            reasons["cuda"] = NO_KERNEL_YET["cuda"] if status.loaded else status.detail
+        elif device_type != _library.cuda_device_type:
+            reasons["cuda"] = f"{first} is on {device_type}, the kernel runs on {_library.cuda_device_type}"
         if not _library.has_kernel(op_name, "triton"):
             reasons["triton"] = NO_KERNEL_YET["triton"]
         elif (why := _triton.why_not(first, device_type)) is not None:

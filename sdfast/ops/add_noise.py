@@ -7,8 +7,8 @@
 
 α and σ differ from sample to sample in training. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
 
-The kernels, one pass over memory, are csrc/add_noise_cpu.cpp and add_noise_triton.py. They have no gradient:
-training noises latents that are data, and where a gradient is asked for, torch serves.
+The kernels, one pass over memory, are csrc/add_noise_cpu.cpp, csrc/add_noise_cuda.cuh and add_noise_triton.py.
+They have no gradient: training noises latents that are data, and where a gradient is asked for, torch serves.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ _library.define_native(
 )
 _library.define_triton("add_noise", "sdfast.ops.add_noise_triton")
 _library.define_triton("add_noise_velocity", "sdfast.ops.add_noise_triton")
+_library.define_cuda("add_noise")
+_library.define_cuda("add_noise_velocity")
 
 
 def add_noise_cpu(
@@ -79,9 +81,19 @@ def add_noise_triton(
     return [cast(Tensor, torch.ops.sdfast.add_noise_triton(x0, noise, alpha, sigma))]
 
 
+def add_noise_cuda(
+    x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, *, velocity: bool = False
+) -> list[Tensor]:
+    """The compiled CUDA kernels."""
+    if velocity:
+        return list(torch.ops.sdfast.add_noise_velocity_cuda(x0, noise, alpha, sigma))
+    return [cast(Tensor, torch.ops.sdfast.add_noise_cuda(x0, noise, alpha, sigma))]
+
+
 _BACKENDS: dict[str, Callable[..., list[Tensor]]] = {
     "cpu": add_noise_cpu,
     "triton": add_noise_triton,
+    "cuda": add_noise_cuda,
     "reference": add_noise_reference,
 }
 
