@@ -7,7 +7,7 @@
 namespace sdfast {
 
 #ifdef SDFAST_SIMT
-#define SDFAST_SITE , simt::Site site = SIMT_SITE
+#define SDFAST_SITE , simt::Site site = simt::Site::current()
 #else
 #define SDFAST_SITE
 #endif

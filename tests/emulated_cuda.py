@@ -11,8 +11,11 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 
+import numpy as np
+import pybind11
 import torch
 
 from sdfast import _library
@@ -46,21 +49,23 @@ def _tool(name: str) -> str | None:
 
 
 @functools.cache
-def build() -> pathlib.Path:
-    """The library, built where it is not yet; processes take turns."""
+def build(target: str = LIBRARY.stem) -> pathlib.Path:
+    """A library, built where it is not yet; processes take turns."""
+    includes = (sysconfig.get_paths()["include"], pybind11.get_include(), np.get_include())
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
             [_tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
              f"-DSDFAST_TORCH_DIR={torch.__path__[0]}", f"-DSDFAST_OUTPUT_DIR={BUILD}",
-             "-DSDFAST_EMULATE_CUDA=ON", f"-DSDFAST_CUDA_INCLUDE_DIR={cuda_include_dir()}"],
-            [_tool("cmake"), "--build", BUILD, "--target", "_C_cuda_emulated"],
+             "-DSDFAST_EMULATE_CUDA=ON", f"-DSDFAST_CUDA_INCLUDE_DIR={cuda_include_dir()}",
+             f"-DSDFAST_PYTHON_INCLUDE_DIRS={';'.join(includes)}"],
+            [_tool("cmake"), "--build", BUILD, "--target", target],
         ):  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stdout[-6000:] + done.stderr[-3000:])
-    return LIBRARY
+    return BUILD / f"{target}.so"
 
 
 @contextlib.contextmanager

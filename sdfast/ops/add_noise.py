@@ -7,7 +7,7 @@
 
 α and σ differ from sample to sample in training. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
 
-The kernels, one pass over memory, are csrc/add_noise_cpu.cpp, csrc/add_noise_cuda.cuh and add_noise_triton.py.
+The kernels, one pass over memory, are csrc/add_noise_cpu.cpp, add_noise_cuda.cuh and add_noise_triton.py.
 They have no gradient: training noises latents that are data, and where a gradient is asked for, torch serves.
 """
 

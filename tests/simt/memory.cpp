@@ -266,25 +266,28 @@ void access(const void* where, size_t bytes, bool write, Site site) {
 
 SharedArray::SharedArray() : id_(++shared_arrays) {}
 void* SharedArray::of_block(size_t bytes, size_t alignment) const {
+  const Pause pause;
   return region_of(*current->block, id_, bytes, alignment).begin;
 }
 
 void* dynamic_shared(size_t at, size_t reserved, size_t bytes) {
+  const Pause pause;
   if (at + reserved > current->block->dynamic_bytes) {
-    fail(SIMT_SITE, "the launch gives less dynamic shared memory than the kernel takes");
+    fail(Site::current(), "the launch gives less dynamic shared memory than the kernel takes");
   }
   return region_of(*current->block, kDynamic + at, bytes, 1024).begin;
 }
 
 void* shared_of_block(void* shared, unsigned block) {
-  if (block >= cluster_blocks.size()) fail(SIMT_SITE, "no such block in the cluster");
+  const Pause pause;
+  if (block >= cluster_blocks.size()) fail(Site::current(), "no such block in the cluster");
   for (const auto& region : current->block->regions) {
     const unsigned char* const address = as_bytes(shared);
     if (address < region->begin || address > region->begin + region->bytes) continue;
     SharedRegion& there = region_of(*cluster_blocks[block], region->key, region->bytes, 1024);
     return there.begin + (address - region->begin);
   }
-  fail(SIMT_SITE, "not an address of this block's shared memory");
+  fail(Site::current(), "not an address of this block's shared memory");
 }
 
 unsigned cluster_block() { return current->block->rank; }
@@ -302,6 +305,7 @@ void arrive(const Copy& copy) {
 }  // namespace
 
 void copy_async(void* shared, const void* global, int bytes, Site site) {
+  const Pause pause;
   if (reinterpret_cast<uintptr_t>(shared) % 16 ||
       (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16)) {
     fail(site, "misaligned asynchronous copy");
@@ -316,8 +320,12 @@ void copy_async(void* shared, const void* global, int bytes, Site site) {
   mark(*region, shared, 0);
   current->issued.push_back(copy);
 }
-void commit_copies() { current->committed.push_back(std::exchange(current->issued, {})); }
+void commit_copies() {
+  const Pause pause;
+  current->committed.push_back(std::exchange(current->issued, {}));
+}
 void wait_for_copies(int groups_left) {
+  const Pause pause;
   auto& groups = current->committed;
   while (groups.size() > static_cast<size_t>(groups_left)) {
     for (const Copy& copy : groups.front()) arrive(copy);
@@ -330,8 +338,9 @@ void wait_for_copies(int groups_left) {
 void simt_fence() { simt::current->block->fenced = true; }
 unsigned simt_atomic_add(unsigned* address, unsigned value) {
   using namespace simt;
+  const Pause pause;
   if (!global_at(as_bytes(address), sizeof *address, true)) {
-    fail(SIMT_SITE, "atomic outside of every tensor that may be written");
+    fail(Site::current(), "atomic outside of every tensor that may be written");
   }
   Block& block = *current->block;
   if (block.fenced) released.insert(block.index);
@@ -365,7 +374,9 @@ simt::Site simt::line_of(void* call) {
 namespace {
 // Finding the line takes long, so it is looked for when a check has failed.
 void check(const void* address, size_t bytes, bool write, void* call) {
-  if (simt::current && bytes > 0) simt::access(address, bytes, write, {nullptr, 0, call});
+  if (!simt::watching || bytes == 0) return;
+  const simt::Pause pause;
+  simt::access(address, bytes, write, {nullptr, 0, call});
 }
 }  // namespace
 
@@ -417,7 +428,7 @@ struct UbsanLocation {
 // Of an access through a pointer that is null or not aligned to its type.
 void __ubsan_handle_type_mismatch_v1(UbsanLocation* location, uintptr_t) {
   const simt::Site site{location->file, static_cast<int>(location->line)};
-  if (simt::current) simt::fail(site, "misaligned access");
+  if (simt::watching) simt::fail(site, "misaligned access");
   throw std::runtime_error("misaligned access on the host");
 }
 void __ubsan_handle_type_mismatch_v1_abort(UbsanLocation* location, uintptr_t address) {

@@ -15,6 +15,7 @@ namespace simt {
 Gpu device{90, 132};
 Indices indices;
 Fiber* current = nullptr;
+bool watching = false;
 std::vector<std::unique_ptr<Block>> cluster_blocks;
 uint32_t now = 1;
 
@@ -79,6 +80,7 @@ void leave() {
 
 void thread_main() {
   kernel(kernel_argument);
+  watching = false;
   current->finished = true;
   leave();
 }
@@ -182,7 +184,9 @@ void run_cluster(const Shape& shape, uint64_t first, uint64_t index_of_run) {
     ready.pop_back();
     current = fiber;
     indices = fiber->indices;
+    watching = true;
     simt_switch(&host_stack, fiber->stack_pointer);
+    watching = false;
     current = nullptr;
     if (!failure.empty()) throw std::runtime_error(std::exchange(failure, ""));
     if (fiber->finished) {
@@ -196,6 +200,7 @@ void run_cluster(const Shape& shape, uint64_t first, uint64_t index_of_run) {
 }  // namespace
 
 void fail(Site site, const char* what) {
+  watching = false;
   failure = text(site) + ": " + what + ", in " + text(*current);
   leave();
   __builtin_unreachable();
@@ -204,16 +209,19 @@ void fail(Site site, const char* what) {
 bool early() { return seed > 1 && random_order() % 2; }
 
 void block_barrier(Site site) {
+  const Pause pause;
   Block& block = *current->block;
   wait_in(block.barrier, block.threads, site, "barrier", [&] { block.synchronized = ++now; });
 }
 
 void warp_barrier(Site site) {
+  const Pause pause;
   Warp& warp = current->warp();
   wait_in(warp.barrier, 32, site, "warp barrier", [&] { warp.synchronized = ++now; });
 }
 
 void cluster_barrier(Site site) {
+  const Pause pause;
   const size_t threads = cluster_blocks.size() * current->block->threads;
   wait_in(cluster_blocks[0]->cluster_barrier, threads, site, "cluster barrier", [&] {
     ++now;
@@ -222,6 +230,7 @@ void cluster_barrier(Site site) {
 }
 
 void meet(Site site, void* mine, void (*combine)(void* const (&lanes)[32])) {
+  const Pause pause;
   Warp& warp = current->warp();
   warp.given[lane()] = mine;
   wait_in(warp.meeting, 32, site, "warp instruction", [&] { combine(warp.given); });

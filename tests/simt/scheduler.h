@@ -75,6 +75,16 @@ struct Fiber {
 };
 
 extern Fiber* current;  // null outside of kernels
+
+// Whether what runs is a kernel. The emulator's own code is not to be looked at, though it may
+// share instrumented instances of the standard library's templates with kernels.
+extern bool watching;
+struct Pause {
+  Pause() { watching = false; }
+  ~Pause() { watching = true; }
+  Pause(const Pause&) = delete;
+};
+
 extern std::vector<std::unique_ptr<Block>> cluster_blocks;
 extern uint32_t now;  // counts synchronisations
 

@@ -36,12 +36,13 @@ struct Site {
   const char* file;
   int line;
   void* call = nullptr;  // or the address of the instruction, where the file is null
+  // As a default argument: where the function is called.
+  static constexpr Site current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
   bool operator==(const Site& other) const { return file == other.file && line == other.line; }
   bool operator!=(const Site& other) const { return !(*this == other); }
 };
-#define SIMT_SITE \
-  simt::Site { __builtin_FILE(), __builtin_LINE() }
-
 // ---- launch (scheduler.cpp)
 
 struct Shape {
@@ -93,7 +94,7 @@ unsigned cluster_block();
 
 void block_barrier(Site site);
 void warp_barrier(Site site);
-void cluster_barrier(Site site = SIMT_SITE);
+void cluster_barrier(Site site = simt::Site::current());
 
 // All lanes of a warp meet: each gives the address of something in its own frame; the last to come
 // calls `combine` with all 32 addresses, and then all go on.
@@ -147,35 +148,37 @@ void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, Site sit
 #define blockDim (simt::indices.block_size)
 #define gridDim (simt::indices.grid_size)
 
-inline void __syncthreads(simt::Site site = SIMT_SITE) { simt::block_barrier(site); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = SIMT_SITE) {
+inline void __syncthreads(simt::Site site = simt::Site::current()) { simt::block_barrier(site); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site::current()) {
   simt::check_mask(mask, site);
   simt::warp_barrier(site);
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int from, int = 32, simt::Site site = SIMT_SITE) {
+T __shfl_sync(unsigned mask, T value, int from, int = 32, simt::Site site = simt::Site::current()) {
   simt::check_mask(mask, site);
   return simt::exchange(site, value, from & 31);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32, simt::Site site = SIMT_SITE) {
+T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32,
+                  simt::Site site = simt::Site::current()) {
   simt::check_mask(mask, site);
   return simt::exchange(site, value, simt::lane() ^ bits);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance, int = 32,
-                   simt::Site site = SIMT_SITE) {
+                   simt::Site site = simt::Site::current()) {
   simt::check_mask(mask, site);
   const int from = simt::lane() + static_cast<int>(distance);
   return simt::exchange(site, value, from < 32 ? from : simt::lane());
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned distance, int = 32, simt::Site site = SIMT_SITE) {
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int = 32,
+                 simt::Site site = simt::Site::current()) {
   simt::check_mask(mask, site);
   const int from = simt::lane() - static_cast<int>(distance);
   return simt::exchange(site, value, from >= 0 ? from : simt::lane());
 }
-inline int __any_sync(unsigned mask, int predicate, simt::Site site = SIMT_SITE) {
+inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::Site::current()) {
   for (int bits = 1; bits < 32; bits *= 2)
     predicate |= __shfl_xor_sync(mask, predicate, bits, 32, site);
   return predicate != 0;
