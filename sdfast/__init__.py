@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdfast import diffusion, models, ops, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
+    from sdfast.drop_in import disabled, explain, optimize, restore
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
@@ -31,8 +32,12 @@ __all__ = [
     "UNet2DCondition",
     "__version__",
     "diffusion",
+    "disabled",
+    "explain",
     "models",
     "ops",
+    "optimize",
+    "restore",
     "training",
     "tune",
     "use_backend",
@@ -51,8 +56,12 @@ _HOMES = {
     "UNet2D": "sdfast.models",
     "UNet2DCondition": "sdfast.models",
     "diffusion": "sdfast.diffusion",
+    "disabled": "sdfast.drop_in",
+    "explain": "sdfast.drop_in",
     "models": "sdfast.models",
     "ops": "sdfast.ops",
+    "optimize": "sdfast.drop_in",
+    "restore": "sdfast.drop_in",
     "training": "sdfast.training",
     "tune": "sdfast.tuning",
     "use_backend": "sdfast.dispatch",
