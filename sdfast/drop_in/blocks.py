@@ -1,8 +1,8 @@
 """diffusers' blocks with what they compute fused. Imported where diffusers is, and not before.
 
 Each class is a subclass of the block that it serves, of the same name; `optimize` changes a block's class to
-it, so `isinstance`, parameters, names, hooks and pickles stay as they were. A call that asks for something that
-is not fused runs the original's forward over the same children.
+it, so `isinstance`, parameters, names, hooks and pickles stay as they were. A call that asks for something
+that is not fused runs the original's forward over the same children.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def optimize(
 
     Args:
         target: a diffusers pipeline, a model of diffusers', or any `torch.nn.Module`.
-        include: patterns of module names (`fnmatch`); only these. A pipeline's begin with the component's name.
+        include: patterns of module names (`fnmatch`); only these. A pipeline's begin with a component's name.
         exclude: patterns of names that are left alone.
         mode: "inference" also lays the weights of convolutions on the CPU out as the kernels read them
             (channels_last); "training" leaves the memory of parameters alone, which optimizers may point to.

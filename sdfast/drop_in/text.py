@@ -1,7 +1,6 @@
 """Keys and values of a text, computed once: a pipeline gives every step the very same tensor.
 
-Kept for each cross-attention while the text's tensor lives, and only while neither it nor a weight was written
-to.
+Kept for each cross-attention while the text's tensor lives, and neither it nor a weight was written to.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ def keys_values(
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference():
         return compute()
-    weights = [*attention.to_k.parameters(recurse=False), *attention.to_v.parameters(recurse=False)]
+    projections = (attention.get_submodule(name) for name in ("to_k", "to_v"))
+    weights = [weight for module in projections for weight in module.parameters(recurse=False)]
     stamp = (text._version, *((w.data_ptr(), w._version) for w in weights))
     kept = _kept.get(attention)
     if kept is not None and kept.text() is text and kept.stamp == stamp:
