@@ -110,9 +110,12 @@ ALLOWED = {
         "sdfast.generation", "sdfast.graphs",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
+    "sdfast.drop_in": (
+        "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
+    ),
     "sdfast.doctor": ("sdfast.__version__", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning"),
     "sdfast.cli": ("sdfast._library", 
-        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.optimize",
+        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
     ),
 }  # fmt: skip
 
