@@ -39,6 +39,14 @@ def _components(target: object) -> dict[str, nn.Module]:
     )
 
 
+def _scheduler(target: object) -> Any:
+    """A pipeline's scheduler of diffusers', or None."""
+    scheduler = (
+        getattr(target, "components", {}).get("scheduler") if not isinstance(target, nn.Module) else None
+    )
+    return scheduler if type(scheduler).__module__.startswith("diffusers.") else None
+
+
 def _modules(target: object) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, under its first name."""
     seen: set[nn.Module] = set()
@@ -137,18 +145,29 @@ def optimize(
     steps = _plan(target, *patterns)
     if not steps and not any(_is_ours(module) for _, module in _modules(target)):
         raise ValueError("target: holds no module that sdfast could serve; are include and exclude as meant?")
-    left = [step for step in steps if step.kind is None]
+    left = [
+        f"{step.name} ({type(step.module).__name__}): {step.reason}" for step in steps if step.kind is None
+    ]
+    left += [
+        f"scheduler ({row.module}): {row.detail}" for row in _scheduler_row(target) if row.detail == _NO_STEP
+    ]
     if left and strict:
-        listed = "\n".join(f"  {step.name} ({type(step.module).__name__}): {step.reason}" for step in left)
+        listed = "\n".join(f"  {line}" for line in left)
         raise RuntimeError(f"strict: these modules would stay as they were:\n{listed}")
     for step in steps:
         if step.kind is not None:
             _replace(step.module, step.kind, mode)
+    scheduler = _scheduler(target)
+    if scheduler is not None:
+        from sdfast.drop_in import schedulers  # diffusers is there already
+
+        if schedulers.serves(scheduler):
+            schedulers.replace(scheduler)
     dispatch.set_switches(numerics=numerics, memory=memory)
     report = Report(_rows(target), _notes(target))
     if left:
-        listed = ", ".join(sorted({f"{type(step.module).__name__} ({step.reason})" for step in left}))
-        warnings.warn(f"sdfast.optimize left {len(left)} modules as they were: {listed}", stacklevel=2)
+        listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in report.left}))
+        warnings.warn(f"sdfast.optimize left {len(report.left)} modules as they were: {listed}", stacklevel=2)
     return report
 
 
@@ -184,6 +203,11 @@ def restore(target: Any) -> None:
             weight = module.get_parameter("weight")
             weight.data = weight.data.contiguous()
         text.forget(module)
+    scheduler = _scheduler(target)
+    if scheduler is not None:
+        from sdfast.drop_in import schedulers
+
+        schedulers.restore(scheduler)
 
 
 def explain(target: Any) -> Report:
@@ -204,7 +228,24 @@ def _rows(target: object) -> list[Row]:
             rows.append(Row(name, what, LEFT, "not optimized"))
         elif reason or layers.parameters_on(module) is not None:
             rows.append(Row(name, what, LEFT, reason or f"sdfast has no {what}"))
-    return rows
+    return [*rows, *_scheduler_row(target)]
+
+
+_NO_STEP = "sdfast has no fused step of its kind"
+
+
+def _scheduler_row(target: object) -> Iterator[Row]:
+    scheduler = _scheduler(target)
+    if scheduler is None:
+        return
+    from sdfast.drop_in import schedulers
+
+    what = type(scheduler).__name__
+    if schedulers.is_replaced(scheduler):
+        yield Row("scheduler", what, OURS, "One pass over the latents a step")
+    else:
+        served = schedulers.serves(scheduler)
+        yield Row("scheduler", what, LEFT, "not optimized" if served else _NO_STEP)
 
 
 def _kernels_for(module: nn.Module) -> str:
