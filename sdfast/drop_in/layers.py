@@ -126,20 +126,18 @@ def _why_not_conv(conv: nn.Conv2d) -> str | None:
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: layers.Conv2d,
     nn.Linear: layers.Linear,
     nn.GroupNorm: layers.GroupNorm,
     nn.LayerNorm: layers.LayerNorm,
 }
+ORIGINALS = {ours: theirs for theirs, ours in _SERVED.items()}
 
 
 def layer_kind(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """What serves a layer of torch's instead, or None, and why not."""
-    kind = type(module)
-    if kind is nn.Conv2d:
-        assert isinstance(module, nn.Conv2d)
-        reason = _why_not_conv(module)
-        return (None, reason) if reason else (layers.Conv2d, "")
-    return _SERVED.get(kind), ""
+    reason = _why_not_conv(module) if type(module) is nn.Conv2d else None
+    return (None, reason) if reason else (_SERVED.get(type(module)), "")
 
 
 def parameters_on(module: nn.Module) -> torch.device | None:

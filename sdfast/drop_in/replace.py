@@ -203,6 +203,9 @@ def restore(target: Any) -> None:
             weight = module.get_parameter("weight")
             weight.data = weight.data.contiguous()
         text.forget(module)
+    for wrapper in [module for _, module in _modules(target) if not _is_ours(module)] if found else ():
+        for child in wrapper.children():  # LoRA makes its own layers of the class that it wraps
+            child.__class__ = layers.ORIGINALS.get(type(child), type(child))
     scheduler = _scheduler(target)
     if scheduler is not None:
         from sdfast.drop_in import schedulers
