@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sdfast import diffusion, models, ops, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
     from sdfast.drop_in import disabled, explain, optimize, restore
+    from sdfast.drop_in.processor import SdfastAttnProcessor
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
@@ -27,6 +28,7 @@ __all__ = [
     "CLIPTextEncoder",
     "CheckpointError",
     "GeneratedImages",
+    "SdfastAttnProcessor",
     "StableDiffusion",
     "UNet2D",
     "UNet2DCondition",
@@ -52,6 +54,7 @@ _HOMES = {
     "CLIPTextEncoder": "sdfast.models",
     "CheckpointError": "sdfast.models.checkpoint",
     "GeneratedImages": "sdfast.pipelines",
+    "SdfastAttnProcessor": "sdfast.drop_in.processor",
     "StableDiffusion": "sdfast.pipelines",
     "UNet2D": "sdfast.models",
     "UNet2DCondition": "sdfast.models",

@@ -98,7 +98,7 @@ def made(name):
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
     for parameter in model.parameters():  # some start as zeros, which would hide what follows them
-        parameter.add_(0.05 * torch.randn_like(parameter))
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model, MODELS[name][1]
 
 
