@@ -101,8 +101,8 @@ __device__ inline SineCosine sine_cosine(float u) {
   float q = __fmaf_rn(square, 0.000903766544f, -0.0208601654f);
   q = __fmaf_rn(q, square, 0.253669232f);
   const float square_rest = __fmaf_rn(f, f, -square);
-  const float cosine_rest = __fmaf_rn(square, __fmaf_rn(square, q, -kCurvatureRest),
-                                      -kCurvature * square_rest);
+  const float cosine_rest =
+      __fmaf_rn(square, __fmaf_rn(square, q, -kCurvatureRest), -kCurvature * square_rest);
   const float cosine = __fmaf_rn(square, -kCurvature, 1.0f);
   const float cosine_tail = __fmaf_rn(square, -kCurvature, 1.0f - cosine) + cosine_rest;
   // Quadrant n mod 4: odd ones swap the two, half of them change a sign.

@@ -75,8 +75,8 @@ struct Arguments {
 // Fills in the operands, lets `complete` add the numbers, launches; returns x' and x0.
 template <typename Complete>
 std::tuple<Tensor, Tensor> step(const Call& call, const Arguments& arguments,
-                                const SampleLayout& layout, int64_t noise_rows,
-                                Tensor* model_input, const Complete& complete) {
+                                const SampleLayout& layout, int64_t noise_rows, Tensor* model_input,
+                                const Complete& complete) {
   const ScalarType dtype = arguments.sample.scalar_type();
   const Samples x(arguments.sample, "sample", layout, dtype);
   const Samples m(arguments.model_output, "model_output", layout, dtype, arguments.guided ? 2 : 1);
@@ -160,8 +160,8 @@ std::tuple<Tensor, Tensor> diffusion_step_cuda(Tensor sample, Tensor model_outpu
   STD_TORCH_CHECK(sample.dim() > 0, "sample: expected (N, ...)");
   const Call call(sample);
   const SampleLayout layout(sample);
-  const Arguments arguments{sample, model_output, previous_x0, noise,
-                            seeds,  guidance_scale.has_value(), clip};
+  const Arguments arguments{
+      sample, model_output, previous_x0, noise, seeds, guidance_scale.has_value(), clip};
   return step(call, arguments, layout, 0, nullptr, [&](auto& values, Operands& operands) {
     values.guidance_scale = static_cast<float>(guidance_scale.value_or(0));
     values.step = step_index;
@@ -201,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diffusion_step_from_table_cuda(
   if (copies > 1) strides[0] = layout.size;
   Tensor model_input = empty_strided(sizes, strides, sample.scalar_type());
   Tensor next_counter = empty({}, ScalarType::Long);
-  const Arguments arguments{sample, model_output, previous_x0, noise,
-                            seeds,  guidance_scale.has_value(), clip};
+  const Arguments arguments{
+      sample, model_output, previous_x0, noise, seeds, guidance_scale.has_value(), clip};
   const auto results =
       step(call, arguments, layout, steps, &model_input, [&](auto& values, Operands& operands) {
         values.steps = steps;

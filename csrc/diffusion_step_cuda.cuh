@@ -22,9 +22,20 @@ struct Numbers {
   const void* data = nullptr;
   bool is_double = false;
 
+  // Those from i on.
+  template <int N>
+  __device__ void read(int64_t i, float (&to)[N]) const {
+    const auto read_as = [&](auto* from) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) to[j] = static_cast<float>(from[i + j]);
+    };
+    is_double ? read_as(static_cast<const double*>(data))
+              : read_as(static_cast<const float*>(data));
+  }
   __device__ float operator[](int64_t i) const {
-    return is_double ? static_cast<float>(static_cast<const double*>(data)[i])
-                     : static_cast<const float*>(data)[i];
+    float value[1];
+    read(i, value);
+    return value[0];
   }
 };
 
@@ -38,6 +49,7 @@ struct Places {
 
   __device__ int64_t of(int64_t element) const {
     int64_t at = 0;
+#pragma unroll 1
     for (int axis = 0; axis + 1 < axes; ++axis) {
       const int64_t rest = element / size[axis];
       at += (element - rest * size[axis]) * stride[axis];
@@ -98,9 +110,8 @@ __device__ StepNumbers numbers_of(const DiffusionStep<T>& call) {
   }
   numbers.noise_at = row * call.noise_row;
 #pragma unroll
-  for (int i = 0; i < 7; ++i) {
-    numbers.k[i] = call.coefficients.data ? call.coefficients[7 * row + i] : call.k[i];
-  }
+  for (int i = 0; i < 7; ++i) numbers.k[i] = call.k[i];
+  if (call.coefficients.data) call.coefficients.read(7 * row, numbers.k);
   return numbers;
 }
 
@@ -162,10 +173,10 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(DiffusionStep<T> cal
     Values out, x0, model_input;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const StepResult result = step_of(
-          call, numbers,
-          {to_float(x.values[j]), to_float(m.values[j]), to_float(conditional.values[j]),
-           to_float(previous_x0.values[j]), kDrawn ? z[j] : to_float(noise.values[j])});
+      const StepResult result =
+          step_of(call, numbers,
+                  {to_float(x.values[j]), to_float(m.values[j]), to_float(conditional.values[j]),
+                   to_float(previous_x0.values[j]), kDrawn ? z[j] : to_float(noise.values[j])});
       out.values[j] = from_float<T>(result.out);
       x0.values[j] = from_float<T>(result.x0);
       model_input.values[j] = from_float<T>(to_float(out.values[j]) * numbers.input_scale);
@@ -202,15 +213,14 @@ __global__ void __launch_bounds__(kStepThreads) placed_step_kernel(DiffusionStep
       StepElement element{value(call.sample, n, call.sample_stride),
                           value(call.model_output, n, call.model_output_stride), 0, 0, z[j]};
       if (call.guided) {
-        element.conditional =
-            value(call.model_output, n + call.samples, call.model_output_stride);
+        element.conditional = value(call.model_output, n + call.samples, call.model_output_stride);
       }
       if (call.previous_x0) {
         element.previous_x0 = value(call.previous_x0, n, call.previous_x0_stride);
       }
       if (call.noise) {
-        element.noise = to_float(call.noise[numbers.noise_at + n * call.noise_stride +
-                                            call.noise_places.of(first + j)]);
+        element.noise = to_float(
+            call.noise[numbers.noise_at + n * call.noise_stride + call.noise_places.of(first + j)]);
       }
       const StepResult result = step_of(call, numbers, element);
       const T out = from_float<T>(result.out);
