@@ -109,7 +109,11 @@ def generator(tmp_path_factory):
           for (int i = 0; i < 4; ++i) words[i] = drawn.r[i], uniforms[i] = sdfast::philox::uniform(drawn.r[i]);
         }
     """)
-    includes = (emulated_cuda.ROOT / "csrc", emulated_cuda.ROOT / "tests/simt", emulated_cuda.cuda_include_dir())
+    includes = (
+        emulated_cuda.ROOT / "csrc",
+        emulated_cuda.ROOT / "tests/simt",
+        emulated_cuda.cuda_include_dir(),
+    )
     compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
     subprocess.run(
         [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DSDFAST_SIMT",
@@ -155,7 +159,11 @@ def test_every_row_and_beyond(dtype, cuda_kernels):
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_layouts_with_a_table(arrangement, cuda_kernels):
     options = {"guided": True, "takes_x0": True, "clip": 1.0, "device": cuda_kernels}
-    for drawn in ({"seeds": SEEDS[:2]}, {"seeds": None, "noise": "dense"}, {"seeds": None, "noise": "placed"}):
+    for drawn in (
+        {"seeds": SEEDS[:2]},
+        {"seeds": None, "noise": "dense"},
+        {"seeds": None, "noise": "placed"},
+    ):
         plain = check_step(1, torch.float32, "cuda", **drawn, **options)[0]
         moved, fed = check_step(1, torch.float32, "cuda", arrangement=arrangement, **drawn, **options)
         assert all(torch.equal(a, b) for a, b in zip(moved, plain, strict=True))
@@ -227,9 +235,7 @@ def test_opcheck(cuda_kernels):
         torch.library.opcheck(op, (x, x, k[0]), {"seeds": SEEDS[:2], "step": 3})
         options = {"guidance_scale": g, "previous_x0": previous, "clip": 1.0}
         op = sdfast.diffusion_step_from_table_cuda.default
-        torch.library.opcheck(
-            op, (x, m, k, scale, counter), {**options, "seeds": SEEDS[:2].to(cuda_kernels)}
-        )
+        torch.library.opcheck(op, (x, m, k, scale, counter), {**options, "seeds": SEEDS[:2].to(cuda_kernels)})
         torch.library.opcheck(op, (x, x, k, scale, counter), {"noise": torch.stack([x] * STEPS)})
 
 

@@ -13,7 +13,8 @@ the element's place in its sample alone (`_philox.py` defines it). It is rounded
 never to half precision; kernels are within 2 units in the last place of fp32 of the definition.
 
 The kernels, one pass over memory, are csrc/diffusion_step_cpu.cpp, csrc/diffusion_step_cuda.cuh and
-diffusion_step_triton.py. They have no gradient: sampling takes none, and where one is asked for, torch serves.
+diffusion_step_triton.py. They have no gradient: sampling takes none, and where one is asked for, torch
+serves.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ sampling loop. Arithmetic and bits are those of `diffusion_step`; x' is rounded 
 that some step does not have (x̂₀ᵖ in the first one, noise in the last) is there with a coefficient of 0.
 
 The kernels are in diffusion_step_triton.py and csrc/diffusion_step_cuda.cuh. The counter is not changed in
-place, which other programs of the kernel may not have read yet: i + 1 goes to a tensor of its own. On the CPU, where nothing waits for a device,
-the kernel of `diffusion_step` is called with the row.
+place, which other programs of the kernel may not have read yet: i + 1 goes to a tensor of its own. On the
+CPU, where nothing waits for a device, the kernel of `diffusion_step` is called with the row.
 """
 
 from __future__ import annotations

@@ -65,9 +65,7 @@ _TRITON = _Operations(
     _library.define_triton("reparameterize", "sdfast.ops.reparameterize_triton"),
     _library.define_triton("reparameterize_backward", "sdfast.ops.reparameterize_triton"),
 )
-_CUDA = _Operations(
-    _library.define_cuda("reparameterize"), _library.define_cuda("reparameterize_backward")
-)
+_CUDA = _Operations(_library.define_cuda("reparameterize"), _library.define_cuda("reparameterize_backward"))
 
 
 class _Reparameterize(torch.autograd.Function):
