@@ -5,7 +5,7 @@
 
 GELU is the exact one, through erf: checkpoints were trained with it and the tanh form moves images.
 
-On CUDA the compiled kernels are GEGLU's gate behind torch's product (`_linear_gate.py`); Triton's fuse the two.
+On CUDA the compiled kernels are GEGLU's gate behind torch's product (`_linear_gate.py`); Triton fuses both.
 """
 
 from __future__ import annotations
