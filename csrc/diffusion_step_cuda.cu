@@ -157,6 +157,7 @@ std::tuple<Tensor, Tensor> diffusion_step_cuda(Tensor sample, Tensor model_outpu
                                                OptionalTensor previous_x0, OptionalTensor noise,
                                                std::optional<double> clip, OptionalTensor seeds,
                                                int64_t step_index) {
+  check_device(sample, "sample");  // another argument's may have led here
   STD_TORCH_CHECK(sample.dim() > 0, "sample: expected (N, ...)");
   const Call call(sample);
   const SampleLayout layout(sample);
@@ -186,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diffusion_step_from_table_cuda(
     Tensor sample, Tensor model_output, Tensor coefficients, Tensor input_scale, Tensor counter,
     OptionalTensor guidance_scale, OptionalTensor previous_x0, std::optional<double> clip,
     OptionalTensor seeds, OptionalTensor noise) {
+  check_device(sample, "sample");  // another argument's may have led here
   STD_TORCH_CHECK(sample.dim() > 0, "sample: expected (N, ...)");
   STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) > 0,
                   "coefficients: expected (n, 7)");

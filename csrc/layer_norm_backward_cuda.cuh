@@ -7,7 +7,8 @@
 // loaded meanwhile (but where a thread has 16 values); its columns' shares of dweight and dbias
 // stay in registers. Teams of a block are added in order, blocks by a second launch. Rows beyond
 // 8192, of odd widths beyond 4096, take their two means from a launch before. Bytes: x, dy and dx
-// once, and the shares, one for each multiprocessor, twice. Limit: memory bandwidth.
+// once, and the shares, one for each multiprocessor, twice. Limit: memory bandwidth: a
+// multiprocessor has one block of 512 threads, and it 16 KiB on the way.
 #pragma once
 
 #include "layer_norm_cuda.cuh"

@@ -61,8 +61,8 @@ class DenseParameter {
 // Returns y; mean and rstd, (rows), are written where given.
 Tensor normalize(const Tensor& x, int64_t axes, const OptionalTensor& weight,
                  const OptionalTensor& bias, double eps, const Tensor* mean, const Tensor* rstd) {
-  const Call call(x);
   const Rows rows(x, axes);
+  const Call call(x);
   const DenseParameter w(call, x, weight, "weight", rows), b(call, x, bias, "bias", rows);
   const Tensor input = dense(x);
   Tensor y = empty(x.sizes(), x.scalar_type());
@@ -86,8 +86,8 @@ Tensor layer_norm_cuda(Tensor x, int64_t axes, OptionalTensor weight, OptionalTe
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward_cuda(Tensor x, int64_t axes,
                                                            OptionalTensor weight,
                                                            OptionalTensor bias, double eps) {
-  const Call call(x);
   const Rows rows(x, axes);
+  const Call call(x);
   Tensor mean = empty({rows.rows}, ScalarType::Float), rstd = empty({rows.rows}, ScalarType::Float);
   if (x.numel() == 0) {
     torch::stable::zero_(mean);
@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(Tensor dy, Tensor x,
                                                             Tensor rstd, int64_t axes,
                                                             OptionalTensor weight,
                                                             OptionalTensor bias) {
-  const Call call(x);
   const Rows rows(x, axes);
+  const Call call(x);
   check_device(dy, "dy");
   check_shape(dy, "dy", x.sizes());
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");

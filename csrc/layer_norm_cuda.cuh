@@ -7,6 +7,8 @@
 // 1280 columns a warp has 2.5 KiB on the way (bf16), and 16 of them hide memory's latency.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda_common.cuh"
 
 namespace sdfast {

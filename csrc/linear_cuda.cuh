@@ -63,8 +63,8 @@ void gate(const Gate<T>& call, cudaStream_t stream) {
            {dim3(ceil_div(threads, kGateThreads)), dim3(kGateThreads)}, stream, call);
   };
   constexpr int kWidest = kVector<T>;
-  bool whole = call.columns % kWidest == 0;
-  for (const void* pointer : {call.h, call.dy}) whole = whole && is_aligned(pointer, 16);
+  const bool whole =
+      call.columns % kWidest == 0 && is_aligned(call.h, 16) && is_aligned(call.dy, 16);
   whole ? run(std::integral_constant<int, kWidest>()) : run(std::integral_constant<int, 1>());
 }
 

@@ -9,6 +9,7 @@ namespace {
 template <bool kBackward>
 Tensor over_samples(const SampleLayout& layout, const Tensor& first, const char* first_name,
                     const Tensor& logvar, const Tensor& noise) {
+  check_device(first, first_name);  // another argument's may have led here
   const Call call(first);
   const ScalarType dtype = first.scalar_type();
   const Samples a(first, first_name, layout, dtype), v(logvar, "logvar", layout, dtype);
