@@ -35,7 +35,7 @@ struct LayerNormBackward {
 // Rows of blocks of teams: share * steps to share * steps + steps - 1. blockIdx.y is the strip of
 // columns, where rows are given their means. Of rows that are not, all columns are here.
 template <typename T, int N, int kVectors, bool kGivenMeans>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     layer_norm_backward_kernel(LayerNormBackward<T> call) {
   constexpr int kValues = N * kVectors;
   constexpr bool kRoom = kValues <= 8;  // in registers, for the weight and for the next row
