@@ -4,8 +4,8 @@
 //
 // Algorithm. A thread takes 16 bytes of a and of g, and computes in fp32, GELU through erf; each
 // result is rounded once, gelu(g) never. Bytes: h and y once; backward h, dy and dh. Limit: memory
-// bandwidth, in 16 bits with the instructions of erf close behind: forward some 40 an element, for
-// which an H100's bandwidth leaves time for 50; backward 60 of 85.
+// bandwidth, in 16 bits with erf's instructions close behind: its machine code has some 40 for an
+// element forward, 60 backward.
 #pragma once
 
 #include "cuda_common.cuh"
