@@ -13,7 +13,10 @@
 
 namespace sdfast::group_norm {
 
-constexpr int kChunkThreads = 256, kUnrolled = 4;  // accesses of a thread in flight
+constexpr int kChunkThreads = 256;
+// Loads of a thread in flight: with those of three blocks more than a multiprocessor's share of
+// what memory's latency takes (25 KiB), within 80 registers.
+constexpr int kPartialsLoads = 4, kApplyLoads = 3;
 
 struct ChunkPlan {
   Spans spans{};
@@ -38,19 +41,19 @@ struct Chunk {
   }
 };
 
-// Calls each(vector, q) for a thread's inner units of a run, kUnrolled loads ahead.
-template <int N, bool kLast, typename T, typename Each>
+// Calls each(vector, q) for a thread's inner units of a run, after kLoads loads at a time.
+template <int N, int kLoads, bool kLast, typename T, typename Each>
 __device__ void for_each(const Threads<kLast>& me, int inners, const Run<const T>& from,
                          const Each& each) {
-  for (int q = me.inner; q < inners; q += kUnrolled * me.inner_step) {
-    Vector<T, N> x[kUnrolled];
+  for (int q = me.inner; q < inners; q += kLoads * me.inner_step) {
+    Vector<T, N> x[kLoads];
 #pragma unroll
-    for (int k = 0; k < kUnrolled; ++k) {
+    for (int k = 0; k < kLoads; ++k) {
       const int at = q + k * me.inner_step;
       if (at < inners) x[k] = *reinterpret_cast<const Vector<T, N>*>(from.at(at));
     }
 #pragma unroll
-    for (int k = 0; k < kUnrolled; ++k) {
+    for (int k = 0; k < kLoads; ++k) {
       const int at = q + k * me.inner_step;
       if (at < inners) each(x[k], at);
     }
@@ -92,17 +95,18 @@ __global__ void __launch_bounds__(kChunkThreads, 3)
   float mean[N] = {}, square[N] = {}, seen = 0;
   for (int u = me.outer; u < outers; u += me.outer_step) {
     const int c = span.first + u * kChannels;
-    for_each<N>(me, inners, source.template run<kLast, N>(shape.pixels, mine.n, first, c),
-                [&](const Vector<T, N>& x, int) {
-                  seen += 1;
-                  const float share = __fdividef(1, seen);
+    for_each<N, kPartialsLoads>(
+        me, inners, source.template run<kLast, N>(shape.pixels, mine.n, first, c),
+        [&](const Vector<T, N>& x, int) {
+          seen += 1;
+          const float share = __fdividef(1, seen);
 #pragma unroll
-                  for (int i = 0; i < N; ++i) {
-                    const float value = to_float(x.values[i]), distance = value - mean[i];
-                    mean[i] += distance * share;
-                    square[i] += distance * (value - mean[i]);
-                  }
-                });
+          for (int i = 0; i < N; ++i) {
+            const float value = to_float(x.values[i]), distance = value - mean[i];
+            mean[i] += distance * share;
+            square[i] += distance * (value - mean[i]);
+          }
+        });
     if constexpr (kLast) {
       put(means + me.inner * width + u * N, mean);
       put(squares + me.inner * width + u * N, square);
@@ -210,8 +214,9 @@ __global__ void __launch_bounds__(kChunkThreads, 3)
     const int c = span.first + u * kChannels;
     const Coefficients<kLast, N> coefficients(span, u, factors, offsets, group_means, group_rstds);
     const auto to = run_of<kLast, N>(call.y, shape.pixels, shape.channels, mine.n, first, c);
-    for_each<N>(me, inners, call.source.template run<kLast, N>(shape.pixels, mine.n, first, c),
-                [&](const Vector<T, N>& x, int q) { coefficients.apply(x, call.silu, to.at(q)); });
+    for_each<N, kApplyLoads>(
+        me, inners, call.source.template run<kLast, N>(shape.pixels, mine.n, first, c),
+        [&](const Vector<T, N>& x, int q) { coefficients.apply(x, call.silu, to.at(q)); });
   }
 }
 
@@ -225,7 +230,7 @@ ChunkPlan chunk_plan(const Shape& shape, const Device& device, int waves) {
   if (plan.spans.count == 0) return plan;
   const int outers = kLast ? plan.spans.channels / N : plan.spans.channels;
   const int64_t units = shape.units<kLast, N>();
-  const int64_t at_once = ceil_div(kChunkThreads * kUnrolled, outers);
+  const int64_t at_once = ceil_div(kChunkThreads * kPartialsLoads, outers);
   const int64_t least = !kLast && at_once < kWarp ? kWarp : at_once;
   const int64_t wanted =
       int64_t{waves} * kBlocks * device.multiprocessors / (shape.images * plan.spans.count);

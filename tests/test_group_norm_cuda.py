@@ -234,7 +234,9 @@ def test_gradients_reach_the_skip(cuda_kernels: str) -> None:
     x, skip, dy = torch.randn(2, 7, 4, 3), torch.randn(2, 5, 4, 3), torch.randn(2, 12, 4, 3)
 
     def gradients(backend: str, dtype: torch.dtype, *requires: bool) -> list[Tensor]:
-        leaves = [t.to(cuda_kernels, dtype).requires_grad_(r) for t, r in zip((x, skip), requires, strict=True)]
+        leaves = [
+            t.to(cuda_kernels, dtype).requires_grad_(r) for t, r in zip((x, skip), requires, strict=True)
+        ]
         y = group_norm(leaves[0], 4, skip=leaves[1], activation="silu", backend=backend)
         return list(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy.to(y)))
 

@@ -1,8 +1,8 @@
 """The operations of group_norm's kernels on CPU, in Triton and in CUDA C++, with gradients.
 
 The forward that trains also returns mean and rstd, (N, num_groups), fp32, from which, with x, the backward
-recomputes x̂ and z. Triton and CUDA have two operations more: `group_norm_pair`, whose channels are those of two
-tensors, and `group_norm_apply`, which is given the statistics.
+recomputes x̂ and z. Triton and CUDA have two operations more: `group_norm_pair`, whose channels are those of
+two tensors, and `group_norm_apply`, which is given the statistics.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ y lies in memory as x does: channels first, or channels last (the channel's stri
 or a transposed (N, L, C) sequence); any other strides give channels first. With `skip` the formula is that of
 `cat([x, skip], 1)`, which the kernels for GPUs do not form.
 
-The CPU kernels are csrc/group_norm_cpu.h, those of CUDA csrc/group_norm_cuda.cuh, Triton's group_norm_triton.py.
+The kernels are csrc/group_norm_cpu.h, csrc/group_norm_cuda.cuh and, in Triton, group_norm_triton.py.
 Statistics and arithmetic are fp32; fp64 goes through torch.
 """  # fmt: skip
 
@@ -185,8 +185,8 @@ def group_norm(
         scale: (N, C) or None; the normalized values are multiplied by 1 + scale.
         shift: (N, C) or None; added after the scale.
         skip: (N, C2, *) or None, in the dtype of `x`: channels that follow those of x, as if x were
-            `torch.cat([x, skip], 1)`. C is then C + C2 in the other arguments. Triton and CUDA read both where
-            they lie, unless a gradient is asked for; other backends concatenate.
+            `torch.cat([x, skip], 1)`. C is then C + C2 in the other arguments. Triton and CUDA read both
+            where they lie, unless a gradient is asked for; other backends concatenate.
         statistics: mean and rstd of x in every group, (N, num_groups) each, fp32 (fp64 for fp64), as
             `conv2d` returns them with `stats_groups` and `stats_eps=eps`; or None. A promise about x and no
             operand: Triton and CUDA read x once instead of twice, other backends compute their own, and no
