@@ -169,7 +169,8 @@ __device__ inline unsigned cluster_block() {
 // Waits for every thread of the cluster; what they wrote to shared memory before is seen after.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  // Not `.aligned`: a warp may come here in parts, after a loop whose rounds differ.
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 #else
   __trap();
 #endif

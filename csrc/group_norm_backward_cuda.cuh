@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 // Blocks for some waves, each with some accesses for every thread.
 template <int N, bool kLast>
 BackwardPlan backward_plan(const Shape& shape, const Device& device) {
-  constexpr int kBlocks = 8, kLeastSteps = 4;
+  constexpr int kBlocks = 8, kLeastSteps = 2;
   // Channels last: 512 bytes of a row, or 128 elements.
   constexpr int kColumns = N > 1 ? kWarp : 4 * kWarp, kWarps = kBackwardThreads / kWarp;
   BackwardPlan plan;
@@ -330,11 +330,13 @@ BackwardPlan backward_plan(const Shape& shape, const Device& device) {
   }
   plan.spans = static_cast<int>(ceil_div(shape.channels, plan.span));
   const int64_t units = shape.units<kLast, N>();
-  const int64_t least = kLeastSteps * (kLast ? kBackwardThreads / (plan.span / N) : kWarp);
+  // Units of which a block takes whole rounds.
+  const int64_t round = kLast ? kBackwardThreads / (plan.span / N) : kWarp;
+  const int64_t least = kLeastSteps * round;
   const int64_t wanted = int64_t{kBlocks} * device.multiprocessors / (shape.images * plan.spans);
   const int64_t most = ceil_div(units, least);
   const int64_t chunks = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  plan.units = static_cast<int>(ceil_div(units, chunks));
+  plan.units = static_cast<int>(ceil_div(ceil_div(units, chunks), round) * round);
   plan.chunks = static_cast<int>(ceil_div(units, plan.units));
   return plan;
 }

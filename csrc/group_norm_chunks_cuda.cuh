@@ -9,6 +9,8 @@
 // what L2 holds; with known statistics x once. Limit: memory bandwidth.
 #pragma once
 
+#include <algorithm>
+
 #include "group_norm_cuda.cuh"
 
 namespace sdfast::group_norm {
@@ -230,13 +232,16 @@ ChunkPlan chunk_plan(const Shape& shape, const Device& device, int waves) {
   if (plan.spans.count == 0) return plan;
   const int outers = kLast ? plan.spans.channels / N : plan.spans.channels;
   const int64_t units = shape.units<kLast, N>();
-  const int64_t at_once = ceil_div(kChunkThreads * kPartialsLoads, outers);
-  const int64_t least = !kLast && at_once < kWarp ? kWarp : at_once;
+  // Units of which a block takes whole rounds.
+  const int64_t round = kLast ? std::max(kChunkThreads / outers, 1) : kWarp;
+  const int64_t least =
+      kLast ? kPartialsLoads * round
+            : ceil_div(ceil_div(kPartialsLoads * kChunkThreads, outers), kWarp) * kWarp;
   const int64_t wanted =
       int64_t{waves} * kBlocks * device.multiprocessors / (shape.images * plan.spans.count);
   const int64_t most = ceil_div(units, least);
   const int64_t chunks = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  plan.units = static_cast<int>(ceil_div(units, chunks));
+  plan.units = static_cast<int>(ceil_div(ceil_div(units, chunks), round) * round);
   plan.chunks = static_cast<int>(ceil_div(units, plan.units));
   return plan;
 }

@@ -9,12 +9,14 @@
 // 4.3 TB/s, on 128 blocks of 40 KiB), above them memory bandwidth.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda_mma.cuh"
 #include "group_norm_cuda.cuh"
 
 namespace sdfast::group_norm {
 
-constexpr int kWholeThreads = 512;  // at most
+constexpr int kWholeThreads = 512, kLeastThreads = 128;
 
 struct WholePlan {
   Spans spans{};
@@ -190,9 +192,19 @@ WholePlan whole_plan(const Shape& shape, const Spans& spans, int cluster, const 
   const int64_t units = ceil_div(shape.units<kLast, N>(), cluster), vectors = outers * units;
   if (vectors * int64_t{sizeof(Vector<T, N>)} > int64_t(shared_bytes_of_block(device))) return plan;
   plan.units = static_cast<int>(units);
-  plan.threads = vectors >= 1024 ? 512 : vectors >= 384 ? 256 : 128;
-  const Threads<kLast> steps(0, plan.threads, outers, plan.units);
-  plan.slots = ceil_div(outers, steps.outer_step) * ceil_div(units, steps.inner_step);
+  // As many threads as leave few of them without work in the last round.
+  const int most = vectors >= 1024 ? kWholeThreads : vectors >= 384 ? 256 : kLeastThreads;
+  const auto slots = [&](int threads) {
+    const Threads<kLast> steps(0, threads, static_cast<int>(outers), plan.units);
+    return static_cast<int>(ceil_div(outers, steps.outer_step) * ceil_div(units, steps.inner_step));
+  };
+  int least = most * slots(most);
+  for (int threads = std::max(most / 2, kLeastThreads); threads < most; threads += kWarp) {
+    least = std::min(least, threads * slots(threads));
+  }
+  plan.threads = most;
+  while (plan.threads * slots(plan.threads) * 10 > least * 11) plan.threads -= kWarp;
+  plan.slots = slots(plan.threads);
   plan.shared_bytes = WholeSizes<T, N, kLast>(plan, shape).bytes();
   if (plan.shared_bytes > shared_bytes_of_block(device)) plan.threads = 0;
   return plan;
@@ -202,20 +214,26 @@ WholePlan whole_plan(const Shape& shape, const Spans& spans, int cluster, const 
 // a cluster pays where its blocks would else be few, or too large for two of a multiprocessor.
 template <typename T, int N, bool kLast>
 WholePlan whole_plan(const Shape& shape, const Device& device) {
-  constexpr size_t kSmall = 24 << 10, kLarge = 100 << 10;
+  constexpr size_t kSmall = 24 << 10, kMiddle = 64 << 10, kLarge = 112 << 10;
   constexpr int kLeastBytes = 64;
   const Spans spans = spans_of(shape, kLast, N, kLeastBytes / sizeof(T));
   if (spans.parts > 1 || spans.count == 0) return {};
+  const auto enough = [&](const WholePlan& plan, size_t bytes) {
+    const int64_t blocks = shape.images * spans.count * plan.cluster;
+    return plan.shared_bytes <= bytes ||
+           (blocks >= device.multiprocessors && plan.shared_bytes <= kLarge);
+  };
   const bool clusters = device.capability >= 90 && device.capability < 120;
+  if (!clusters) {
+    const WholePlan plan = whole_plan<T, N, kLast>(shape, spans, 1, device);
+    return enough(plan, kMiddle) ? plan : WholePlan{};
+  }
   WholePlan best;
-  for (int cluster = 1; cluster <= (clusters ? 8 : 1); cluster *= 2) {
+  for (int cluster = 1; cluster <= 8; cluster *= 2) {
     const WholePlan plan = whole_plan<T, N, kLast>(shape, spans, cluster, device);
     if (plan.threads == 0) continue;
     best = plan;
-    const int64_t blocks = shape.images * spans.count * cluster;
-    const bool enough = blocks >= device.multiprocessors && plan.shared_bytes <= kLarge;
-    if (plan.shared_bytes <= kSmall || enough) break;
-    if (!clusters && blocks < device.multiprocessors && plan.shared_bytes > kLarge) return {};
+    if (enough(plan, kSmall)) break;
   }
   return best;
 }
