@@ -162,8 +162,10 @@ T* in_block_of_cluster(T* shared, unsigned block) {
 #else
 // Which block of its cluster this is.
 __device__ inline unsigned cluster_block() {
-  unsigned rank;
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
   return rank;
 }
 // Waits for every thread of the cluster; what they wrote to shared memory before is seen after.
