@@ -84,8 +84,9 @@ struct Source {
 
   template <bool kLast, int N>
   __device__ Run<const T> run(int64_t pixels, int64_t n, int64_t first, int c) const {
-    if (c < channels) return run_of<kLast, N>(x, pixels, channels, n, first, c);
-    return run_of<kLast, N>(skip, pixels, skip_channels, n, first, c - channels);
+    const bool of_x = c < channels;
+    return run_of<kLast, N>(of_x ? x : skip, pixels, of_x ? channels : skip_channels, n, first,
+                            of_x ? c : c - channels);
   }
 };
 
