@@ -35,12 +35,12 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h tests/simt/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h tests/simt/*.* tests/simt/planted/*
 
 format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp tests/*.h tests/simt/*
+	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp tests/*.h tests/simt/*.* tests/simt/planted/*
 
 # The operations' tests on libraries that report memory errors, in a copy of the package. Takes minutes.
 sanitize: $(VENV)/.installed-dev
