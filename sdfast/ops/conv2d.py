@@ -24,6 +24,7 @@ from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_a
 from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
 from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
+from sdfast.ops._conv2d_cuda import conv2d_cuda, why_not_cuda
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
@@ -150,14 +151,14 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
         reason = "it reads weights that are plain tensors"
     else:
         return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
+    return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
 def conv2d_fuses(x: Tensor) -> bool:
     """Whether kernels serve convolutions of x that read two sources and gather statistics as they store.
 
     Where they do, `skip` and `stats_groups` save passes over memory; elsewhere they cost what they say. True
-    under `use_backend("triton")` where Triton can run, but for training, which reads the concatenation again.
+    under `use_backend("triton")` or `("cuda")` where these can run, but for training, which reads the concatenation again.
     """
     if torch.is_grad_enabled():
         return False
@@ -250,22 +251,17 @@ def conv2d(
     others = (time_embedding, residual, skip, *((norm.weight, norm.bias) if norm else ()))
     reasons = _unavailable(x, weight, bias, *others)
     named, trains = dispatch.is_named(backend), requires_grad(x, weight, bias, *others)
-    if named and dispatch.choose("conv2d", x.device.type, reasons, backend) == "triton":
+    if "cuda" not in reasons and (why := why_not_cuda(weight, stride, trains)) is not None:
+        reasons["cuda"] = why
+    fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend) if named else None
+    if fused_by in ("cuda", "triton"):
         more: dict[str, Any] = {"skip": skip, "norm_statistics": norm.statistics if norm else None}
         if trains:
             y = conv2d_triton_training(x, weight, bias, stride, sides, **fused, **more)
             return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
-        return conv2d_triton(
-            x,
-            weight,
-            bias,
-            stride,
-            sides,
-            **fused,
-            **more,
-            stats_groups=stats_groups or 0,
-            stats_eps=stats_eps,
-        )
+        more |= {"stats_groups": stats_groups or 0, "stats_eps": stats_eps}
+        fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton
+        return fusing(x, weight, bias, stride, sides, **fused, **more)
     if skip is not None:
         x = torch.cat([x, skip], 1)
     order: tuple[str, ...] | None = None

@@ -1,0 +1,162 @@
+// conv2d on CUDA: an implicit GEMM over channels_last images, on tensor cores.
+//
+// Algorithm. A block computes a rectangle of pixels by 16 to 128 channels of y. Along K it goes
+// chunk after chunk of channels: the rectangle of x that the chunk's products need, with its halo,
+// is copied to shared memory once (and there normalised and SiLU'd once, where a GroupNorm
+// precedes); every position of the kernel multiplies rows of that same tile, shifted, by a slice of
+// the weight that streams through a ring of asynchronous copies. Bias, time embedding, residual and
+// the statistics of the next GroupNorm follow on the results. Where tiles are fewer than
+// multiprocessors K is split: partial sums are written and a second kernel adds them in order. A
+// nearest-2x upsample is four 2x2 kernels over the small image. Bytes: x (18 rows by 10 for 16 by
+// 8), weight, residual and y, the first two again from L2 for every tile in their column or row.
+// Limit: tensor cores, by mma.sync; shared memory gives a warp of 64x64 its fragments in half of
+// the time that a GPU of sm_80 multiplies them in.
+#pragma once
+
+#include <tuple>
+
+#include "conv2d_statistics_cuda.cuh"
+#include "conv2d_store_cuda.cuh"
+
+namespace sdfast {
+
+using ConvTiles = std::tuple<ConvTile<128, 128, 2, 2, 3, 2>,  // registers: 128 of sums
+                             ConvTile<128, 64, 2, 2, 4, 3>,   // 64
+                             ConvTile<64, 64, 2, 2, 6, 4>,    // 32, for small images
+                             ConvTile<128, 16, 4, 1, 4, 4>>;  // for a picture's 3 channels, or 4
+// What of the peak each is assumed to reach; nobody measured it.
+constexpr float kConvTileShare[] = {1.0f, 0.85f, 0.65f, 0.25f};
+constexpr int kNarrowTile = 3;
+
+template <int index = 0, typename F>
+void with_conv_tile(int tile, const F& f) {
+  if constexpr (index < std::tuple_size_v<ConvTiles>) {
+    if (tile == index) return f(std::tuple_element_t<index, ConvTiles>());
+    with_conv_tile<index + 1>(tile, f);
+  }
+}
+
+// A kernel of one pixel meets all pixels of an image as those of one row.
+template <typename T>
+void flatten(Conv2d<T>& call) {
+  const bool same = call.height == call.out_height && call.width == call.out_width;
+  if (call.taps() != 1 || call.stride != 1 || call.top || call.left || !same) return;
+  call.width = call.out_width = call.width * call.height;
+  call.height = call.out_height = 1;
+}
+
+// The width of tiles, as rectangles that cover an image with the least waste, and what follows.
+template <typename T, typename Tile>
+void plan_tiles(const Conv2d<T>& call, Conv2dPlan& plan) {
+  int64_t fewest = INT64_MAX;
+  for (int log2 = 3; 1 << log2 <= Tile::kPixels; ++log2) {
+    const int width = 1 << log2, height = Tile::kPixels >> log2;
+    const int64_t x = ceil_div(call.out_width, width), y = ceil_div(call.out_height, height);
+    const int halo_width = (width - 1) * call.stride + call.taps_x;
+    const int halo_pixels = ((height - 1) * call.stride + call.taps_y) * halo_width;
+    if (x * y * halo_pixels >= fewest) continue;
+    fewest = x * y * halo_pixels;
+    plan.tile_width_log2 = log2;
+    plan.tiles_x = static_cast<int>(x);
+    plan.tiles_y = static_cast<int>(y);
+    plan.halo_width = halo_width;
+    plan.halo_pixels = halo_pixels;
+  }
+  plan.halo_inverse = static_cast<int>(ceil_div(1 << 16, plan.halo_width));
+  plan.column_blocks = static_cast<int>(ceil_div(call.out_channels, Tile::kChannels));
+}
+
+template <typename T, typename Tile>
+Conv2dPlan plan_of(const Conv2d<T>& call, const Device& device, int tile) {
+  Conv2dPlan plan = {};
+  plan.tile = tile;
+  plan_tiles<T, Tile>(call, plan);
+  constexpr int64_t kVectorSize = kVector<T>;
+  plan.vectors = call.channels % kVectorSize == 0 && call.skip_channels % kVectorSize == 0 &&
+                 is_aligned(call.x, 16) && is_aligned(call.skip, 16) && is_aligned(call.weight, 16);
+  plan.out_vectors = call.out_channels % kVectorSize == 0 && is_aligned(call.y, 16) &&
+                     is_aligned(call.residual, 16);
+  plan.chunks_of_x = static_cast<int>(ceil_div(call.channels, kChunk<T>));
+  plan.chunks = plan.chunks_of_x + static_cast<int>(ceil_div(call.skip_channels, kChunk<T>));
+  // While a buffer is filled the steps before it, one fewer than stages, read others.
+  plan.halo_buffers = static_cast<int>(ceil_div(Tile::kStages - 1, call.taps())) + 1;
+  const int weight_bytes = Tile::kStages * Tile::kChannels * kRowBytes;
+  const int halo_bytes = plan.halo_buffers * plan.halo_pixels * kRowBytes;
+  const int result_bytes = kResultBytes<T, Tile>;
+  plan.shared_bytes =
+      weight_bytes + halo_bytes > result_bytes ? weight_bytes + halo_bytes : result_bytes;
+
+  constexpr int kMostSplits = 16, kLeastSteps = 16;  // of a split
+  const int64_t tiles = plan.tiles(call.phases, call.images);
+  const int64_t most = int64_t{plan.chunks} * call.taps() / kLeastSteps;
+  int64_t splits = tiles > 0 ? device.multiprocessors / tiles : 1;
+  splits = splits < most ? splits : most;
+  splits = splits < kMostSplits ? splits : kMostSplits;
+  splits = splits > 1 ? splits : 1;
+  plan.chunks_per_split = static_cast<int>(ceil_div(plan.chunks, splits));
+  plan.splits =
+      plan.chunks > 0 ? static_cast<int>(ceil_div(plan.chunks, plan.chunks_per_split)) : 1;
+
+  constexpr float kSplitSteps = 8;  // what partial sums cost, assumed
+  const float rounds = ceil_div(tiles * plan.splits, device.multiprocessors);
+  const float steps = plan.chunks_per_split * call.taps() + (plan.splits > 1 ? kSplitSteps : 0);
+  plan.cost = rounds * steps * Tile::kPixels * Tile::kChannels / kConvTileShare[tile];
+  return plan;
+}
+
+// The tile and the division for which the busiest multiprocessor has the least to do.
+template <typename T>
+Conv2dPlan plan_conv2d(const Conv2d<T>& call, const Device& device) {
+  Conv2dPlan best = {};
+  best.tile = -1;
+  const int tiles = static_cast<int>(std::tuple_size_v<ConvTiles>);
+  for (int tile = 0; tile < tiles; ++tile) {
+    if ((tile == kNarrowTile) != (call.out_channels <= 16)) continue;
+    with_conv_tile(tile, [&](auto shape) {
+      const Conv2dPlan plan = plan_of<T, decltype(shape)>(call, device, tile);
+      const bool fits = static_cast<size_t>(plan.shared_bytes) <= shared_bytes_of_block(device) &&
+                        plan.halo_pixels * plan.halo_width < 1 << 16;  // as the division wants it
+      if (fits && (best.tile < 0 || plan.cost < best.cost)) best = plan;
+    });
+  }
+  return best;
+}
+
+// How many fp32 partial sums a launch writes, and moments of a channel it leaves of an image.
+template <typename T>
+int64_t partial_sums(const Conv2d<T>& call, const Conv2dPlan& plan) {
+  int64_t size = 0;
+  with_conv_tile(plan.tile, [&](auto tile) {
+    using Tile = decltype(tile);
+    const int64_t tiles = plan.tiles(call.phases, call.images);
+    if (plan.splits > 1) size = tiles * plan.splits * Tile::kPixels * Tile::kChannels;
+  });
+  return size;
+}
+template <typename T>
+int moment_entries(const Conv2d<T>& call, const Conv2dPlan& plan) {
+  int entries = 0;
+  with_conv_tile(plan.tile, [&](auto tile) {
+    entries = plan.tiles_x * plan.tiles_y * call.phases * decltype(tile)::kParts;
+  });
+  return entries;
+}
+
+// `partials` of partial_sums, null where these are none. `moments` (N, moment_entries, O), or null.
+template <typename T>
+void conv2d(const Conv2d<T>& call, const Conv2dPlan& plan, float* partials, ChannelMoments* moments,
+            cudaStream_t stream) {
+  with_conv_tile(plan.tile, [&](auto tile) {
+    using Tile = decltype(tile);
+    const int64_t tiles = plan.tiles(call.phases, call.images);
+    const dim3 grid(static_cast<unsigned>(tiles), plan.splits), block(Tile::kThreads);
+    launch(conv2d_kernel<T, Tile>, {grid, block, SharedMemory::bytes<char>(plan.shared_bytes)},
+           stream, call, plan, partials, moments);
+    if (!partials) return;
+    const size_t shared_bytes = SharedMemory::bytes<char>(kResultBytes<T, Tile>);
+    launch(conv2d_finish_kernel<T, Tile>, {dim3(grid.x), block, shared_bytes}, stream, call, plan,
+           static_cast<const float*>(partials), moments);
+  });
+}
+
+}  // namespace sdfast

@@ -1,0 +1,201 @@
+// conv2d on CUDA, what is written: sums and what is added to them, rounded once, through shared
+// memory to y in 16 bytes; or partial sums, where the channels of x are split among blocks.
+#pragma once
+
+#include "conv2d_multiply_cuda.cuh"
+
+namespace sdfast {
+
+// The rows of a tile of results in shared memory, a unit longer than needed: 8 rows of 4 lanes meet
+// no bank twice.
+template <typename T, typename Tile>
+constexpr int kResultPitch = Tile::kChannels + kVector<T>;
+template <typename T, typename Tile>
+constexpr int kResultBytes = kResultPitch<T, Tile> * Tile::kPixels * static_cast<int>(sizeof(T));
+
+// Calls body(pixel of the tile, its place in y or -1, channel of the tile) for each 16 bytes of
+// this thread's.
+template <typename T, typename Tile, typename Body>
+__device__ __forceinline__ void for_each_unit(const Conv2d<T>& call, const Conv2dPlan& plan,
+                                              const Conv2dPlace& place, const Body& body) {
+  constexpr int kPerRow = Tile::kChannels / kVector<T>;
+  const int channel = threadIdx.x % kPerRow * kVector<T>;
+#pragma unroll 2
+  for (int i = threadIdx.x / kPerRow; i < Tile::kPixels; i += Tile::kThreads / kPerRow) {
+    body(i, place.pixel(call, plan, i), channel);
+  }
+}
+
+// The tile of `residual` to shared memory.
+template <typename T, typename Tile>
+__device__ __forceinline__ void load_residual(const Conv2d<T>& call, const Conv2dPlan& plan,
+                                              const Conv2dPlace& place, T* results) {
+  for_each_unit<T, Tile>(call, plan, place, [&](int i, int64_t pixel, int channel) {
+    if (pixel < 0) return;
+    const int o = place.channel + channel;
+    const T* const from = call.residual + pixel * call.out_channels + o;
+    T* const to = results + i * kResultPitch<T, Tile> + channel;
+    if (plan.out_vectors) {
+      if (o < call.out_channels) {
+        *reinterpret_cast<Vector<T, kVector<T>>*>(to) =
+            *reinterpret_cast<const Vector<T, kVector<T>>*>(from);
+      }
+      return;
+    }
+    for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
+  });
+}
+
+// Results from shared memory to y.
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_results(const Conv2d<T>& call, const Conv2dPlan& plan,
+                                              const Conv2dPlace& place, const T* results) {
+  for_each_unit<T, Tile>(call, plan, place, [&](int i, int64_t pixel, int channel) {
+    if (pixel < 0) return;
+    const int o = place.channel + channel;
+    T* const to = call.y + pixel * call.out_channels + o;
+    const T* const from = results + i * kResultPitch<T, Tile> + channel;
+    if (plan.out_vectors) {
+      if (o < call.out_channels) {
+        *reinterpret_cast<Vector<T, kVector<T>>*>(to) =
+            *reinterpret_cast<const Vector<T, kVector<T>>*>(from);
+      }
+      return;
+    }
+    for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
+  });
+}
+
+// Moments of the rounded results: a thread takes a channel, and kPixels / kParts of the tile's
+// pixels, in two passes. moments: (N, tiles, phases, kParts, out_channels).
+template <typename T, typename Tile>
+__device__ __forceinline__ void store_moments(const Conv2d<T>& call, const Conv2dPlan& plan,
+                                              const Conv2dPlace& place, const T* results,
+                                              ChannelMoments* moments) {
+  constexpr int kPart = Tile::kPixels / Tile::kParts;
+  const int channel = threadIdx.x % Tile::kChannels, part = threadIdx.x / Tile::kChannels;
+  if (place.channel + channel >= call.out_channels) return;
+  const T* const from = results + channel;
+  ChannelMoments found{0, 0, 0, 0};
+  const auto for_each_pixel = [&](const auto& body) {
+    for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
+      if (place.pixel(call, plan, i) >= 0) body(to_float(from[i * kResultPitch<T, Tile>]));
+    }
+  };
+  for_each_pixel([&](float value) {
+    found.count += 1;
+    found.mean += value;
+  });
+  if (found.count > 0) {
+    found.mean /= found.count;
+    for_each_pixel([&](float value) {
+      const float off = value - found.mean;
+      found.mean_rest += off;
+      found.square += off * off;
+    });
+    found.mean_rest /= found.count;
+  }
+  const int tiles = plan.tiles_x * plan.tiles_y;
+  const int64_t entry = (int64_t{place.image} * tiles + place.tile) * call.phases + place.phase;
+  moments[(entry * Tile::kParts + part) * call.out_channels + place.channel + channel] = found;
+}
+
+// What follows the products. `results` is shared memory of kResultBytes.
+template <typename T, typename Tile>
+__device__ __forceinline__ void finish(const Conv2d<T>& call, const Conv2dPlan& plan,
+                                       const Conv2dPlace& place, T* results, ConvSums<Tile>& sums,
+                                       ChannelMoments* moments) {
+  if (call.residual) {
+    load_residual<T, Tile>(call, plan, place, results);
+    __syncthreads();
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int first_pixel = warp / Tile::kWarpColumns * Tile::kWarpPixels + lane / 4;
+  const int first_channel = warp % Tile::kWarpColumns * Tile::kWarpChannels + lane % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < Tile::kColumns; ++n) {
+    const int channel = first_channel + n * 8, o = place.channel + channel;
+    float added[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (o + k >= call.out_channels) continue;
+      if (call.bias) added[k] = to_float(call.bias[o + k]);
+      if (call.time_embedding) {
+        added[k] += to_float(call.time_embedding[int64_t{place.image} * call.out_channels + o + k]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = first_pixel + m * 16 + half * 8;
+        T* const at = results + i * kResultPitch<T, Tile> + channel;
+        float h[2] = {sums[m][n][2 * half] + added[0], sums[m][n][2 * half + 1] + added[1]};
+        if (call.residual && o < call.out_channels && place.pixel(call, plan, i) >= 0) {
+          h[0] += to_float(at[0]);
+          if (o + 1 < call.out_channels) h[1] += to_float(at[1]);
+        }
+        store(at, h);
+      }
+    }
+  }
+  __syncthreads();
+  store_results<T, Tile>(call, plan, place, results);
+  if (moments) store_moments<T, Tile>(call, plan, place, results, moments);
+}
+
+// Partial sums lie as threads hold them: (splits, blocks, kRows, kColumns, threads, 4).
+template <typename Tile>
+__device__ inline int64_t partial_place(unsigned split) {
+  const int64_t block = int64_t{split} * gridDim.x + blockIdx.x;
+  return (block * Tile::kRows * Tile::kColumns * Tile::kThreads + threadIdx.x) * 4;
+}
+constexpr int kPartialFloats = 4;
+
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    conv2d_kernel(Conv2d<T> call, Conv2dPlan plan, float* partials, ChannelMoments* moments) {
+  SharedMemory shared;
+  unsigned char* const memory = shared.array<unsigned char>(plan.shared_bytes);
+  const Conv2dPlace place = Conv2dPlace::of_block(call, plan, Tile());
+  ConvSums<Tile> sums = {};
+  multiply<T, Tile>(call, plan, place, memory, sums);
+  if (partials == nullptr) {
+    return finish<T, Tile>(call, plan, place, reinterpret_cast<T*>(memory), sums, moments);
+  }
+  float* to = partials + partial_place<Tile>(blockIdx.y);
+#pragma unroll
+  for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+    for (int n = 0; n < Tile::kColumns; ++n) {
+      store(to + (m * Tile::kColumns + n) * Tile::kThreads * kPartialFloats, sums[m][n]);
+    }
+  }
+}
+
+// The sum of the partial sums, in their order, and what follows. Grid: conv2d_kernel's tiles.
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    conv2d_finish_kernel(Conv2d<T> call, Conv2dPlan plan, const float* partials,
+                         ChannelMoments* moments) {
+  SharedMemory shared;
+  T* const results = shared.array<T>(kResultPitch<T, Tile> * Tile::kPixels);
+  const Conv2dPlace place = Conv2dPlace::of_block(call, plan, Tile());
+  ConvSums<Tile> sums = {};
+  for (int split = 0; split < plan.splits; ++split) {
+    const float* const from = partials + partial_place<Tile>(split);
+#pragma unroll
+    for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < Tile::kColumns; ++n) {
+        float part[4];
+        load(from + (m * Tile::kColumns + n) * Tile::kThreads * kPartialFloats, part);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[m][n][k] += part[k];
+      }
+    }
+  }
+  finish<T, Tile>(call, plan, place, results, sums, moments);
+}
+
+}  // namespace sdfast
