@@ -15,6 +15,7 @@
 
 #include <tuple>
 
+#include "conv2d_finish_cuda.cuh"
 #include "conv2d_statistics_cuda.cuh"
 #include "conv2d_store_cuda.cuh"
 
@@ -70,6 +71,8 @@ template <typename T, typename Tile>
 Conv2dPlan plan_of(const Conv2d<T>& call, const Device& device, int tile) {
   Conv2dPlan plan = {};
   plan.tile = tile;
+  plan.pixels = Tile::kPixels;
+  plan.channels = Tile::kChannels;
   plan_tiles<T, Tile>(call, plan);
   constexpr int64_t kVectorSize = kVector<T>;
   plan.vectors = call.channels % kVectorSize == 0 && call.skip_channels % kVectorSize == 0 &&
@@ -96,6 +99,8 @@ Conv2dPlan plan_of(const Conv2d<T>& call, const Device& device, int tile) {
   plan.chunks_per_split = static_cast<int>(ceil_div(plan.chunks, splits));
   plan.splits =
       plan.chunks > 0 ? static_cast<int>(ceil_div(plan.chunks, plan.chunks_per_split)) : 1;
+
+  plan.parts = plan.splits > 1 ? Tile::kPixels / kFinishPixels : kParts<Tile>;
 
   constexpr float kSplitSteps = 8;  // what partial sums cost, assumed
   const float rounds = ceil_div(tiles * plan.splits, device.multiprocessors);
@@ -125,38 +130,30 @@ Conv2dPlan plan_conv2d(const Conv2d<T>& call, const Device& device) {
 // How many fp32 partial sums a launch writes, and moments of a channel it leaves of an image.
 template <typename T>
 int64_t partial_sums(const Conv2d<T>& call, const Conv2dPlan& plan) {
-  int64_t size = 0;
-  with_conv_tile(plan.tile, [&](auto tile) {
-    using Tile = decltype(tile);
-    const int64_t tiles = plan.tiles(call.phases, call.images);
-    if (plan.splits > 1) size = tiles * plan.splits * Tile::kPixels * Tile::kChannels;
-  });
-  return size;
+  if (plan.splits == 1) return 0;
+  return plan.tiles(call.phases, call.images) * plan.splits * plan.pixels * plan.channels;
 }
 template <typename T>
 int moment_entries(const Conv2d<T>& call, const Conv2dPlan& plan) {
-  int entries = 0;
-  with_conv_tile(plan.tile, [&](auto tile) {
-    entries = plan.tiles_x * plan.tiles_y * call.phases * decltype(tile)::kParts;
-  });
-  return entries;
+  return plan.tiles_x * plan.tiles_y * call.phases * plan.parts;
 }
 
 // `partials` of partial_sums, null where these are none. `moments` (N, moment_entries, O), or null.
 template <typename T>
 void conv2d(const Conv2d<T>& call, const Conv2dPlan& plan, float* partials, ChannelMoments* moments,
             cudaStream_t stream) {
+  const unsigned tiles = static_cast<unsigned>(plan.tiles(call.phases, call.images));
   with_conv_tile(plan.tile, [&](auto tile) {
     using Tile = decltype(tile);
-    const int64_t tiles = plan.tiles(call.phases, call.images);
-    const dim3 grid(static_cast<unsigned>(tiles), plan.splits), block(Tile::kThreads);
-    launch(conv2d_kernel<T, Tile>, {grid, block, SharedMemory::bytes<char>(plan.shared_bytes)},
+    launch(conv2d_kernel<T, Tile>,
+           {dim3(tiles, plan.splits), dim3(Tile::kThreads),
+            SharedMemory::bytes<char>(plan.shared_bytes)},
            stream, call, plan, partials, moments);
-    if (!partials) return;
-    const size_t shared_bytes = SharedMemory::bytes<char>(kResultBytes<T, Tile>);
-    launch(conv2d_finish_kernel<T, Tile>, {dim3(grid.x), block, shared_bytes}, stream, call, plan,
-           static_cast<const float*>(partials), moments);
   });
+  if (!partials) return;
+  launch(conv2d_finish_kernel<T>,
+         {dim3(tiles * (plan.pixels / kFinishPixels)), dim3(kFinishThreads)}, stream, call, plan,
+         static_cast<const float*>(partials), moments);
 }
 
 }  // namespace sdfast

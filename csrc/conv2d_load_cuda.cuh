@@ -7,14 +7,18 @@
 
 namespace sdfast {
 
-// Up to kVector values from global to 16 bytes of shared memory, the rest zeros.
-template <typename T>
-__device__ inline void copy_unit(unsigned char* to, const T* from, int count, bool vectors) {
-  if (vectors) return copy_async(to, from, count > 0 ? 16 : 0);
-  Vector<T, kVector<T>> values;
+// Up to kVector values from global to 16 bytes of shared memory, the rest zeros. `kWhole`: 16 bytes
+// or nothing, aligned, and copied asynchronously.
+template <bool kWhole, typename T>
+__device__ __forceinline__ void copy_unit(unsigned char* to, const T* from, int count) {
+  if constexpr (kWhole) {
+    copy_async(to, from, count > 0 ? 16 : 0);
+  } else {
+    Vector<T, kVector<T>> values;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) values.values[i] = i < count ? from[i] : from_float<T>(0);
-  *reinterpret_cast<Vector<T, kVector<T>>*>(to) = values;
+    for (int i = 0; i < kVector<T>; ++i) values.values[i] = i < count ? from[i] : from_float<T>(0);
+    *reinterpret_cast<Vector<T, kVector<T>>*>(to) = values;
+  }
 }
 
 // A step multiplies one chunk of channels at one position of the kernel. Its slice of the weight
@@ -43,11 +47,8 @@ class Conv2dLoader {
   // Starts the copies of the next step.
   __device__ void load_step() {
     const Source source(call_, plan_, chunk_);
-    if (tap_ == 0) {
-      load_halo(source);
-      buffer_ = buffer_ + 1 == plan_.halo_buffers ? 0 : buffer_ + 1;
-    }
-    load_weights(source);
+    plan_.vectors ? load<true>(source) : load<false>(source);
+    if (tap_ == 0) buffer_ = buffer_ + 1 == plan_.halo_buffers ? 0 : buffer_ + 1;
     stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
     if (++tap_ == call_.taps()) {
       tap_ = 0;
@@ -59,27 +60,33 @@ class Conv2dLoader {
   // pixels outside the image stay zero.
   __device__ void normalise(int chunk, int buffer) const {
     const Source source(call_, plan_, chunk);
-    const int first = unit() * kVector<T>, size = call_.all_channels() / call_.groups;
+    const int size = call_.all_channels() / call_.groups;
+    const int first = source.first + unit() * kVector<T>;
+    int group = first / size, next_group = (group + 1) * size;
     float mean[kVector<T>], scale[kVector<T>], shift[kVector<T>];
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
-      const bool is_there = first + i < source.left;
-      const int c = is_there ? source.first + first + i : 0;
-      const int64_t group = int64_t{place_.image} * call_.groups + c / size;
-      mean[i] = is_there ? call_.mean[group] : 0;
-      scale[i] = is_there ? call_.rstd[group] * to_float(call_.norm_weight[c]) : 0;
-      shift[i] = is_there ? to_float(call_.norm_bias[c]) : 0;
+      const bool is_there = unit() * kVector<T> + i < source.left;
+      if (first + i == next_group) {
+        ++group;
+        next_group += size;
+      }
+      const int64_t at = int64_t{place_.image} * call_.groups + group;
+      mean[i] = is_there ? call_.mean[at] : 0;
+      scale[i] = is_there ? call_.rstd[at] * to_float(call_.norm_weight[first + i]) : 0;
+      shift[i] = is_there ? to_float(call_.norm_bias[first + i]) : 0;
     }
     unsigned char* const to = halo(buffer);
     for_each_pixel([&](int pixel, int64_t at) {
       if (at < 0) return;
       T* const values = reinterpret_cast<T*>(to + unit_place(pixel, unit()));
       float h[kVector<T>];
-      load(values, h);
+      sdfast::load(values, h);
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) {
-        h[i] = (h[i] - mean[i]) * scale[i] + shift[i];
-        if (call_.silu) h[i] = __fdividef(h[i], 1 + __expf(-h[i]));
+      for (int i = 0; i < kVector<T>; ++i) h[i] = (h[i] - mean[i]) * scale[i] + shift[i];
+      if (call_.silu) {
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) h[i] = __fdividef(h[i], 1 + __expf(-h[i]));
       }
       store(values, h);
     });
@@ -120,32 +127,31 @@ class Conv2dLoader {
     }
   }
 
-  __device__ void load_halo(const Source& source) const {
-    unsigned char* const to = halo(buffer_);
+  template <bool kWhole>
+  __device__ __forceinline__ void load(const Source& source) const {
     const int count = source.left - unit() * kVector<T>;
-    for_each_pixel([&](int pixel, int64_t at) {
-      const bool inside = at >= 0 && count > 0;
-      const T* const from =
-          inside ? source.x + at * source.channels + unit() * kVector<T> : call_.x;
-      copy_unit(to + unit_place(pixel, unit()), from, inside ? count : 0, plan_.vectors);
-    });
-  }
-
-  __device__ void load_weights(const Source& source) const {
+    if (tap_ == 0) {
+      unsigned char* const to = halo(buffer_);
+      for_each_pixel([&](int pixel, int64_t at) {
+        const bool inside = at >= 0 && count > 0;
+        const T* const from = source.x + at * source.channels + unit() * kVector<T>;
+        copy_unit<kWhole>(to + unit_place(pixel, unit()), inside ? from : call_.x,
+                          inside ? count : 0);
+      });
+    }
     unsigned char* const to = weights_ + stage_ * kWeightBytes;
-    const int count = source.left - unit() * kVector<T>;
     const int64_t row_size = int64_t{call_.taps()} * call_.all_channels();
     const T* const from = call_.weight + int64_t{place_.phase} * call_.out_channels * row_size +
                           int64_t{tap_} * call_.all_channels() + source.first + unit() * kVector<T>;
     constexpr int kRowsAtOnce = Tile::kThreads / kUnits;
-#pragma unroll
+#pragma unroll(kWhole ? 4 : 1)
     for (int begin = 0; begin < Tile::kChannels; begin += kRowsAtOnce) {
       const int row = begin + static_cast<int>(threadIdx.x) / kUnits;
       if (Tile::kChannels % kRowsAtOnce != 0 && row >= Tile::kChannels) break;
       const int o = place_.channel + row;
       const bool inside = o < call_.out_channels && count > 0;
-      copy_unit(to + unit_place(row, unit()), inside ? from + o * row_size : call_.weight,
-                inside ? count : 0, plan_.vectors);
+      copy_unit<kWhole>(to + unit_place(row, unit()), inside ? from + o * row_size : call_.weight,
+                        inside ? count : 0);
     }
   }
 

@@ -67,17 +67,16 @@ __device__ __forceinline__ void multiply(const Conv2d<T>& call, const Conv2dPlan
   const int last = chunk + plan.chunks_per_split;
   const int steps = ((last < plan.chunks ? last : plan.chunks) - chunk) * call.taps();
   constexpr int kAhead = Tile::kStages - 1;
-  for (int step = 0; step < kAhead; ++step) {
-    if (step < steps) loader.load_step();
-    commit_copies();
-  }
   int i = 0, j = 0, stage = 0, buffer = 0;
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<kAhead - 1>();
-    if (call.mean && i == 0 && j == 0) loader.normalise(chunk, buffer);
-    __syncthreads();  // the step's copies are there, and what the next ones overwrite was read
+  for (int step = -kAhead; step < steps; ++step) {
+    if (step >= 0) {
+      wait_for_copies<kAhead - 1>();
+      if (call.mean && i == 0 && j == 0) loader.normalise(chunk, buffer);
+      __syncthreads();  // the step's copies are there, and what the next ones overwrite was read
+    }
     if (step + kAhead < steps) loader.load_step();
     commit_copies();
+    if (step < 0) continue;
     multiply_step<T, Tile>(loader.halo(buffer), loader.weights(stage), pixels,
                            i * plan.halo_width + j, weight_row, sums);
     stage = stage + 1 == Tile::kStages ? 0 : stage + 1;

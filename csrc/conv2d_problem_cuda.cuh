@@ -50,7 +50,6 @@ struct ConvTile {
   static constexpr int kRows = kWarpPixels / 16, kColumns = kWarpChannels / 8;
   static constexpr int kStages = stages;  // of weights, in shared memory
   static constexpr int kBlocks = blocks;  // that registers are to suffice for, on a multiprocessor
-  static constexpr int kParts = kThreads / kChannels;  // of its pixels, in the statistics
 };
 
 // Along the channels of x a step takes 64 bytes: 4 units of 16, the rows that ldmatrix reads.
@@ -62,6 +61,7 @@ constexpr int kChunk = kRowBytes / static_cast<int>(sizeof(T));
 // that it needs once: the halo tile.
 struct Conv2dPlan {
   int tile;              // which ConvTile
+  int pixels, channels;  // of it
   int tile_width_log2;   // its pixels are 2^this wide
   int tiles_x, tiles_y;  // of one image and phase
   int column_blocks;     // tiles along the channels of y
@@ -70,6 +70,7 @@ struct Conv2dPlan {
   int halo_buffers;
   int chunks, chunks_of_x;  // in all, and those before skip's
   int splits, chunks_per_split;
+  int parts;                  // of a tile's pixels, in the statistics: each has its moments
   bool vectors, out_vectors;  // whether 16 bytes can be read at once of x, skip and weight; of y
   int shared_bytes;
   float cost;
@@ -91,20 +92,17 @@ __device__ inline int unit_place(int row, int unit) {
 struct Conv2dPlace {
   int image, phase, tile, row, column, channel;  // row, column, channel: the tile's first in y
 
-  template <typename T, typename Tile>
-  __device__ static Conv2dPlace of_block(const Conv2d<T>& call, const Conv2dPlan& plan, Tile) {
-    Conv2dPlace place;
+  template <typename T>
+  __device__ Conv2dPlace(const Conv2d<T>& call, const Conv2dPlan& plan, int block) {
     // Blocks that read the same pixels follow each other.
-    int block = blockIdx.x;
-    place.channel = block % plan.column_blocks * Tile::kChannels;
+    channel = block % plan.column_blocks * plan.channels;
     block /= plan.column_blocks;
-    place.phase = block % call.phases;
+    phase = block % call.phases;
     block /= call.phases;
-    place.tile = block % (plan.tiles_x * plan.tiles_y);
-    place.image = block / (plan.tiles_x * plan.tiles_y);
-    place.column = place.tile % plan.tiles_x << plan.tile_width_log2;
-    place.row = place.tile / plan.tiles_x * (Tile::kPixels >> plan.tile_width_log2);
-    return place;
+    tile = block % (plan.tiles_x * plan.tiles_y);
+    image = block / (plan.tiles_x * plan.tiles_y);
+    column = tile % plan.tiles_x << plan.tile_width_log2;
+    row = tile / plan.tiles_x * (plan.pixels >> plan.tile_width_log2);
   }
 
   // Where the pixel `i` of the tile lies in y, counted in pixels; negative outside.

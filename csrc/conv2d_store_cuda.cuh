@@ -13,6 +13,10 @@ constexpr int kResultPitch = Tile::kChannels + kVector<T>;
 template <typename T, typename Tile>
 constexpr int kResultBytes = kResultPitch<T, Tile> * Tile::kPixels * static_cast<int>(sizeof(T));
 
+// In the statistics a thread takes a channel and a part of the tile's pixels.
+template <typename Tile>
+constexpr int kParts = Tile::kThreads / Tile::kChannels;
+
 // Calls body(pixel of the tile, its place in y or -1, channel of the tile) for each 16 bytes of
 // this thread's.
 template <typename T, typename Tile, typename Body>
@@ -42,6 +46,7 @@ __device__ __forceinline__ void load_residual(const Conv2d<T>& call, const Conv2
       }
       return;
     }
+#pragma unroll 1
     for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
   });
 }
@@ -62,24 +67,24 @@ __device__ __forceinline__ void store_results(const Conv2d<T>& call, const Conv2
       }
       return;
     }
+#pragma unroll 1
     for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
   });
 }
 
-// Moments of the rounded results: a thread takes a channel, and kPixels / kParts of the tile's
-// pixels, in two passes. moments: (N, tiles, phases, kParts, out_channels).
-template <typename T, typename Tile>
+// Moments of a channel of the rounded results, which begin at `values`, over `count` of the tile's
+// pixels, the first of which is `first`; in two passes. moments: (N, tiles, phases, parts, O).
+template <typename T>
 __device__ __forceinline__ void store_moments(const Conv2d<T>& call, const Conv2dPlan& plan,
-                                              const Conv2dPlace& place, const T* results,
-                                              ChannelMoments* moments) {
-  constexpr int kPart = Tile::kPixels / Tile::kParts;
-  const int channel = threadIdx.x % Tile::kChannels, part = threadIdx.x / Tile::kChannels;
-  if (place.channel + channel >= call.out_channels) return;
-  const T* const from = results + channel;
+                                              const Conv2dPlace& place, int channel, int part,
+                                              const T* values, int pitch, ChannelMoments* moments) {
+  const int o = place.channel + channel, count = plan.pixels / plan.parts;
+  if (o >= call.out_channels) return;
   ChannelMoments found{0, 0, 0, 0};
   const auto for_each_pixel = [&](const auto& body) {
-    for (int i = part * kPart; i < (part + 1) * kPart; ++i) {
-      if (place.pixel(call, plan, i) >= 0) body(to_float(from[i * kResultPitch<T, Tile>]));
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      if (place.pixel(call, plan, part * count + i) >= 0) body(to_float(values[i * pitch]));
     }
   };
   for_each_pixel([&](float value) {
@@ -97,7 +102,39 @@ __device__ __forceinline__ void store_moments(const Conv2d<T>& call, const Conv2
   }
   const int tiles = plan.tiles_x * plan.tiles_y;
   const int64_t entry = (int64_t{place.image} * tiles + place.tile) * call.phases + place.phase;
-  moments[(entry * Tile::kParts + part) * call.out_channels + place.channel + channel] = found;
+  moments[(entry * plan.parts + part) * call.out_channels + o] = found;
+}
+
+// What every pixel of an image has added to its channel o.
+template <typename T>
+__device__ __forceinline__ float added_to(const Conv2d<T>& call, int image, int o) {
+  if (o >= call.out_channels) return 0;
+  float added = call.bias ? to_float(call.bias[o]) : 0;
+  if (call.time_embedding) {
+    added += to_float(call.time_embedding[int64_t{image} * call.out_channels + o]);
+  }
+  return added;
+}
+
+// A split's sums: (splits, blocks, kPixels, kChannels).
+template <typename Tile>
+__device__ __forceinline__ void store_partials(float* partials, const ConvSums<Tile>& sums) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int first_pixel = warp / Tile::kWarpColumns * Tile::kWarpPixels + lane / 4;
+  const int first_channel = warp % Tile::kWarpColumns * Tile::kWarpChannels + lane % 4 * 2;
+  const int64_t block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  float* const to =
+      partials + (block * Tile::kPixels + first_pixel) * Tile::kChannels + first_channel;
+#pragma unroll
+  for (int m = 0; m < Tile::kRows; ++m) {
+#pragma unroll
+    for (int n = 0; n < Tile::kColumns; ++n) {
+      const float upper[2] = {sums[m][n][0], sums[m][n][1]};
+      const float lower[2] = {sums[m][n][2], sums[m][n][3]};
+      store(to + m * 16 * Tile::kChannels + n * 8, upper);
+      store(to + (m * 16 + 8) * Tile::kChannels + n * 8, lower);
+    }
+  }
 }
 
 // What follows the products. `results` is shared memory of kResultBytes.
@@ -115,15 +152,7 @@ __device__ __forceinline__ void finish(const Conv2d<T>& call, const Conv2dPlan& 
 #pragma unroll
   for (int n = 0; n < Tile::kColumns; ++n) {
     const int channel = first_channel + n * 8, o = place.channel + channel;
-    float added[2] = {0, 0};
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (o + k >= call.out_channels) continue;
-      if (call.bias) added[k] = to_float(call.bias[o + k]);
-      if (call.time_embedding) {
-        added[k] += to_float(call.time_embedding[int64_t{place.image} * call.out_channels + o + k]);
-      }
-    }
+    const float added[2] = {added_to(call, place.image, o), added_to(call, place.image, o + 1)};
 #pragma unroll
     for (int m = 0; m < Tile::kRows; ++m) {
 #pragma unroll
@@ -141,61 +170,27 @@ __device__ __forceinline__ void finish(const Conv2d<T>& call, const Conv2dPlan& 
   }
   __syncthreads();
   store_results<T, Tile>(call, plan, place, results);
-  if (moments) store_moments<T, Tile>(call, plan, place, results, moments);
+  if (!moments) return;
+  const int channel_of_thread = threadIdx.x % Tile::kChannels;
+  const int part = threadIdx.x / Tile::kChannels;
+  const T* const values =
+      results + part * (Tile::kPixels / kParts<Tile>)*kResultPitch<T, Tile> + channel_of_thread;
+  store_moments(call, plan, place, channel_of_thread, part, values, kResultPitch<T, Tile>, moments);
 }
-
-// Partial sums lie as threads hold them: (splits, blocks, kRows, kColumns, threads, 4).
-template <typename Tile>
-__device__ inline int64_t partial_place(unsigned split) {
-  const int64_t block = int64_t{split} * gridDim.x + blockIdx.x;
-  return (block * Tile::kRows * Tile::kColumns * Tile::kThreads + threadIdx.x) * 4;
-}
-constexpr int kPartialFloats = 4;
 
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv2d_kernel(Conv2d<T> call, Conv2dPlan plan, float* partials, ChannelMoments* moments) {
   SharedMemory shared;
   unsigned char* const memory = shared.array<unsigned char>(plan.shared_bytes);
-  const Conv2dPlace place = Conv2dPlace::of_block(call, plan, Tile());
+  const Conv2dPlace place(call, plan, blockIdx.x);
   ConvSums<Tile> sums = {};
   multiply<T, Tile>(call, plan, place, memory, sums);
   if (partials == nullptr) {
-    return finish<T, Tile>(call, plan, place, reinterpret_cast<T*>(memory), sums, moments);
+    finish<T, Tile>(call, plan, place, reinterpret_cast<T*>(memory), sums, moments);
+  } else {
+    store_partials<Tile>(partials, sums);
   }
-  float* to = partials + partial_place<Tile>(blockIdx.y);
-#pragma unroll
-  for (int m = 0; m < Tile::kRows; ++m) {
-#pragma unroll
-    for (int n = 0; n < Tile::kColumns; ++n) {
-      store(to + (m * Tile::kColumns + n) * Tile::kThreads * kPartialFloats, sums[m][n]);
-    }
-  }
-}
-
-// The sum of the partial sums, in their order, and what follows. Grid: conv2d_kernel's tiles.
-template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    conv2d_finish_kernel(Conv2d<T> call, Conv2dPlan plan, const float* partials,
-                         ChannelMoments* moments) {
-  SharedMemory shared;
-  T* const results = shared.array<T>(kResultPitch<T, Tile> * Tile::kPixels);
-  const Conv2dPlace place = Conv2dPlace::of_block(call, plan, Tile());
-  ConvSums<Tile> sums = {};
-  for (int split = 0; split < plan.splits; ++split) {
-    const float* const from = partials + partial_place<Tile>(split);
-#pragma unroll
-    for (int m = 0; m < Tile::kRows; ++m) {
-#pragma unroll
-      for (int n = 0; n < Tile::kColumns; ++n) {
-        float part[4];
-        load(from + (m * Tile::kColumns + n) * Tile::kThreads * kPartialFloats, part);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[m][n][k] += part[k];
-      }
-    }
-  }
-  finish<T, Tile>(call, plan, place, results, sums, moments);
 }
 
 }  // namespace sdfast

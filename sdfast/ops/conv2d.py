@@ -5,7 +5,7 @@
 
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
 a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
-Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the operation
+CUDA and Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the operation
 also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again to find.
 """
 
@@ -41,8 +41,9 @@ class NormPrologue(NamedTuple):
         eps: added to the variance.
         silu: whether SiLU follows.
         statistics: mean and rstd of the input in every group, (N, num_groups) both, fp32 (fp64 for fp64), as
-            `conv2d` returned them with `stats_groups` and this eps. It is a promise: Triton reads the input
-            once where it knows them, with a 1x1 kernel while the tiles are loaded; others find their own.
+            `conv2d` returned them with `stats_groups` and this eps. It is a promise: CUDA and Triton read the
+            input once where they know them, CUDA with up to 320 channels of y, and both with a 1x1 kernel, while
+            the tiles are loaded; others find their own.
     """
 
     num_groups: int
@@ -158,12 +159,13 @@ def conv2d_fuses(x: Tensor) -> bool:
     """Whether kernels serve convolutions of x that read two sources and gather statistics as they store.
 
     Where they do, `skip` and `stats_groups` save passes over memory; elsewhere they cost what they say. True
-    under `use_backend("triton")` or `("cuda")` where these can run, but for training, which reads the concatenation again.
+    where `use_backend` names Triton or CUDA C++ and that can run, but for training, which reads the
+    concatenation again.
     """
     if torch.is_grad_enabled():
         return False
     return dispatch.is_named(None) and (
-        dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None) == "triton"
+        dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None) in ("cuda", "triton")
     )
 
 
@@ -197,7 +199,7 @@ def conv2d(
         time_embedding: (N, C_out), added to every pixel.
         residual: (N, C_out, H_out, W_out), added last.
         skip: (N, C_skip, H, W): channels that follow those of x, as if x were `torch.cat([x, skip], 1)`.
-            Triton reads both where they lie; the others, and Triton for a gradient, concatenate.
+            CUDA and Triton read both where they lie; the others, and Triton for a gradient, concatenate.
         stats_groups: also return the statistics of y over this many channel groups.
         stats_eps: added to the variance in the returned rstd.
         backend: see `sdfast.dispatch`; None takes the best that can run.
