@@ -14,7 +14,7 @@ constexpr int kFinishPixels = 16, kFinishThreads = 128;  // as many as channels 
 // partials: (splits, blocks, plan.pixels, plan.channels). Grid: pixels / kFinishPixels for each
 // block.
 template <typename T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, 6)
     conv2d_finish_kernel(Conv2d<T> call, Conv2dPlan plan, const float* partials,
                          ChannelMoments* moments) {
   constexpr int kPitch = kFinishThreads + kVector<T>;
@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int k = 0; k < kVector<T>; ++k) added[k] = added_to(call, place.image, o + k);
   for (int i = threadIdx.x / per_row; i < kFinishPixels; i += kFinishThreads / per_row) {
     const int in_tile = part * kFinishPixels + i;
-    const int64_t pixel = place.pixel(call, plan, in_tile);
-    if (pixel < 0 || o >= call.out_channels) continue;
+    if (!place.holds(call, plan, in_tile) || o >= call.out_channels) continue;
     float h[kVector<T>] = {};
     for (int split = 0; split < plan.splits; ++split) {
       const int64_t row = (split * blocks + block) * plan.pixels + in_tile;
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     }
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) h[k] += added[k];
-    const int64_t at = pixel * call.out_channels + o;
+    const int64_t at = place.pixel(call, plan, in_tile) * call.out_channels + o;
     T* const rounded = results + i * kPitch + channel;
     if (plan.out_vectors) {
       float residual[kVector<T>] = {};

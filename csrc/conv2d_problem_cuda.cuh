@@ -84,9 +84,17 @@ struct Conv2dPlan {
 // groups of 4 banks: two rows make 128 bytes, and the exclusive or moves pairs of rows apart. That
 // holds from any first row, hence for every shift of a 3x3 kernel. Rows two apart (a stride of 2)
 // meet in pairs.
-__device__ inline int unit_place(int row, int unit) {
+__host__ __device__ constexpr int unit_place(int row, int unit) {
   return row * kRowBytes + ((unit ^ (row >> 1 & 3)) << 4);
 }
+constexpr bool meets_no_bank_twice(int first_row, int unit) {
+  int groups = 0;
+  for (int row = first_row; row < first_row + 8; ++row)
+    groups |= 1 << unit_place(row, unit) / 16 % 8;
+  return groups == 0xff;
+}
+static_assert(meets_no_bank_twice(0, 0) && meets_no_bank_twice(1, 1) && meets_no_bank_twice(2, 2) &&
+              meets_no_bank_twice(7, 3) && meets_no_bank_twice(18, 0));
 
 // Which part of the result a block computes.
 struct Conv2dPlace {
@@ -105,12 +113,17 @@ struct Conv2dPlace {
     row = tile / plan.tiles_x * (plan.pixels >> plan.tile_width_log2);
   }
 
-  // Where the pixel `i` of the tile lies in y, counted in pixels; negative outside.
+  // Whether the pixel `i` of the tile is one of y.
+  template <typename T>
+  __device__ bool holds(const Conv2d<T>& call, const Conv2dPlan& plan, int i) const {
+    return row + (i >> plan.tile_width_log2) < call.out_height &&
+           column + (i & ((1 << plan.tile_width_log2) - 1)) < call.out_width;
+  }
+  // Where it lies in y, counted in pixels.
   template <typename T>
   __device__ int64_t pixel(const Conv2d<T>& call, const Conv2dPlan& plan, int i) const {
     const int y = row + (i >> plan.tile_width_log2);
     const int x = column + (i & ((1 << plan.tile_width_log2) - 1));
-    if (y >= call.out_height || x >= call.out_width) return -1;
     if (call.phases == 1) return (int64_t{image} * call.out_height + y) * call.out_width + x;
     const int64_t line = (int64_t{image} * call.out_height + y) * 2 + phase / 2;
     return (line * call.out_width + x) * 2 + phase % 2;

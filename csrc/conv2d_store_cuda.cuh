@@ -17,8 +17,8 @@ constexpr int kResultBytes = kResultPitch<T, Tile> * Tile::kPixels * static_cast
 template <typename Tile>
 constexpr int kParts = Tile::kThreads / Tile::kChannels;
 
-// Calls body(pixel of the tile, its place in y or -1, channel of the tile) for each 16 bytes of
-// this thread's.
+// Calls body(pixel of the tile, its place in y, channel of the tile) for each 16 bytes of this
+// thread's that are in the image.
 template <typename T, typename Tile, typename Body>
 __device__ __forceinline__ void for_each_unit(const Conv2d<T>& call, const Conv2dPlan& plan,
                                               const Conv2dPlace& place, const Body& body) {
@@ -26,7 +26,7 @@ __device__ __forceinline__ void for_each_unit(const Conv2d<T>& call, const Conv2
   const int channel = threadIdx.x % kPerRow * kVector<T>;
 #pragma unroll 2
   for (int i = threadIdx.x / kPerRow; i < Tile::kPixels; i += Tile::kThreads / kPerRow) {
-    body(i, place.pixel(call, plan, i), channel);
+    if (place.holds(call, plan, i)) body(i, place.pixel(call, plan, i), channel);
   }
 }
 
@@ -35,7 +35,6 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void load_residual(const Conv2d<T>& call, const Conv2dPlan& plan,
                                               const Conv2dPlace& place, T* results) {
   for_each_unit<T, Tile>(call, plan, place, [&](int i, int64_t pixel, int channel) {
-    if (pixel < 0) return;
     const int o = place.channel + channel;
     const T* const from = call.residual + pixel * call.out_channels + o;
     T* const to = results + i * kResultPitch<T, Tile> + channel;
@@ -56,7 +55,6 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void store_results(const Conv2d<T>& call, const Conv2dPlan& plan,
                                               const Conv2dPlace& place, const T* results) {
   for_each_unit<T, Tile>(call, plan, place, [&](int i, int64_t pixel, int channel) {
-    if (pixel < 0) return;
     const int o = place.channel + channel;
     T* const to = call.y + pixel * call.out_channels + o;
     const T* const from = results + i * kResultPitch<T, Tile> + channel;
@@ -84,7 +82,7 @@ __device__ __forceinline__ void store_moments(const Conv2d<T>& call, const Conv2
   const auto for_each_pixel = [&](const auto& body) {
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
-      if (place.pixel(call, plan, part * count + i) >= 0) body(to_float(values[i * pitch]));
+      if (place.holds(call, plan, part * count + i)) body(to_float(values[i * pitch]));
     }
   };
   for_each_pixel([&](float value) {
@@ -160,7 +158,7 @@ __device__ __forceinline__ void finish(const Conv2d<T>& call, const Conv2dPlan& 
         const int i = first_pixel + m * 16 + half * 8;
         T* const at = results + i * kResultPitch<T, Tile> + channel;
         float h[2] = {sums[m][n][2 * half] + added[0], sums[m][n][2 * half + 1] + added[1]};
-        if (call.residual && o < call.out_channels && place.pixel(call, plan, i) >= 0) {
+        if (call.residual && o < call.out_channels && place.holds(call, plan, i)) {
           h[0] += to_float(at[0]);
           if (o + 1 < call.out_channels) h[1] += to_float(at[1]);
         }

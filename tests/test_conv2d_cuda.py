@@ -278,15 +278,12 @@ def test_opcheck(cuda_kernels: str) -> None:
         (1, 20, 4, 5, 12, 3, 1, 1), torch.float16, cuda_kernels
     )
     added = (keywords["time_embedding"], keywords["residual"])
-    mean, rstd = group_statistics(x, 2, 1e-5)
-    for skip, norm in (
-        (None, [mean, rstd, x[0, :, 0, 0].clone(), x[0, :, 0, 1].clone()]),
-        (x[:, 12:].clone(), []),
-    ):
-        first = x if skip is None else x[:, :12].clone(memory_format=LAYOUT)
-        operands = (first, weight, bias, stride, list(padding), False, *added, skip, norm, False)
-        torch.library.opcheck(torch.ops.sdfast.conv2d_kernel_cuda, operands)
-        torch.library.opcheck(torch.ops.sdfast.conv2d_statistics_cuda, (*operands, 3, 1e-5))
+    norm = [*group_statistics(x, 2, 1e-5), x[0, :, 0, 0].clone(), x[0, :, 0, 1].clone()]
+    operands = (x, weight, bias, stride, list(padding), False, *added, None, norm, False)
+    torch.library.opcheck(torch.ops.sdfast.conv2d_statistics_cuda, (*operands, 3, 1e-5))
+    sources = (t.clone(memory_format=LAYOUT) for t in (x[:, :12], x[:, 12:]))
+    operands = (next(sources), weight, bias, stride, list(padding), False, *added, next(sources), [], False)
+    torch.library.opcheck(torch.ops.sdfast.conv2d_kernel_cuda, operands)
     values = torch.randn(4, 12, 2, 2, 20, device=cuda_kernels, dtype=torch.float16)
     folded = (x, values, None, 1, [1] * 4, True, None, None, None, [], False)
     torch.library.opcheck(torch.ops.sdfast.conv2d_kernel_cuda, folded)
@@ -331,7 +328,7 @@ def test_what_it_cannot_take_is_named(cuda_kernels: str, monkeypatch: pytest.Mon
     ):
         with pytest.raises(ValueError, match=reason):
             cuda(*arguments, None, stride, 2)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr("sdfast.ops._conv2d_cuda.product_precision", lambda *_: "ieee")
     with pytest.raises(ValueError, match="multiplies as tf32"):
         cuda(x, weight)
     operation = torch.ops.sdfast.conv2d_kernel_cuda

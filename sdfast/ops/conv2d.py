@@ -5,8 +5,9 @@
 
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
 a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
-CUDA and Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the operation
-also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again to find.
+CUDA and Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the
+operation also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again
+to find.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class NormPrologue(NamedTuple):
         silu: whether SiLU follows.
         statistics: mean and rstd of the input in every group, (N, num_groups) both, fp32 (fp64 for fp64), as
             `conv2d` returned them with `stats_groups` and this eps. It is a promise: CUDA and Triton read the
-            input once where they know them, CUDA with up to 320 channels of y, and both with a 1x1 kernel, while
-            the tiles are loaded; others find their own.
+            input once where they know them, with a 1x1 kernel while the tiles are loaded, and CUDA with a 3x3
+            kernel too, to at most 320 channels; others find their own.
     """
 
     num_groups: int
