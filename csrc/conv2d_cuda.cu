@@ -156,8 +156,10 @@ void run(const Call& call, const Conv2dTensors& tensors, const Tensor& y,
     STD_TORCH_CHECK(plan.tiles(conv.phases, conv.images) < int64_t{1} << 31, "x: too large");
     std::optional<Tensor> partials, moments;
     if (const int64_t size = partial_sums(conv, plan)) partials = empty({size}, ScalarType::Float);
-    const int entries = moment_entries(conv, plan);
+    const int64_t entries = moment_entries(conv, plan);
     if (statistics) {
+      STD_TORCH_CHECK(entries * conv.out_channels < int64_t{1} << 31,
+                      "x: too large for statistics");
       constexpr int64_t kFloats = sizeof(ChannelMoments) / sizeof(float);
       moments =
           empty({tensors.images(), entries, tensors.out_channels(), kFloats}, ScalarType::Float);
@@ -175,7 +177,7 @@ void run(const Call& call, const Conv2dTensors& tensors, const Tensor& y,
                                 conv.images,
                                 static_cast<int>(statistics->groups),
                                 conv.out_channels,
-                                entries,
+                                static_cast<int>(entries),
                                 values,
                                 statistics->eps};
     launch(conv2d_statistics_kernel,

@@ -13,6 +13,8 @@
 // the time that a GPU of sm_80 multiplies them in.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "conv2d_finish_cuda.cuh"
@@ -25,7 +27,8 @@ using ConvTiles = std::tuple<ConvTile<128, 128, 2, 2, 3, 2>,  // registers: 128 
                              ConvTile<128, 64, 2, 2, 4, 3>,   // 64
                              ConvTile<64, 64, 2, 2, 6, 4>,    // 32, for small images
                              ConvTile<128, 16, 4, 1, 4, 4>>;  // for a picture's 3 channels, or 4
-// What of the peak each is assumed to reach; nobody measured it.
+// What of the peak each is assumed to reach, for the bytes that its fragments take of shared
+// memory.
 constexpr float kConvTileShare[] = {1.0f, 0.85f, 0.65f, 0.25f};
 constexpr int kNarrowTile = 3;
 
@@ -41,7 +44,8 @@ void with_conv_tile(int tile, const F& f) {
 template <typename T>
 void flatten(Conv2d<T>& call) {
   const bool same = call.height == call.out_height && call.width == call.out_width;
-  if (call.taps() != 1 || call.stride != 1 || call.top || call.left || !same) return;
+  const bool is_product = call.taps() == 1 && call.stride == 1 && !call.top && !call.left && same;
+  if (!is_product || int64_t{call.width} * call.height >= int64_t{1} << 30) return;
   call.width = call.out_width = call.width * call.height;
   call.height = call.out_height = 1;
 }
@@ -67,6 +71,24 @@ void plan_tiles(const Conv2d<T>& call, Conv2dPlan& plan) {
   plan.column_blocks = static_cast<int>(ceil_div(call.out_channels, Tile::kChannels));
 }
 
+// The time of the busiest multiprocessor, in products of a tensor core at its peak. Assumed, not
+// measured: what share of the peak a tile reaches, how long a block that is alone waits in each
+// step, and what splits cost.
+template <typename Tile, typename T>
+float cost_of(const Conv2d<T>& call, const Conv2dPlan& plan, const Device& device) {
+  constexpr float kWait = 9600, kLaunch = 128000, kPartialSum = 10;
+  const int by_memory =
+      static_cast<int>(shared_bytes_of_block(device) / (plan.shared_bytes + 1024));
+  const int resident = std::max(1, std::min(Tile::kBlocks, by_memory));
+  const int64_t blocks =
+      ceil_div(plan.tiles(call.phases, call.images) * plan.splits, device.multiprocessors);
+  const float sums = Tile::kPixels * Tile::kChannels;
+  const float work = sums / kConvTileShare[plan.tile];
+  const float step = std::max(blocks * work, ceil_div(blocks, resident) * (work + kWait));
+  const float cost = step * plan.chunks_per_split * call.taps();
+  return plan.splits > 1 ? cost + kLaunch + kPartialSum * blocks * sums : cost;
+}
+
 template <typename T, typename Tile>
 Conv2dPlan plan_of(const Conv2d<T>& call, const Device& device, int tile) {
   Conv2dPlan plan = {};
@@ -86,26 +108,22 @@ Conv2dPlan plan_of(const Conv2d<T>& call, const Device& device, int tile) {
   const int weight_bytes = Tile::kStages * Tile::kChannels * kRowBytes;
   const int halo_bytes = plan.halo_buffers * plan.halo_pixels * kRowBytes;
   const int result_bytes = kResultBytes<T, Tile>;
-  plan.shared_bytes =
-      weight_bytes + halo_bytes > result_bytes ? weight_bytes + halo_bytes : result_bytes;
+  plan.shared_bytes = std::max(weight_bytes + halo_bytes, result_bytes);
 
-  constexpr int kMostSplits = 16, kLeastSteps = 16;  // of a split
-  const int64_t tiles = plan.tiles(call.phases, call.images);
-  const int64_t most = int64_t{plan.chunks} * call.taps() / kLeastSteps;
-  int64_t splits = tiles > 0 ? device.multiprocessors / tiles : 1;
-  splits = splits < most ? splits : most;
-  splits = splits < kMostSplits ? splits : kMostSplits;
-  splits = splits > 1 ? splits : 1;
-  plan.chunks_per_split = static_cast<int>(ceil_div(plan.chunks, splits));
-  plan.splits =
-      plan.chunks > 0 ? static_cast<int>(ceil_div(plan.chunks, plan.chunks_per_split)) : 1;
-
+  constexpr int64_t kMostSplits = 8, kLeastSteps = 16;
+  constexpr float kWorthIt = 0.95f;  // of the time with fewer splits
+  const int64_t most = std::min(
+      {kMostSplits, int64_t{plan.chunks} * call.taps() / kLeastSteps, int64_t{plan.chunks}});
+  plan.cost = INFINITY;
+  for (int64_t splits = 1; splits <= std::max<int64_t>(most, 1); ++splits) {
+    Conv2dPlan other = plan;
+    other.chunks_per_split = static_cast<int>(ceil_div(plan.chunks, splits));
+    other.splits =
+        plan.chunks > 0 ? static_cast<int>(ceil_div(plan.chunks, other.chunks_per_split)) : 1;
+    other.cost = cost_of<Tile>(call, other, device);
+    if (other.cost < kWorthIt * plan.cost) plan = other;
+  }
   plan.parts = plan.splits > 1 ? Tile::kPixels / kFinishPixels : kParts<Tile>;
-
-  constexpr float kSplitSteps = 8;  // what partial sums cost, assumed
-  const float rounds = ceil_div(tiles * plan.splits, device.multiprocessors);
-  const float steps = plan.chunks_per_split * call.taps() + (plan.splits > 1 ? kSplitSteps : 0);
-  plan.cost = rounds * steps * Tile::kPixels * Tile::kChannels / kConvTileShare[tile];
   return plan;
 }
 
@@ -134,8 +152,8 @@ int64_t partial_sums(const Conv2d<T>& call, const Conv2dPlan& plan) {
   return plan.tiles(call.phases, call.images) * plan.splits * plan.pixels * plan.channels;
 }
 template <typename T>
-int moment_entries(const Conv2d<T>& call, const Conv2dPlan& plan) {
-  return plan.tiles_x * plan.tiles_y * call.phases * plan.parts;
+int64_t moment_entries(const Conv2d<T>& call, const Conv2dPlan& plan) {
+  return int64_t{plan.tiles_x} * plan.tiles_y * call.phases * plan.parts;
 }
 
 // `partials` of partial_sums, null where these are none. `moments` (N, moment_entries, O), or null.
