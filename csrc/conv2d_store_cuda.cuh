@@ -30,23 +30,27 @@ __device__ __forceinline__ void for_each_unit(const Conv2d<T>& call, const Conv2
   }
 }
 
+// 16 bytes, as far as y has channels from `o` on.
+template <typename T>
+__device__ __forceinline__ void copy_channels(const Conv2d<T>& call, const Conv2dPlan& plan, int o,
+                                              const T* from, T* to) {
+  if (!plan.out_vectors) {
+#pragma unroll 1
+    for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
+  } else if (o < call.out_channels) {
+    using Unit = Vector<T, kVector<T>>;
+    *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(from);
+  }
+}
+
 // The tile of `residual` to shared memory.
 template <typename T, typename Tile>
 __device__ __forceinline__ void load_residual(const Conv2d<T>& call, const Conv2dPlan& plan,
                                               const Conv2dPlace& place, T* results) {
   for_each_unit<T, Tile>(call, plan, place, [&](int i, int64_t pixel, int channel) {
     const int o = place.channel + channel;
-    const T* const from = call.residual + pixel * call.out_channels + o;
-    T* const to = results + i * kResultPitch<T, Tile> + channel;
-    if (plan.out_vectors) {
-      if (o < call.out_channels) {
-        *reinterpret_cast<Vector<T, kVector<T>>*>(to) =
-            *reinterpret_cast<const Vector<T, kVector<T>>*>(from);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
+    copy_channels(call, plan, o, call.residual + pixel * call.out_channels + o,
+                  results + i * kResultPitch<T, Tile> + channel);
   });
 }
 
@@ -56,22 +60,13 @@ __device__ __forceinline__ void store_results(const Conv2d<T>& call, const Conv2
                                               const Conv2dPlace& place, const T* results) {
   for_each_unit<T, Tile>(call, plan, place, [&](int i, int64_t pixel, int channel) {
     const int o = place.channel + channel;
-    T* const to = call.y + pixel * call.out_channels + o;
-    const T* const from = results + i * kResultPitch<T, Tile> + channel;
-    if (plan.out_vectors) {
-      if (o < call.out_channels) {
-        *reinterpret_cast<Vector<T, kVector<T>>*>(to) =
-            *reinterpret_cast<const Vector<T, kVector<T>>*>(from);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int k = 0; k < kVector<T> && o + k < call.out_channels; ++k) to[k] = from[k];
+    copy_channels(call, plan, o, results + i * kResultPitch<T, Tile> + channel,
+                  call.y + pixel * call.out_channels + o);
   });
 }
 
-// Moments of a channel of the rounded results, which begin at `values`, over `count` of the tile's
-// pixels, the first of which is `first`; in two passes. moments: (N, tiles, phases, parts, O).
+// Moments of a channel of the rounded results over one part of the tile's pixels, whose values
+// begin at `values`, `pitch` apart; in two passes. moments: (N, tiles, phases, parts, O).
 template <typename T>
 __device__ __forceinline__ void store_moments(const Conv2d<T>& call, const Conv2dPlan& plan,
                                               const Conv2dPlace& place, int channel, int part,
