@@ -5,9 +5,9 @@ symbol outside LibTorch's stable ABI, so one wheel serves every Python 3 and eve
 they cannot be built, the package installs without them and runs on torch; `sdfast doctor` then says so.
 
 The CUDA library is built where SDFAST_CUDA_ARCHS names GPUs ("8.0;9.0a;12.0"; empty: none), or in its absence
-TORCH_CUDA_ARCH_LIST; then it is built or the build fails, and the version says what for: 0.1.0+cu130.sm80.sm90a.
-Where neither does, a build in place makes it for the GPU that is there, under a torch for CUDA. MAX_JOBS limits the
-jobs, NVCC_THREADS the architectures that each compiles at once.
+TORCH_CUDA_ARCH_LIST; then it is built or the build fails, and the version says what for: 0.1.0+cu130.sm90a.
+Where neither does, a build in place makes it for the GPU that is there, under a torch for CUDA. MAX_JOBS limits
+the jobs, NVCC_THREADS the architectures that each compiles at once.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def asked_for() -> CudaBuild | None:
 
 
 def gpu_here(torch_dir: str) -> CudaBuild | None:
-    """For the first GPU of this machine, where there are nvcc and a torch for CUDA, and no variable says otherwise."""
+    """For the first GPU here, where there are nvcc and a torch for CUDA, and no variable says otherwise."""
     nvcc = find_nvcc()
     version = pathlib.Path(torch_dir, "version.py")
     if "SDFAST_CUDA_ARCHS" in os.environ or nvcc is None or shutil.which("nvidia-smi") is None:
@@ -189,7 +189,7 @@ def _spelled(arch: _cuda_archs.Arch) -> str:
 
 
 def install(cmake: str, package: pathlib.Path) -> None:
-    """Copy what was built now, and remove what an earlier build left. Processes that use a library keep theirs."""
+    """Copy what was built, and remove what an earlier build left. Who has a library loaded keeps it."""
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         subprocess.run([cmake, "--install", str(BUILD), "--prefix", folder], check=True)
         new = sorted(pathlib.Path(folder).iterdir())

@@ -1,8 +1,8 @@
 """Which GPUs the CUDA library is built for: what a build is asked for, and whom its result serves.
 
-Machine code for sm_XY runs on GPUs of the same major version with at least this minor one; that for sm_XYa, which may
-use instructions of this GPU alone, on compute capability X.Y only; PTX of compute_XY is compiled by the driver for
-whatever is as new or newer. Standard library alone: setup.py reads this before torch is there.
+Machine code for sm_XY runs on GPUs of the same major version with at least this minor one; that for sm_XYa,
+which may use instructions of this GPU alone, on compute capability X.Y only; PTX of compute_XY is compiled by
+the driver for whatever is as new or newer. Standard library alone: setup.py reads this before torch is there.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Contents(NamedTuple):
 
 
 def read_contents(library: pathlib.Path) -> Contents | None:
-    """What `library` holds, which CMake wrote into a JSON file of its name; None where that is not readable."""
+    """What `library` holds, which CMake wrote into a JSON file of its name; None where that cannot be read."""
     try:
         written = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))
         return Contents(tuple(written["code"]), tuple(written["ptx"]), str(written["cuda"]))
@@ -112,8 +112,9 @@ def why_not(contents: Contents, capability: tuple[int, int], driver: str | None 
     """
     known = _capability(driver) if driver else None
     toolkit = _capability(contents.cuda)
+    older_driver = f"CUDA {contents.cuda}, and the driver knows CUDA {driver} at most: update the driver"
     if known and known[0] < toolkit[0]:
-        return f"it was built by CUDA {contents.cuda}, and the driver knows CUDA {driver} at most: update the driver"
+        return f"it was built by {older_driver}"
     if any(_runs_on(code, capability) for code in contents.code):
         return None
     # Launchers take what the GPU has; PTX from before Hopper lacks its clusters.
@@ -121,10 +122,7 @@ def why_not(contents: Contents, capability: tuple[int, int], driver: str | None 
     if any(capability < (9, 0) or _number(ptx) >= (9, 0) for ptx in usable):
         if known is None or known >= toolkit:
             return None
-        return (
-            f"it holds PTX of CUDA {contents.cuda} for this GPU, and the driver knows CUDA {driver} at most:"
-            " update the driver"
-        )
+        return f"for this GPU it holds PTX of {older_driver}"
     if capability < _capability(MINIMUM):
         return f"the kernels need compute capability {MINIMUM} or later"
     return f"it holds {contents}"

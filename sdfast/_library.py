@@ -195,8 +195,8 @@ def load_cuda_library() -> LibraryStatus:
         _cuda_status = _load_cuda_library()
         _note_kernels()
         if _cuda_status.loaded:
-            # Before there is a CUDA tensor, when torch checks its own; an import must not initialise CUDA, which
-            # processes that are forked later could not use.
+            # Before there is a CUDA tensor, when torch checks its own kernels. An import must not initialise
+            # CUDA: processes that are forked later could not use it.
             torch.cuda._lazy_call(_check_cuda_devices)
     return _cuda_status
 
