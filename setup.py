@@ -203,7 +203,12 @@ def install(cmake: str, package: pathlib.Path) -> None:
 
 
 class PlatformWheel(bdist_wheel):
-    """Any Python, this platform."""
+    """Any Python, this platform, and nothing that an earlier build left behind."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -28,9 +28,7 @@ def test_what_is_asked_for(text, spelled, version):
     assert [arch.ptx for arch in archs] == ["+PTX" in text and str(arch) == "9.0" for arch in archs]
 
 
-@pytest.mark.parametrize(
-    "text", ["9.x", "90", "Hopper", "9.0b", "7.5", "7.0;9.0", "8.0a", "", "sm_90"]
-)
+@pytest.mark.parametrize("text", ["9.x", "90", "Hopper", "9.0b", "7.5", "7.0;9.0", "8.0a", "", "sm_90"])
 def test_what_is_none(text):
     with pytest.raises(ValueError, match="no architecture|too old|does not exist"):
         parse(text)
