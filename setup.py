@@ -5,9 +5,9 @@ symbol outside LibTorch's stable ABI, so one wheel serves every Python 3 and eve
 they cannot be built, the package installs without them and runs on torch; `sdfast doctor` then says so.
 
 The CUDA library is built where SDFAST_CUDA_ARCHS names GPUs ("8.0;9.0a;12.0"; empty: none), or in its absence
-TORCH_CUDA_ARCH_LIST; then it is built or the build fails, and the version says what for: 0.1.0+cu130.sm90a.
-Where neither does, a build in place makes it for the GPU that is there, under a torch for CUDA. MAX_JOBS limits
-the jobs, NVCC_THREADS the architectures that each compiles at once.
+TORCH_CUDA_ARCH_LIST; then it is built or the build fails, and the version says so: 0.1.0+cu130.sm90a.
+Where neither does, a build in place makes it for the GPU that is there, under a torch for CUDA. MAX_JOBS
+limits the jobs, NVCC_THREADS the architectures that each compiles at once.
 """
 
 from __future__ import annotations

@@ -175,12 +175,12 @@ def cuda_code_lines(record: Row) -> list[str]:
         "",
         f"`{record['command']}`, nvcc {environment['nvcc']}, commit {environment['commit']};"
         " [cuda_code.json](results/cuda_code.json) has every kernel.",
-        "Matrix: kernels with the matrix unit's instructions. Registers of a thread, and static shared memory of a",
-        "block, are those of the kernel that needs most; what is spilled, and arrays without registers, lie on the",
-        "stack.",
+        "Matrix: how many have the matrix unit's instructions. Under a GPU's name: registers of a thread of",
+        "the kernel that needs most; so is static shared memory. Spills, and arrays without registers, lie on",
+        "the stack.",
         "",
         *markdown_table(
-            ("operation", "kernels", "matrix", *(f"registers sm_{a}" for a in architectures), "shared bytes", "stack"),
+            ("op", "kernels", "matrix", *(f"sm_{a}" for a in architectures), "shared bytes", "stack bytes"),
             (cells(op, rows) for op, rows in kernels.items()),
         ),
     ]  # fmt: skip

@@ -95,7 +95,7 @@ class Contents(NamedTuple):
 
 
 def read_contents(library: pathlib.Path) -> Contents | None:
-    """What `library` holds, which CMake wrote into a JSON file of its name; None where that cannot be read."""
+    """What `library` holds, which CMake wrote into a JSON file beside it; None where that fails."""
     try:
         written = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))
         return Contents(tuple(written["code"]), tuple(written["ptx"]), str(written["cuda"]))
