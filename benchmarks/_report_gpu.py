@@ -175,9 +175,9 @@ def cuda_code_lines(record: Row) -> list[str]:
         "",
         f"`{record['command']}`, nvcc {environment['nvcc']}, commit {environment['commit']};"
         " [cuda_code.json](results/cuda_code.json) has every kernel.",
-        "Matrix: how many have the matrix unit's instructions. Under a GPU's name: registers of a thread of",
-        "the kernel that needs most; so is static shared memory. Spills, and arrays without registers, lie on",
-        "the stack.",
+        "Matrix: how many have the matrix unit's instructions. Under a GPU's name: registers of a",
+        "thread, those of the kernel that needs most; so is static shared memory. Spills, and arrays",
+        "without registers, lie on the stack.",
         "",
         *markdown_table(
             ("op", "kernels", "matrix", *(f"sm_{a}" for a in architectures), "shared bytes", "stack bytes"),

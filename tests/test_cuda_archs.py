@@ -1,12 +1,7 @@
 """Which GPUs a CUDA library is built for and serves, and what is said where it serves none of those here."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from cuda_code import ROOT, find_nvcc
 
 from sdfast import _cuda_archs, _library, doctor, ops
 from sdfast._cuda_archs import Contents, for_capability, local_version, parse, read_contents, why_not
@@ -151,39 +146,3 @@ def test_doctor_asks_the_driver_where_torch_sees_no_gpu(monkeypatch):
     assert doctor._capabilities() == [(9, 0), (8, 6)]
     monkeypatch.setattr(doctor, "_output_of", lambda *command: None)
     assert doctor._capabilities() == []
-
-
-def version_of_setup(**environment: str) -> subprocess.CompletedProcess:
-    """What `setup.py --version` prints."""
-    variables = {
-        k: v for k, v in os.environ.items() if k not in ("SDFAST_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")
-    }
-    command = [sys.executable, "setup.py", "-q", "--version"]
-    return subprocess.run(command, cwd=ROOT, env=variables | environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("variable", ["SDFAST_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"])
-@pytest.mark.parametrize("text, said", [("9.x", "no architecture"), ("8.0;7.0", "'7.0' is too old")])
-def test_a_bad_variable_ends_the_build_before_it_begins(variable, text, said):
-    done = version_of_setup(**{variable: text})
-    assert done.returncode != 0
-    for expected in (f'{variable}="{text}"', said, "Set SDFAST_CUDA_ARCHS to"):
-        assert expected in done.stderr
-
-
-def test_asked_for_without_nvcc():
-    """What is asked of sdfast alone is a mistake; the other variable may be meant for others."""
-    done = version_of_setup(SDFAST_CUDA_ARCHS="9.0a", CUDACXX="no-such-nvcc")
-    assert done.returncode != 0 and "nvcc was not found" in done.stderr
-    done = version_of_setup(TORCH_CUDA_ARCH_LIST="9.0", CUDACXX="no-such-nvcc")
-    assert done.returncode == 0 and done.stdout.strip() == "0.1.0"
-    assert "no CUDA library in spite of TORCH_CUDA_ARCH_LIST" in done.stderr
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
-def test_versions_and_what_nvcc_knows():
-    assert version_of_setup(SDFAST_CUDA_ARCHS="8.0,9.0a").stdout.strip().endswith(".sm80.sm90a")
-    assert version_of_setup(SDFAST_CUDA_ARCHS="", TORCH_CUDA_ARCH_LIST="9.0").stdout.strip() == "0.1.0"
-    assert version_of_setup(TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX").stdout.strip().endswith(".sm80.sm90")
-    done = version_of_setup(SDFAST_CUDA_ARCHS="99.0")
-    assert done.returncode != 0 and "99.0 is unknown to nvcc" in done.stderr and "which knows" in done.stderr
