@@ -9,6 +9,8 @@ import sys
 import pytest
 from cuda_code import ROOT, find_nvcc
 
+from sdfast import __version__
+
 UNSET = ("SDFAST_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "SDFAST_REQUIRE_NATIVE", "CUDACXX")
 
 
@@ -36,14 +38,14 @@ def test_asked_for_without_nvcc():
     done = version_of_setup(SDFAST_CUDA_ARCHS="9.0a", CUDACXX="no-such-nvcc")
     assert done.returncode != 0 and "nvcc was not found" in done.stderr
     done = version_of_setup(TORCH_CUDA_ARCH_LIST="9.0", CUDACXX="no-such-nvcc")
-    assert done.returncode == 0 and done.stdout.strip() == "0.1.0"
+    assert done.returncode == 0 and done.stdout.strip() == __version__
     assert "no CUDA library in spite of TORCH_CUDA_ARCH_LIST" in done.stderr
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 def test_versions_and_what_nvcc_knows():
     assert version_of_setup(SDFAST_CUDA_ARCHS="8.0,9.0a").stdout.strip().endswith(".sm80.sm90a")
-    assert version_of_setup(SDFAST_CUDA_ARCHS="", TORCH_CUDA_ARCH_LIST="9.0").stdout.strip() == "0.1.0"
+    assert version_of_setup(SDFAST_CUDA_ARCHS="", TORCH_CUDA_ARCH_LIST="9.0").stdout.strip() == __version__
     assert version_of_setup(TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX").stdout.strip().endswith(".sm80.sm90")
     done = version_of_setup(SDFAST_CUDA_ARCHS="99.0")
     assert done.returncode != 0 and "99.0 is unknown to nvcc" in done.stderr and "which knows" in done.stderr
