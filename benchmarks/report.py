@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _report_gpu import goals_lines, gpu_models_lines, operations_lines, traffic_lines
+from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
 from _report_models import markdown_table, models_rows, models_table, peers_lines, profile_lines
 
 HERE = Path(__file__).parent
@@ -32,6 +32,7 @@ _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
+_CUDA_CODE = HERE / "results/cuda_code.json"
 
 Row = dict[str, Any]
 
@@ -168,6 +169,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
         elif kind == "gpu_models":
             lines += gpu_models_lines(record)
     lines += goals_lines([r for name, r in records.items() if name.endswith("/gpu_models.json")])
+    if _CUDA_CODE.exists():
+        lines += cuda_code_lines(json.loads(_CUDA_CODE.read_text()))
     if _TRAFFIC.exists():
         lines += traffic_lines(json.loads(_TRAFFIC.read_text()))
     return lines
