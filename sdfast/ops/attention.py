@@ -90,6 +90,14 @@ _TRITON = _Operations(
     _library.define_triton("attention_with_lse", "sdfast.ops.attention_triton"),
     _library.define_triton("attention_backward", "sdfast.ops.attention_backward_triton"),
 )
+_CUDA = _Operations(
+    _library.define_cuda("attention_forward"),
+    _library.define_cuda("attention_with_lse"),
+    _library.define_cuda("attention_backward"),
+)
+
+
+_WIDEST_CUDA = 160  # elements of a head
 
 
 class _Attention(torch.autograd.Function):
@@ -149,9 +157,24 @@ def attention_triton(
     return _attend(_TRITON, q, k, v, is_causal, scale)
 
 
+def attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The compiled CUDA kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
+    assert mask is None
+    return _attend(_CUDA, q, k, v, is_causal, scale)
+
+
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": attention_cpu,
     "triton": attention_triton,
+    "cuda": attention_cuda,
     "reference": cast(Callable[..., Tensor], attention_reference),
 }
 
@@ -167,8 +190,14 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     elif q.numel() == 0 or k.numel() == 0:
         reason = "q or k is empty"
     else:
-        return unavailable("attention_forward", "q", q.device.type, q.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
+        name = "attention_backward" if requires_grad(q, k, v) else "attention_forward"
+        reasons = unavailable(name, "q", q.device.type, q.dtype)
+        if "cuda" not in reasons and q.dtype is torch.float32:
+            reasons["cuda"] = "it takes bfloat16 or float16; use triton, torch or reference"
+        elif "cuda" not in reasons and q.shape[3] > _WIDEST_CUDA:
+            reasons["cuda"] = f"it takes heads of at most {_WIDEST_CUDA} elements; use triton, torch or reference"
+        return reasons
+    return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
 def _is_faster_in_torch(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -1,0 +1,114 @@
+// Attention on CUDA, forward, by tensor cores: o = softmax(scale q kᵀ) v, per batch element and
+// head.
+//
+// Algorithm. A block keeps some queries in registers (of wide heads in shared memory) and walks
+// over the keys, 64 at a time: scores, their running maximum, weights as powers of two, products
+// with the values (Dao 2023, "FlashAttention-2", algorithm 1). Keys and values come through a ring
+// of tiles in shared memory, copied asynchronously. Products of the last keys go by 16, those that
+// a causal query does not see are left out by 16. Where blocks are fewer than multiprocessors, the
+// keys are shared out too, and a second kernel weights the fp32 results by their lse.
+// Bytes: q, k, v, o once, k and v again from L2 for every block. Limit: tensor cores, 4 L S D
+// flops; of narrow heads the L S powers of two as well, 16 a clock and multiprocessor. Registers
+// decide the occupancy: 8 warps a multiprocessor, 12 of the narrowest heads.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_narrow_cuda.cuh"
+
+namespace sdfast::attention {
+
+// o, and lse where it is asked for, from those of the splits: each has its share of Σ weights. A
+// thread takes four columns of a query.
+template <typename T>
+__global__ void __launch_bounds__(256) attention_combine_kernel(Forward<T> call) {
+  const int width = call.dim / 4;
+  const int64_t rows = call.all_heads() * call.queries;
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t row = i / width;
+  const int column = i % width * 4;
+  if (row >= rows) return;
+  float top = -kInfinity;
+  for (int split = 0; split < call.splits; ++split) {
+    top = fmaxf(top, call.partial_lse[split * rows + row]);
+  }
+  float total = 0, sum[4] = {};
+  for (int split = 0; split < call.splits; ++split) {
+    const float weight = exp2_fast(call.partial_lse[split * rows + row] - top);
+    float part[4];
+    load(call.partial + (split * rows + row) * call.dim + column, part);
+    total += weight;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum[k] += weight * part[k];
+  }
+  if (call.lse && column == 0) call.lse[row] = top + log2f(total);
+  const int64_t head = row / call.queries;
+  T* const to = call.o.of_head(head / call.heads, head % call.heads) +
+                row % call.queries * call.o.row_stride + column;
+  const float factor = 1.0f / total;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sum[k] *= factor;
+  if (call.o_dim % 4 == 0) return store(to, sum);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (column + k < call.o_dim) to[k] = from_float<T>(sum[k]);
+  }
+}
+
+template <typename T>
+void combine(const Forward<T>& call, cudaStream_t stream) {
+  constexpr int kThreads = 256;
+  const int64_t threads = call.all_heads() * call.queries * (call.dim / 4);
+  const unsigned blocks = ceil_div(threads, kThreads);
+  launch(attention_combine_kernel<T>, {dim3(blocks), dim3(kThreads)}, stream, call);
+}
+
+// How a call is cut: queries of a block, and keys of a split.
+struct Plan {
+  int rows, splits, split_keys;
+};
+
+inline Plan plan(int64_t heads, int queries, int keys, int dim, bool is_causal,
+                 const Device& device) {
+  Plan plan{64, 1, keys};
+  // 128 queries read each key once for twice as many, where two blocks a multiprocessor remain.
+  if (dim <= 80 && heads * ceil_div(queries, 128) >= 2 * device.multiprocessors) plan.rows = 128;
+  const int64_t blocks = heads * ceil_div(queries, plan.rows);
+  constexpr int kFewest = 256, kMost = 16;  // keys of a split, which are worth its results; splits
+  const int seen = is_causal && queries < keys ? queries : keys;
+  const int64_t wanted = std::min<int64_t>(device.multiprocessors / blocks, seen / kFewest);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, kMost);
+  if (splits == 1) return plan;
+  plan.split_keys = ceil_div(ceil_div(seen, splits), 64) * 64;
+  plan.splits = ceil_div(seen, plan.split_keys);
+  return plan;
+}
+
+template <typename T, int kColumns, int kRowTiles>
+void attend_narrow(const Forward<T>& call, cudaStream_t stream) {
+  using Block = Narrow<T, kColumns, kRowTiles>;
+  const unsigned blocks =
+      ceil_div(call.queries, Block::kRows) * call.splits * call.all_heads();
+  launch(attention_narrow_kernel<T, kColumns, kRowTiles>,
+         {dim3(blocks), dim3(Block::kThreads), Block::kSharedBytes}, stream, call);
+}
+
+// `rows`, the call's splits and their room as planned.
+template <typename T>
+void attend(const Forward<T>& call, int rows, cudaStream_t stream) {
+  const bool wide = rows == 128;
+  if (call.dim <= 40) {
+    wide ? attend_narrow<T, 40, 2>(call, stream) : attend_narrow<T, 40, 1>(call, stream);
+  } else if (call.dim <= 64) {
+    wide ? attend_narrow<T, 64, 2>(call, stream) : attend_narrow<T, 64, 1>(call, stream);
+  } else if (call.dim <= 80) {
+    wide ? attend_narrow<T, 80, 2>(call, stream) : attend_narrow<T, 80, 1>(call, stream);
+  } else if (call.dim <= 128) {
+    attend_narrow<T, 128, 1>(call, stream);
+  } else {
+    attend_narrow<T, 160, 1>(call, stream);
+  }
+  if (call.splits > 1) combine(call, stream);
+}
+
+}  // namespace sdfast::attention

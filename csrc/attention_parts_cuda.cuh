@@ -1,0 +1,188 @@
+// What attention's CUDA kernels share: views of rows, tiles in shared memory, one block of keys'
+// softmax.
+#pragma once
+
+#include <limits>
+
+#include "cuda_mma.cuh"
+
+namespace sdfast::attention {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// (B, heads, rows, D), unit stride in D; strides in elements.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t batch_stride, head_stride, row_stride;
+
+  __device__ T* of_head(int64_t batch, int64_t head) const {
+    return data + batch * batch_stride + head * head_stride;
+  }
+};
+
+// A forward call. q, k, v: rows of `dim` elements, a multiple of 8, all of them aligned to 16 bytes.
+template <typename T>
+struct Forward {
+  Rows<const T> q, k, v;
+  Rows<T> o;           // rows of o_dim elements, at most dim
+  float* lse;          // (B, heads, L), or null
+  float* partial;      // (splits, B, heads, L, dim), where splits > 1
+  float* partial_lse;  // (splits, B, heads, L)
+  int64_t batch, heads;
+  int queries, keys, dim, o_dim;
+  int splits, split_keys;  // the keys of a split are a multiple of 16
+  float factor;            // |scale| log2 e
+  bool negate, is_causal;  // negate: scale < 0
+
+  __host__ __device__ int64_t all_heads() const { return batch * heads; }
+};
+
+// What a block of threads computes: some queries of a head against the keys of a split.
+struct Part {
+  int first_query, split;
+  int first_key, last_key;  // to before the latter
+  int64_t batch, head;
+
+  template <typename T>
+  __device__ Part(const Forward<T>& call, int rows) {
+    const unsigned blocks = (call.queries + rows - 1) / rows;
+    unsigned block = blockIdx.x % blocks;
+    const unsigned rest = blockIdx.x / blocks, which = rest / call.splits;
+    if (call.is_causal) block = blocks - 1 - block;  // the longest first
+    first_query = block * rows;
+    split = rest % call.splits;
+    batch = which / call.heads;
+    head = which % call.heads;
+    first_key = split * call.split_keys;
+    last_key = min(call.keys - first_key, call.split_keys) + first_key;
+    if (call.is_causal) last_key = min(last_key, first_query + rows);
+  }
+};
+
+// Elements from row to row of a tile in shared memory: an odd number of 16 bytes, so that 16 bytes
+// of eight rows lie in different banks, without a swizzle to compute in every address.
+constexpr int pitch_of(int columns) { return (columns / 8 | 1) * 8; }
+
+// Starts copying rows [first, first + kRows) of a head, columns [0, kColumns); zeros from row
+// `last` and from column `dim` on.
+template <int kThreads, int kRows, int kColumns, int kPitch, typename T>
+__device__ void copy_rows(T* to, const T* from, int64_t row_stride, int first, int last, int dim) {
+  constexpr int kChunks = kColumns / 8, kCopies = kRows * kChunks;
+#pragma unroll
+  for (int start = 0; start < kCopies; start += kThreads) {
+    const int i = start + threadIdx.x, row = i / kChunks, column = i % kChunks * 8;
+    if (kCopies % kThreads != 0 && i >= kCopies) break;
+    const bool there = first + row < last && column < dim;
+    const T* const source = from + (first + row) * row_stride + column;
+    copy_async(to + row * kPitch + column, there ? source : from, there ? 16 : 0);
+  }
+}
+
+// Where lane i reads its row of four 8x8 matrices, two by two: those of the first 8 rows and then
+// of the next. It suits a left factor, and transposed a right one.
+template <int kPitch>
+__device__ int row_major_offset() {
+  const int lane = threadIdx.x % kWarp;
+  return lane % 16 * kPitch + lane / 16 * 8;
+}
+// As above, the first 8 columns and then the next: a right factor given by its columns.
+template <int kPitch>
+__device__ int column_major_offset() {
+  const int lane = threadIdx.x % kWarp;
+  return (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8;
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// The running maximum of a query's products q k, as what is subtracted from their exponents. None
+// yet: -inf, and nothing is subtracted.
+__device__ inline float exponent_of(float top, float factor) {
+  return top == -kInfinity ? 0.0f : top * factor;
+}
+// By what earlier sums shrink when the maximum grows.
+__device__ inline float fading_of(float top, float higher, float factor) {
+  if (top == -kInfinity) return 0.0f;
+  return exp2_fast(top * factor - higher * factor);
+}
+// 2^(s factor - exponent), 0 for a hidden key, whose s is -inf.
+template <bool kMasked>
+__device__ float weight_of(float s, float factor, float exponent) {
+  const float weight = exp2_fast(fmaf(s, factor, -exponent));
+  return kMasked && s == -kInfinity ? 0.0f : weight;
+}
+
+// Hides keys from `last` on, and in a causal call those after the query's own. The scores of a
+// fragment: queries query and query + 8, keys key and key + 1.
+__device__ inline void hide(float (&s)[4], int key, int last, int query, bool is_causal) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int mine = key + i % 2;
+    if (mine >= last || (is_causal && mine > query + i / 2 * 8)) s[i] = -kInfinity;
+  }
+}
+
+// Stores a warp's results: rows from first_query on, columns from first_column on. top and total
+// are whole in every lane of a row; stage: room for the tile in shared memory, a row kPitch long.
+template <int kPitch, typename T, int kTiles, int kCount>
+__device__ void store_rows(const Forward<T>& call, const Part& part, T* stage, int first_query,
+                           int first_column, const float (&o)[kTiles][kCount][4],
+                           const float (&top)[kTiles][2], const float (&total)[kTiles][2]) {
+  const int lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
+  const int64_t head = part.batch * call.heads + part.head;
+  const int64_t partial_head = part.split * call.all_heads() + head;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = m * 16 + half * 8 + lane / 4, query = first_query + row;
+      const float sum = total[m][half];
+      const bool hidden = sum == 0;  // all keys of a split
+      const float factor = hidden ? 0.0f : 1.0f / sum;
+      float* const lse = call.splits > 1 ? call.partial_lse : call.lse;
+      if (lse && first_column == 0 && lane % 4 == 0 && query < call.queries) {
+        lse[(call.splits > 1 ? partial_head : head) * call.queries + query] =
+            hidden ? -kInfinity : exponent_of(top[m][half], call.factor) + log2f(sum);
+      }
+      float* const partial =
+          call.partial + (partial_head * call.queries + query) * call.dim + first_column + pair;
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        const float low = o[m][c][2 * half] * factor, high = o[m][c][2 * half + 1] * factor;
+        if (call.splits == 1) {
+          *reinterpret_cast<uint32_t*>(stage + row * kPitch + c * 8 + pair) = pack<T>(low, high);
+        } else if (query < call.queries && first_column + c * 8 < call.dim) {
+          *reinterpret_cast<Vector<float, 2>*>(partial + c * 8) = {low, high};
+        }
+      }
+    }
+  }
+  if (call.splits > 1) return;
+  __syncwarp();
+  T* const to = call.o.of_head(part.batch, part.head) + first_column;
+  const int columns = min(call.o_dim - first_column, kCount * 8);
+  if (call.o_dim % 8 == 0) {
+#pragma unroll 4
+    for (int i = lane; i < kTiles * 16 * kCount; i += kWarp) {
+      const int row = i / kCount, column = i % kCount * 8;
+      if (first_query + row >= call.queries || column >= columns) continue;
+      *reinterpret_cast<Vector<T, 8>*>(to + (first_query + row) * call.o.row_stride + column) =
+          *reinterpret_cast<const Vector<T, 8>*>(stage + row * kPitch + column);
+    }
+    return;
+  }
+  for (int row = 0; row < kTiles * 16 && first_query + row < call.queries; ++row) {
+    for (int column = lane; column < columns; column += kWarp) {
+      to[(first_query + row) * call.o.row_stride + column] = stage[row * kPitch + column];
+    }
+  }
+}
+
+}  // namespace sdfast::attention
