@@ -1,9 +1,8 @@
 // The tensors of attention's CUDA kernels, forward.
-#include "attention_cuda.cuh"
-
 #include <cmath>
 #include <tuple>
 
+#include "attention_cuda.cuh"
 #include "attention_tensors_cuda.h"
 
 namespace sdfast {
@@ -12,7 +11,6 @@ namespace {
 using attention::Sizes;
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kWidest = 160;
 
 // o, and lse where it is asked for.
 std::tuple<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -22,7 +20,8 @@ std::tuple<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& 
   const ScalarType dtype = q.scalar_type();
   const Device device = current_device();
   STD_TORCH_CHECK(device.capability >= 80, "attention: expected a GPU of capability 8.0 or later");
-  STD_TORCH_CHECK(sizes.dim <= kWidest, "q: expected at most ", kWidest, " elements of a head");
+  STD_TORCH_CHECK(sizes.dim <= attention::kWidest, "q: expected at most ", attention::kWidest,
+                  " elements of a head");
   Tensor o = attention::new_by_token(sizes, sizes.queries, dtype);
   std::optional<Tensor> lse;
   if (with_lse) lse = empty({sizes.batch, sizes.heads, sizes.queries}, ScalarType::Float);
@@ -45,8 +44,8 @@ std::tuple<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& 
     call.dim = ceil_div(sizes.dim, 8) * 8, call.o_dim = sizes.dim;
     call.factor = static_cast<float>(std::abs(scale) * kLog2E);
     call.negate = scale < 0, call.is_causal = is_causal;
-    const attention::Plan plan = attention::plan(call.all_heads(), call.queries, call.keys,
-                                                 call.dim, is_causal, device);
+    const attention::Plan plan =
+        attention::plan(call.all_heads(), call.queries, call.keys, call.dim, is_causal, device);
     call.splits = plan.splits, call.split_keys = plan.split_keys;
     Tensor partial, partial_lse;
     if (plan.splits > 1) {

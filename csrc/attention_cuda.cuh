@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "attention_narrow_cuda.cuh"
+#include "attention_wide_cuda.cuh"
 
 namespace sdfast::attention {
 
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(256) attention_combine_kernel(Forward<T> call)
   if (call.lse && column == 0) call.lse[row] = top + log2f(total);
   const int64_t head = row / call.queries;
   T* const to = call.o.of_head(head / call.heads, head % call.heads) +
-                row % call.queries * call.o.row_stride + column;
+                row % call.queries * int64_t{call.o.row_stride} + column;
   const float factor = 1.0f / total;
 #pragma unroll
   for (int k = 0; k < 4; ++k) sum[k] *= factor;
@@ -63,6 +64,8 @@ void combine(const Forward<T>& call, cudaStream_t stream) {
   launch(attention_combine_kernel<T>, {dim3(blocks), dim3(kThreads)}, stream, call);
 }
 
+constexpr int kWidestNarrow = 160, kWidest = Wide<__half, 2>::kColumns;  // elements of a head
+
 // How a call is cut: queries of a block, and keys of a split.
 struct Plan {
   int rows, splits, split_keys;
@@ -71,6 +74,9 @@ struct Plan {
 inline Plan plan(int64_t heads, int queries, int keys, int dim, bool is_causal,
                  const Device& device) {
   Plan plan{64, 1, keys};
+  if (dim > kWidestNarrow && shared_bytes_of_block(device) < Wide<__half, 2>::kSharedBytes) {
+    plan.rows = 32;
+  }
   // 128 queries read each key once for twice as many, where two blocks a multiprocessor remain.
   if (dim <= 80 && heads * ceil_div(queries, 128) >= 2 * device.multiprocessors) plan.rows = 128;
   const int64_t blocks = heads * ceil_div(queries, plan.rows);
@@ -87,9 +93,16 @@ inline Plan plan(int64_t heads, int queries, int keys, int dim, bool is_causal,
 template <typename T, int kColumns, int kRowTiles>
 void attend_narrow(const Forward<T>& call, cudaStream_t stream) {
   using Block = Narrow<T, kColumns, kRowTiles>;
-  const unsigned blocks =
-      ceil_div(call.queries, Block::kRows) * call.splits * call.all_heads();
+  const unsigned blocks = ceil_div(call.queries, Block::kRows) * call.splits * call.all_heads();
   launch(attention_narrow_kernel<T, kColumns, kRowTiles>,
+         {dim3(blocks), dim3(Block::kThreads), Block::kSharedBytes}, stream, call);
+}
+
+template <typename T, int kRowTiles>
+void attend_wide(const Forward<T>& call, cudaStream_t stream) {
+  using Block = Wide<T, kRowTiles>;
+  const unsigned blocks = ceil_div(call.queries, Block::kRows) * call.splits * call.all_heads();
+  launch(attention_wide_kernel<T, kRowTiles>,
          {dim3(blocks), dim3(Block::kThreads), Block::kSharedBytes}, stream, call);
 }
 
@@ -105,8 +118,10 @@ void attend(const Forward<T>& call, int rows, cudaStream_t stream) {
     wide ? attend_narrow<T, 80, 2>(call, stream) : attend_narrow<T, 80, 1>(call, stream);
   } else if (call.dim <= 128) {
     attend_narrow<T, 128, 1>(call, stream);
-  } else {
+  } else if (call.dim <= kWidestNarrow) {
     attend_narrow<T, 160, 1>(call, stream);
+  } else {
+    rows == 64 ? attend_wide<T, 2>(call, stream) : attend_wide<T, 1>(call, stream);
   }
   if (call.splits > 1) combine(call, stream);
 }

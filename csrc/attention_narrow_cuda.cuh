@@ -17,6 +17,9 @@ struct Narrow {
   static constexpr int kRing = kSlots - (kRowTiles - 1);
   static constexpr size_t kSharedBytes = SharedMemory::bytes<T>(kSlots * kSlot);
 
+  // On a multiprocessor, as registers allow.
+  static constexpr int kBlocks = kRowTiles == 2 || kColumns > 80 ? 2 : kColumns > 64 ? 3 : 4;
+
   // A warp's queries and their results so far.
   uint32_t q[kRowTiles][kDepth / 16][4];
   float o[kRowTiles][kColumns / 8][4] = {};
@@ -108,7 +111,7 @@ struct Narrow {
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float(&pair)[4] = s[m][2 * n + i / 2];
+          const float (&pair)[4] = s[m][2 * n + i / 2];
           p[m][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
         }
       }
@@ -127,7 +130,8 @@ struct Narrow {
 };
 
 template <typename T, int kColumns, int kRowTiles>
-__global__ void __launch_bounds__(128) attention_narrow_kernel(Forward<T> call) {
+__global__ void __launch_bounds__(128, Narrow<T, kColumns, kRowTiles>::kBlocks)
+    attention_narrow_kernel(Forward<T> call) {
   using Block = Narrow<T, kColumns, kRowTiles>;
   constexpr int kKeys = Block::kKeys, kPitch = Block::kPitch, kRing = Block::kRing;
   constexpr int kSlot = Block::kSlot, kThreads = Block::kThreads, kRows = Block::kRows;
@@ -141,9 +145,9 @@ __global__ void __launch_bounds__(128) attention_narrow_kernel(Forward<T> call) 
   const auto copy = [&](bool is_value, int tile, int slot) {
     if (tile < tiles) {
       const int first = part.first_key + tile * kKeys;
-      copy_rows<kThreads, kKeys, kColumns, kPitch>(
-          ring + slot * kSlot, is_value ? v : k,
-          is_value ? call.v.row_stride : call.k.row_stride, first, part.last_key, call.dim);
+      copy_rows<kThreads, kKeys, kColumns, kPitch>(ring + slot * kSlot, is_value ? v : k,
+                                                   is_value ? call.v.row_stride : call.k.row_stride,
+                                                   first, part.last_key, call.dim);
     }
     commit_copies();
   };
@@ -153,9 +157,9 @@ __global__ void __launch_bounds__(128) attention_narrow_kernel(Forward<T> call) 
     }
   }
   T* const queries = ring + (kRing - 1) * kSlot;
-  copy_rows<kThreads, kRows, kColumns, kPitch>(
-      queries, call.q.of_head(part.batch, part.head), call.q.row_stride, part.first_query,
-      call.queries, call.dim);
+  copy_rows<kThreads, kRows, kColumns, kPitch>(queries, call.q.of_head(part.batch, part.head),
+                                               call.q.row_stride, part.first_query, call.queries,
+                                               call.dim);
   commit_copies();
 #pragma unroll
   for (int i = 0; i < kRing - 1; ++i) copy(i % 2 == 1, i / 2, i);
@@ -177,8 +181,8 @@ __global__ void __launch_bounds__(128) attention_narrow_kernel(Forward<T> call) 
   };
   const int first_query = part.first_query + warp * Block::kWarpRows;
   const int query = first_query + lane / 4;
-  const int last_key = call.is_causal ? min(part.last_key, first_query + Block::kWarpRows)
-                                      : part.last_key;
+  const int last_key =
+      call.is_causal ? min(part.last_key, first_query + Block::kWarpRows) : part.last_key;
   const int whole = call.is_causal ? min(last_key, first_query + 1) : last_key;
   for (int tile = 0; tile < tiles; ++tile) {
     const int key = part.first_key + tile * kKeys, count = last_key - key;

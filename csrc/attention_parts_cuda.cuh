@@ -14,14 +14,16 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <typename T>
 struct Rows {
   T* data;
-  int64_t batch_stride, head_stride, row_stride;
+  int64_t batch_stride, head_stride;
+  int row_stride;
 
   __device__ T* of_head(int64_t batch, int64_t head) const {
     return data + batch * batch_stride + head * head_stride;
   }
 };
 
-// A forward call. q, k, v: rows of `dim` elements, a multiple of 8, all of them aligned to 16 bytes.
+// A forward call. q, k, v: rows of `dim` elements, a multiple of 8, all of them aligned to 16
+// bytes.
 template <typename T>
 struct Forward {
   Rows<const T> q, k, v;
@@ -65,17 +67,24 @@ struct Part {
 constexpr int pitch_of(int columns) { return (columns / 8 | 1) * 8; }
 
 // Starts copying rows [first, first + kRows) of a head, columns [0, kColumns); zeros from row
-// `last` and from column `dim` on.
-template <int kThreads, int kRows, int kColumns, int kPitch, typename T>
-__device__ void copy_rows(T* to, const T* from, int64_t row_stride, int first, int last, int dim) {
-  constexpr int kChunks = kColumns / 8, kCopies = kRows * kChunks;
+// `last` and from column `dim` on. kAcross threads take a row: one address each, whatever the
+// number of columns.
+template <int kThreads, int kRows, int kColumns, int kPitch, int kAcross = 8, typename T>
+__device__ void copy_rows(T* to, const T* from, int row_stride, int first, int last, int dim) {
+  constexpr int kAtOnce = kThreads / kAcross, kWidth = kAcross * 8;
+  static_assert(kRows % kAtOnce == 0);
+  const int mine = threadIdx.x / kAcross, column = threadIdx.x % kAcross * 8;
+  to += mine * kPitch + column;
 #pragma unroll
-  for (int start = 0; start < kCopies; start += kThreads) {
-    const int i = start + threadIdx.x, row = i / kChunks, column = i % kChunks * 8;
-    if (kCopies % kThreads != 0 && i >= kCopies) break;
-    const bool there = first + row < last && column < dim;
-    const T* const source = from + (first + row) * row_stride + column;
-    copy_async(to + row * kPitch + column, there ? source : from, there ? 16 : 0);
+  for (int row = 0; row < kRows; row += kAtOnce) {
+    const bool inside = first + mine + row < last;
+    const T* const source = from + int64_t{first + mine + row} * row_stride + column;
+#pragma unroll
+    for (int c = 0; c < kColumns; c += kWidth) {
+      if (c + kWidth > kColumns && column + c >= kColumns) break;
+      const bool there = inside && column + c < dim;
+      copy_async(to + row * kPitch + c, there ? source + c : from, there ? 16 : 0);
+    }
   }
 }
 
@@ -173,14 +182,15 @@ __device__ void store_rows(const Forward<T>& call, const Part& part, T* stage, i
     for (int i = lane; i < kTiles * 16 * kCount; i += kWarp) {
       const int row = i / kCount, column = i % kCount * 8;
       if (first_query + row >= call.queries || column >= columns) continue;
-      *reinterpret_cast<Vector<T, 8>*>(to + (first_query + row) * call.o.row_stride + column) =
+      *reinterpret_cast<Vector<T, 8>*>(to + int64_t{first_query + row} * call.o.row_stride +
+                                       column) =
           *reinterpret_cast<const Vector<T, 8>*>(stage + row * kPitch + column);
     }
     return;
   }
   for (int row = 0; row < kTiles * 16 && first_query + row < call.queries; ++row) {
     for (int column = lane; column < columns; column += kWarp) {
-      to[(first_query + row) * call.o.row_stride + column] = stage[row * kPitch + column];
+      to[int64_t{first_query + row} * call.o.row_stride + column] = stage[row * kPitch + column];
     }
   }
 }

@@ -16,6 +16,7 @@ struct Sizes {
     constexpr int64_t kMost = int64_t{1} << 30;
     STD_TORCH_CHECK(queries <= kMost && keys <= kMost && batch * heads <= kMost,
                     "q, k: expected at most 2^30 rows");
+    STD_TORCH_CHECK(heads * dim <= kMost, "q: expected at most 2^30 elements of a row");
   }
 };
 
@@ -40,7 +41,8 @@ class Input {
         torch::stable::zero_(beyond);
       }
     }
-    rows_ = {call.input<T>(tensor_), stride(tensor_, 0), stride(tensor_, 1), stride(tensor_, 2)};
+    rows_ = {call.input<T>(tensor_), stride(tensor_, 0), stride(tensor_, 1),
+             static_cast<int>(stride(tensor_, 2))};
   }
   const Rows<const T>& rows() const { return rows_; }
 
@@ -49,7 +51,8 @@ class Input {
     return t.size(axis) > 1 ? t.stride(axis) : 0;
   }
   static bool fits(const Tensor& t) {
-    bool fits = t.size(3) % 8 == 0 && t.stride(3) == 1 && is_aligned(t.const_data_ptr(), 16);
+    bool fits = t.size(3) % 8 == 0 && t.stride(3) == 1 && is_aligned(t.const_data_ptr(), 16) &&
+                stride(t, 2) <= std::numeric_limits<int>::max();
     for (int64_t axis = 0; axis < 3; ++axis) fits = fits && stride(t, axis) % 8 == 0;
     return fits;
   }
@@ -66,7 +69,7 @@ inline Tensor new_by_token(const Sizes& sizes, int64_t rows, ScalarType dtype) {
 
 template <typename T>
 Rows<T> output(const Call& call, const Tensor& t) {
-  return {call.output<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  return {call.output<T>(t), t.stride(0), t.stride(1), static_cast<int>(t.stride(2))};
 }
 
 // Calls f with a value of the element type.

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdfast import ops
 
 DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160)
+HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160, 512)
 
 
 @pytest.fixture(autouse=True)

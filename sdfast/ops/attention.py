@@ -97,7 +97,7 @@ _CUDA = _Operations(
 )
 
 
-_WIDEST_CUDA = 160  # elements of a head
+_WIDEST_CUDA = 512  # elements of a head
 
 
 class _Attention(torch.autograd.Function):
