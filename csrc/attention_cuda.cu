@@ -10,8 +10,6 @@ namespace {
 
 using attention::Sizes;
 
-constexpr double kLog2E = 1.4426950408889634;
-
 // o, and lse where it is asked for.
 std::tuple<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  bool is_causal, double scale, bool with_lse) {
@@ -42,7 +40,7 @@ std::tuple<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& 
     call.batch = sizes.batch, call.heads = sizes.heads;
     call.queries = sizes.queries, call.keys = sizes.keys;
     call.dim = ceil_div(sizes.dim, 8) * 8, call.o_dim = sizes.dim;
-    call.factor = static_cast<float>(std::abs(scale) * kLog2E);
+    call.factor = static_cast<float>(std::abs(scale) * attention::kLog2E);
     call.negate = scale < 0, call.is_causal = is_causal;
     const attention::Plan plan =
         attention::plan(call.all_heads(), call.queries, call.keys, call.dim, is_causal, device);

@@ -19,49 +19,50 @@
 
 namespace sdfast::attention {
 
-// o, and lse where it is asked for, from those of the splits: each has its share of Σ weights. A
-// thread takes four columns of a query.
+constexpr int kCombineThreads = 256, kCombineLanes = 16;  // of a query
+
+// o, and lse where it is asked for, from those of the splits: each has its share of Σ weights.
 template <typename T>
-__global__ void __launch_bounds__(256) attention_combine_kernel(Forward<T> call) {
-  const int width = call.dim / 4;
+__global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Forward<T> call) {
+  constexpr int kRows = kCombineThreads / kCombineLanes;
+  const unsigned blocks = (call.queries + kRows - 1) / kRows;
+  const int head = blockIdx.x / blocks;
+  const int query = blockIdx.x % blocks * kRows + threadIdx.x / kCombineLanes;
+  if (query >= call.queries) return;
   const int64_t rows = call.all_heads() * call.queries;
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t row = i / width;
-  const int column = i % width * 4;
-  if (row >= rows) return;
-  float top = -kInfinity;
+  const int64_t row = int64_t{head} * call.queries + query;
+  float top = -kInfinity, total = 0;
   for (int split = 0; split < call.splits; ++split) {
     top = fmaxf(top, call.partial_lse[split * rows + row]);
   }
-  float total = 0, sum[4] = {};
   for (int split = 0; split < call.splits; ++split) {
-    const float weight = exp2_fast(call.partial_lse[split * rows + row] - top);
-    float part[4];
-    load(call.partial + (split * rows + row) * call.dim + column, part);
-    total += weight;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) sum[k] += weight * part[k];
+    total += exp2_fast(call.partial_lse[split * rows + row] - top);
   }
-  if (call.lse && column == 0) call.lse[row] = top + log2f(total);
-  const int64_t head = row / call.queries;
-  T* const to = call.o.of_head(head / call.heads, head % call.heads) +
-                row % call.queries * int64_t{call.o.row_stride} + column;
+  const int lane = threadIdx.x % kCombineLanes;
+  if (call.lse && lane == 0) call.lse[row] = top + log2f(total);
+  T* const to =
+      call.o.of_head(head / call.heads, head % call.heads) + int64_t{query} * call.o.row_stride;
   const float factor = 1.0f / total;
+  for (int column = lane * 4; column < call.dim; column += kCombineLanes * 4) {
+    float sum[4] = {};
+    for (int split = 0; split < call.splits; ++split) {
+      const float weight = exp2_fast(call.partial_lse[split * rows + row] - top);
+      float part[4];
+      load(call.partial + (split * rows + row) * call.dim + column, part);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) sum[k] *= factor;
-  if (call.o_dim % 4 == 0) return store(to, sum);
+      for (int i = 0; i < 4; ++i) sum[i] += weight * part[i];
+    }
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (column + k < call.o_dim) to[k] = from_float<T>(sum[k]);
+    for (int i = 0; i < 4; ++i) sum[i] *= factor;
+    store_columns(to, column, call.o_dim, sum);
   }
 }
 
 template <typename T>
 void combine(const Forward<T>& call, cudaStream_t stream) {
-  constexpr int kThreads = 256;
-  const int64_t threads = call.all_heads() * call.queries * (call.dim / 4);
-  const unsigned blocks = ceil_div(threads, kThreads);
-  launch(attention_combine_kernel<T>, {dim3(blocks), dim3(kThreads)}, stream, call);
+  const unsigned blocks =
+      ceil_div(call.queries, kCombineThreads / kCombineLanes) * call.all_heads();
+  launch(attention_combine_kernel<T>, {dim3(blocks), dim3(kCombineThreads)}, stream, call);
 }
 
 constexpr int kWidestNarrow = 160, kWidest = Wide<__half, 2>::kColumns;  // elements of a head

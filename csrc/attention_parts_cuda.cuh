@@ -8,6 +8,7 @@
 
 namespace sdfast::attention {
 
+constexpr double kLog2E = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // (B, heads, rows, D), unit stride in D; strides in elements.
@@ -17,7 +18,7 @@ struct Rows {
   int64_t batch_stride, head_stride;
   int row_stride;
 
-  __device__ T* of_head(int64_t batch, int64_t head) const {
+  __device__ T* of_head(int batch, int head) const {
     return data + batch * batch_stride + head * head_stride;
   }
 };
@@ -31,20 +32,19 @@ struct Forward {
   float* lse;          // (B, heads, L), or null
   float* partial;      // (splits, B, heads, L, dim), where splits > 1
   float* partial_lse;  // (splits, B, heads, L)
-  int64_t batch, heads;
-  int queries, keys, dim, o_dim;
+  int batch, heads, queries, keys, dim, o_dim;
   int splits, split_keys;  // the keys of a split are a multiple of 16
   float factor;            // |scale| log2 e
   bool negate, is_causal;  // negate: scale < 0
 
-  __host__ __device__ int64_t all_heads() const { return batch * heads; }
+  __host__ __device__ int64_t all_heads() const { return int64_t{batch} * heads; }
 };
 
 // What a block of threads computes: some queries of a head against the keys of a split.
 struct Part {
   int first_query, split;
   int first_key, last_key;  // to before the latter
-  int64_t batch, head;
+  int batch, head;
 
   template <typename T>
   __device__ Part(const Forward<T>& call, int rows) {
@@ -138,60 +138,117 @@ __device__ inline void hide(float (&s)[4], int key, int last, int query, bool is
   }
 }
 
-// Stores a warp's results: rows from first_query on, columns from first_column on. top and total
-// are whole in every lane of a row; stage: room for the tile in shared memory, a row kPitch long.
-template <int kPitch, typename T, int kTiles, int kCount>
-__device__ void store_rows(const Forward<T>& call, const Part& part, T* stage, int first_query,
-                           int first_column, const float (&o)[kTiles][kCount][4],
-                           const float (&top)[kTiles][2], const float (&total)[kTiles][2]) {
-  const int lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
-  const int64_t head = part.batch * call.heads + part.head;
-  const int64_t partial_head = part.split * call.all_heads() + head;
+// A warp's results, (16 kTiles, 8 kCount): values of fragments, of which the first `rows` and
+// `columns` are there to be stored.
+
+// As fp32, which the results of splits are. `to`: rows of `width` elements; columns: a multiple of
+// 8.
+template <int kTiles, int kCount>
+__device__ void store_partial(float* to, int width, int rows, int columns,
+                              const float (&x)[kTiles][kCount][4]) {
+  const int lane = threadIdx.x % kWarp;
+  to += int64_t{lane / 4} * width + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m * 16 + half * 8 + lane / 4, query = first_query + row;
-      const float sum = total[m][half];
-      const bool hidden = sum == 0;  // all keys of a split
-      const float factor = hidden ? 0.0f : 1.0f / sum;
-      float* const lse = call.splits > 1 ? call.partial_lse : call.lse;
-      if (lse && first_column == 0 && lane % 4 == 0 && query < call.queries) {
-        lse[(call.splits > 1 ? partial_head : head) * call.queries + query] =
-            hidden ? -kInfinity : exponent_of(top[m][half], call.factor) + log2f(sum);
-      }
-      float* const partial =
-          call.partial + (partial_head * call.queries + query) * call.dim + first_column + pair;
+    for (int i = 0; i < 4; i += 2) {
+      const int row = m * 16 + i * 4;
+      if (row + lane / 4 >= rows) continue;
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
-        const float low = o[m][c][2 * half] * factor, high = o[m][c][2 * half + 1] * factor;
-        if (call.splits == 1) {
-          *reinterpret_cast<uint32_t*>(stage + row * kPitch + c * 8 + pair) = pack<T>(low, high);
-        } else if (query < call.queries && first_column + c * 8 < call.dim) {
-          *reinterpret_cast<Vector<float, 2>*>(partial + c * 8) = {low, high};
-        }
+        if (c * 8 >= columns) break;
+        *reinterpret_cast<Vector<float, 2>*>(to + int64_t{row} * width + c * 8) = {x[m][c][i],
+                                                                                   x[m][c][i + 1]};
       }
     }
   }
-  if (call.splits > 1) return;
+}
+
+// As T, 16 bytes at a time where the tensor's rows allow (`aligned`), by way of the warp's `stage`
+// in shared memory, rows of kPitch elements.
+template <int kPitch, typename T, int kTiles, int kCount>
+__device__ void store_results(T* to, int row_stride, int rows, int columns, bool aligned, T* stage,
+                              const float (&x)[kTiles][kCount][4]) {
+  const int lane = threadIdx.x % kWarp;
+  T* const mine = stage + lane / 4 * kPitch + lane % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        *reinterpret_cast<uint32_t*>(mine + (m * 16 + i * 4) * kPitch + c * 8) =
+            pack<T>(x[m][c][i], x[m][c][i + 1]);
+      }
+    }
+  }
   __syncwarp();
-  T* const to = call.o.of_head(part.batch, part.head) + first_column;
-  const int columns = min(call.o_dim - first_column, kCount * 8);
-  if (call.o_dim % 8 == 0) {
+  if (aligned) {
 #pragma unroll 4
     for (int i = lane; i < kTiles * 16 * kCount; i += kWarp) {
       const int row = i / kCount, column = i % kCount * 8;
-      if (first_query + row >= call.queries || column >= columns) continue;
-      *reinterpret_cast<Vector<T, 8>*>(to + int64_t{first_query + row} * call.o.row_stride +
-                                       column) =
+      if (row >= rows || column >= columns) continue;
+      *reinterpret_cast<Vector<T, 8>*>(to + int64_t{row} * row_stride + column) =
           *reinterpret_cast<const Vector<T, 8>*>(stage + row * kPitch + column);
     }
     return;
   }
-  for (int row = 0; row < kTiles * 16 && first_query + row < call.queries; ++row) {
-    for (int column = lane; column < columns; column += kWarp) {
-      to[int64_t{first_query + row} * call.o.row_stride + column] = stage[row * kPitch + column];
+  for (int row = 0; row < kTiles * 16 && row < rows; ++row) {
+    for (int column = lane; column < min(columns, kCount * 8); column += kWarp) {
+      to[int64_t{row} * row_stride + column] = stage[row * kPitch + column];
     }
+  }
+}
+
+// Columns [column, column + 4) of a row of `dim`, in one access where all rows allow it.
+template <typename T>
+__device__ void store_columns(T* row, int column, int dim, const float (&x)[4]) {
+  if (dim % 4 == 0) return store(row + column, x);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < dim) row[column + i] = from_float<T>(x[i]);
+  }
+}
+
+// Stores a warp's results of the forward pass: rows from first_query on, columns from first_column
+// on. top and total are whole in every lane of a row.
+template <int kPitch, typename T, int kTiles, int kCount>
+__device__ void store_rows(const Forward<T>& call, const Part& part, T* stage, int first_query,
+                           int first_column, float (&o)[kTiles][kCount][4],
+                           const float (&top)[kTiles][2], const float (&total)[kTiles][2]) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t head = int64_t{part.batch} * call.heads + part.head;
+  const int64_t partial_head = part.split * call.all_heads() + head;
+  const bool is_split = call.splits > 1;
+  float* const lse = is_split ? call.partial_lse : call.lse;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = first_query + m * 16 + half * 8 + lane / 4;
+      const float sum = total[m][half];
+      const bool hidden = sum == 0;  // all keys of a split
+      const float factor = hidden ? 0.0f : 1.0f / sum;
+      if (lse && first_column == 0 && lane % 4 == 0 && query < call.queries) {
+        lse[(is_split ? partial_head : head) * call.queries + query] =
+            hidden ? -kInfinity : exponent_of(top[m][half], call.factor) + log2f(sum);
+      }
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        o[m][c][2 * half] *= factor;
+        o[m][c][2 * half + 1] *= factor;
+      }
+    }
+  }
+  const int rows = call.queries - first_query;
+  if (is_split) {
+    const int64_t first = (partial_head * call.queries + first_query) * call.dim + first_column;
+    store_partial(call.partial + first, call.dim, rows, call.dim - first_column, o);
+  } else {
+    T* const to = call.o.of_head(part.batch, part.head) + first_column +
+                  int64_t{first_query} * call.o.row_stride;
+    store_results<kPitch>(to, call.o.row_stride, rows, call.o_dim - first_column,
+                          call.o_dim % 8 == 0, stage, o);
   }
 }
 
