@@ -25,7 +25,7 @@ struct Backward {
   static constexpr int kSharedRows = 2 * kRows + 4 * kStep;
   static constexpr size_t kSharedBytes =
       SharedMemory::bytes<T>(kSharedRows * kPitch) + SharedMemory::bytes<float>(4 * kStep);
-  static constexpr int kBlocks = kColumns > 80 ? 2 : 3;  // on a multiprocessor, as registers allow
+  static constexpr int kBlocks = kColumns > 64 ? 2 : 3;  // on a multiprocessor, as registers allow
 };
 
 // s += a xᵀ, 16 rows against 32 others.

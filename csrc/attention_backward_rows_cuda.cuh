@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // The results of splits, one after the other: (splits, B, heads, rows, dim), added up.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 4)
     attention_sum_kernel(const float* partial, Rows<T> to, int64_t split_size, int splits,
                          int heads, int rows, int dim, int out_dim) {
   const RowOfHead at(rows, heads);
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kRowThreads)
   T* const row = to.of_head(at.batch, at.head) + int64_t{at.row} * to.row_stride;
   for (int column = at.lane * 4; column < dim; column += kRowLanes * 4) {
     float sum[4] = {};
+#pragma unroll 2
     for (int split = 0; split < splits; ++split) {
       float part[4];
       load(partial + split * split_size + at.index * dim + column, part);

@@ -23,7 +23,7 @@ constexpr int kCombineThreads = 256, kCombineLanes = 16;  // of a query
 
 // o, and lse where it is asked for, from those of the splits: each has its share of Σ weights.
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Forward<T> call) {
+__global__ void __launch_bounds__(kCombineThreads, 4) attention_combine_kernel(Forward<T> call) {
   constexpr int kRows = kCombineThreads / kCombineLanes;
   const unsigned blocks = (call.queries + kRows - 1) / kRows;
   const int head = blockIdx.x / blocks;
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Forw
   const float factor = 1.0f / total;
   for (int column = lane * 4; column < call.dim; column += kCombineLanes * 4) {
     float sum[4] = {};
+#pragma unroll 2
     for (int split = 0; split < call.splits; ++split) {
       const float weight = exp2_fast(call.partial_lse[split * rows + row] - top);
       float part[4];

@@ -5,18 +5,19 @@
 
 namespace sdfast::attention {
 
-// Four warps, each with kRowTiles times 16 queries. Tiles of 64 keys or values come one after the
+// Four warps, each with kRowTiles times 16 queries. Tiles of keys and of values come one after the
 // other through a ring in shared memory: k, v, k, v...
 template <typename T, int kColumns, int kRowTiles>
 struct Narrow {
-  static constexpr int kThreads = 4 * kWarp, kKeys = 64;
-  static constexpr int kWarpRows = 16 * kRowTiles, kRows = 4 * kWarpRows;
+  static constexpr int kThreads = 4 * kWarp, kWarpRows = 16 * kRowTiles, kRows = 4 * kWarpRows;
+  // Scores of 64 keys beside two tiles of wider results are more than 255 registers.
+  static constexpr int kKeys = kColumns * kRowTiles > 128 && kRowTiles > 1 ? 32 : 64;
   static constexpr int kDepth = (kColumns + 15) / 16 * 16, kPitch = pitch_of(kDepth);
-  static constexpr int kSlots = kColumns <= 80 ? 4 : 2, kSlot = kKeys * kPitch;
-  // q waits behind what the ring is given at first.
-  static constexpr int kRing = kSlots - (kRowTiles - 1);
-  static constexpr size_t kSharedBytes = SharedMemory::bytes<T>(kSlots * kSlot);
-
+  static constexpr int kRing = kColumns > 80 ? 2 : kRowTiles > 1 && kKeys == 64 ? 3 : 4;
+  static constexpr int kSlot = kKeys * kPitch;
+  // q waits in the ring's last slot, which is not filled at first, and behind it.
+  static constexpr int kSharedRows = (kRing - 1) * kKeys + (kKeys > kRows ? kKeys : kRows);
+  static constexpr size_t kSharedBytes = SharedMemory::bytes<T>(kSharedRows * kPitch);
   // On a multiprocessor, as registers allow.
   static constexpr int kBlocks = kRowTiles == 2 || kColumns > 80 ? 2 : kColumns > 64 ? 3 : 4;
 
@@ -39,7 +40,7 @@ struct Narrow {
     }
   }
 
-  // s = q kᵀ of the first `count` keys, rounded up to 16; 0 of the others. All 64, if not kMasked.
+  // s = q kᵀ of the first `count` keys, rounded up to 16; 0 of the others. All, if not kMasked.
   template <bool kMasked>
   __device__ void score(const T* keys, int count, float (&s)[kRowTiles][kKeys / 8][4]) const {
     const T* const mine = keys + column_major_offset<kPitch>();
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(128, Narrow<T, kColumns, kRowTiles>::kBlocks)
   constexpr int kKeys = Block::kKeys, kPitch = Block::kPitch, kRing = Block::kRing;
   constexpr int kSlot = Block::kSlot, kThreads = Block::kThreads, kRows = Block::kRows;
   SharedMemory memory;
-  T* const ring = memory.array<T>(Block::kSlots * kSlot);
+  T* const ring = memory.array<T>(Block::kSharedRows * kPitch);
   const Part part(call, kRows);
   const int tiles = max(0, part.last_key - part.first_key + kKeys - 1) / kKeys;
   const T* const k = call.k.of_head(part.batch, part.head);
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(128, Narrow<T, kColumns, kRowTiles>::kBlocks)
     commit_copies();
   };
   if (kColumns < Block::kDepth) {  // the last product's other half: no one copies there
-    for (int row = threadIdx.x; row < Block::kSlots * kKeys; row += kThreads) {
+    for (int row = threadIdx.x; row < Block::kSharedRows; row += kThreads) {
       *reinterpret_cast<Vector<uint32_t, 4>*>(ring + row * kPitch + kColumns) = {0, 0, 0, 0};
     }
   }

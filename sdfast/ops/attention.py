@@ -2,8 +2,9 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; scale defaults to 1/sqrt(D).
 The (L, S) scores are never held in fp32 for the whole batch: torch's SDPA streams over the keys
-wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp, and
-those of Triton. A mask is torch's to serve.
+wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp,
+those of CUDA, csrc/attention_cuda.cuh and csrc/attention_backward_cuda.cuh, and those of Triton. A mask is
+torch's to serve.
 
 q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from a kernel a transposed view of
 (B, L, heads, D), so that the heads of a token are side by side for what follows; so are dq, dk and dv.
@@ -97,7 +98,7 @@ _CUDA = _Operations(
 )
 
 
-_WIDEST_CUDA = 512  # elements of a head
+_WIDEST_CUDA, _WIDEST_CUDA_GRADIENT = 512, 160  # elements of a head
 
 
 class _Attention(torch.autograd.Function):
@@ -179,6 +180,16 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _unavailable_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    widest = _WIDEST_CUDA_GRADIENT if requires_grad(q, k, v) else _WIDEST_CUDA
+    if q.dtype is torch.float32:  # tensor cores would round its factors to tf32
+        return "it takes bfloat16 or float16; use triton, torch or reference"
+    if q.shape[3] > widest:
+        which = "its gradient" if widest < _WIDEST_CUDA else "it"
+        return f"{which} takes heads of at most {widest} elements; use triton, torch or reference"
+    return None
+
+
 def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
     if q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
@@ -190,12 +201,9 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     elif q.numel() == 0 or k.numel() == 0:
         reason = "q or k is empty"
     else:
-        name = "attention_backward" if requires_grad(q, k, v) else "attention_forward"
-        reasons = unavailable(name, "q", q.device.type, q.dtype)
-        if "cuda" not in reasons and q.dtype is torch.float32:
-            reasons["cuda"] = "it takes bfloat16 or float16; use triton, torch or reference"
-        elif "cuda" not in reasons and q.shape[3] > _WIDEST_CUDA:
-            reasons["cuda"] = f"it takes heads of at most {_WIDEST_CUDA} elements; use triton, torch or reference"
+        reasons = unavailable("attention_forward", "q", q.device.type, q.dtype)
+        if "cuda" not in reasons and (reason := _unavailable_cuda(q, k, v)):
+            reasons["cuda"] = reason
         return reasons
     return dict.fromkeys(NO_KERNEL_YET, reason)
 
