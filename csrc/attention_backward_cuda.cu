@@ -10,8 +10,6 @@ namespace {
 using attention::Input;
 using attention::Sizes;
 
-constexpr int64_t kWidest = 160;
-
 // do, o, q: (B, heads, L, D). k, v: (B, heads, S, D). lse: (B, heads, L), fp32, base 2. Returns dq,
 // dk, dv, each a view of (B, rows, heads, D).
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(Tensor d_o, Tensor q, Tensor k, Tensor v,
@@ -22,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(Tensor d_o, Tensor q,
   const ScalarType dtype = q.scalar_type();
   const Device device = current_device();
   STD_TORCH_CHECK(device.capability >= 80, "attention: expected a GPU of capability 8.0 or later");
-  STD_TORCH_CHECK(sizes.dim <= kWidest, "q: expected at most ", kWidest, " elements of a head");
+  STD_TORCH_CHECK(sizes.dim <= attention::kWidest, "q: expected at most ", attention::kWidest,
+                  " elements of a head");
   STD_TORCH_CHECK(q.numel() > 0 && k.numel() > 0, "q, k: expected elements");
   Tensor dq = attention::new_by_token(sizes, sizes.queries, dtype),
          dk = attention::new_by_token(sizes, sizes.keys, dtype),

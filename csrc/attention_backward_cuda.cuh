@@ -6,7 +6,8 @@
 // Algorithm. One kernel keeps dk and dv of 64 keys in registers and walks over the queries, another
 // keeps dq of 64 queries and walks over the keys; both compute p and ds, so that nothing is added
 // to in memory and results repeat. Where blocks are fewer than multiprocessors what they walk over
-// is shared out, and a further kernel adds up the fp32 results in order.
+// is shared out, and a further kernel adds up the fp32 results in order. Of wide heads, 32 rows to
+// a block, all but the results comes through shared memory again and again.
 // Bytes: all tensors once, those walked over again from L2 for every block. Limit: tensor cores,
 // 14 L S D flops. Occupancy: 8 warps a multiprocessor or more.
 #pragma once
@@ -14,6 +15,7 @@
 #include <algorithm>
 
 #include "attention_backward_rows_cuda.cuh"
+#include "attention_backward_wide_cuda.cuh"
 
 namespace sdfast::attention {
 
@@ -78,62 +80,46 @@ __global__ void __launch_bounds__(128, Backward<T, kColumns>::kBlocks)
   T *const b = a + kRows * kPitch, *const stages = b + kRows * kPitch;
   float* const of_others = memory.array<float>(4 * kStep);  // lse, delta of the queries walked over
 
-  const unsigned blocks = (call.rows + kRows - 1) / kRows, rest = blockIdx.x / blocks;
-  const int first_row = blockIdx.x % blocks * kRows, split = rest % call.splits;
-  const int head = rest / call.splits, batch = head / call.heads, head_of_batch = head % call.heads;
-  int first = split * call.split_others;
-  int last = min(call.others - first, call.split_others) + first;
-  if (call.is_causal && kOfKeys) first = max(first, first_row);
-  if (call.is_causal && !kOfKeys) last = min(last, first_row + kRows);
-  const int steps = max(0, last - first + kStep - 1) / kStep;
-
+  const Walk walk(call, kRows, kOfKeys);
+  const int steps = max(0, walk.last - walk.first + kStep - 1) / kStep;
   if (kColumns < kDepth) {  // the last product's other half: no one copies there
     for (int row = threadIdx.x; row < Block::kSharedRows; row += kThreads) {
       *reinterpret_cast<Vector<uint32_t, 4>*>(a + row * kPitch + kColumns) = {0, 0, 0, 0};
     }
   }
-  const T* const x = call.x.of_head(batch, head_of_batch);
-  const T* const y = call.y.of_head(batch, head_of_batch);
+  const int batch = walk.batch, head = walk.head_of_batch;
+  const T* const x = call.x.of_head(batch, head);
+  const T* const y = call.y.of_head(batch, head);
   const auto copy = [&](int step) {
     if (step < steps) {
       T* const to = stages + step % 2 * Block::kStage;
-      const int row = first + step * kStep;
-      copy_rows<kThreads, kStep, kColumns, kPitch>(to, x, call.x.row_stride, row, last, call.dim);
+      const int row = walk.first + step * kStep;
+      copy_rows<kThreads, kStep, kColumns, kPitch>(to, x, call.x.row_stride, row, walk.last,
+                                                   call.dim);
       copy_rows<kThreads, kStep, kColumns, kPitch>(to + kStep * kPitch, y, call.y.row_stride, row,
-                                                   last, call.dim);
+                                                   walk.last, call.dim);
     }
     commit_copies();
   };
-  // What the first 64 threads bring of the queries walked over. Beyond the last p is 0.
-  const int64_t first_of_head = int64_t{head} * (kOfKeys ? call.others : call.rows);
+  // What the first 64 threads bring of the queries walked over.
   const auto statistic = [&](int step) {
-    const bool is_lse = threadIdx.x < kStep;
-    const int query = first + step * kStep + threadIdx.x % kStep;
-    if (threadIdx.x >= 2 * kStep || query >= last) return is_lse ? kInfinity : 0.0f;
-    return (is_lse ? call.lse : call.delta)[first_of_head + query];
+    return walk.template statistic<kStep>(call, walk.first + step * kStep);
   };
   const auto keep = [&](int step, float value) {
     if (threadIdx.x < 2 * kStep) of_others[step % 2 * 2 * kStep + threadIdx.x] = value;
   };
-  copy_rows<kThreads, kRows, kColumns, kPitch>(a, call.a.of_head(batch, head_of_batch),
-                                               call.a.row_stride, first_row, call.rows, call.dim);
-  copy_rows<kThreads, kRows, kColumns, kPitch>(b, call.b.of_head(batch, head_of_batch),
-                                               call.b.row_stride, first_row, call.rows, call.dim);
+  copy_rows<kThreads, kRows, kColumns, kPitch>(a, call.a.of_head(batch, head), call.a.row_stride,
+                                               walk.first_row, call.rows, call.dim);
+  copy_rows<kThreads, kRows, kColumns, kPitch>(b, call.b.of_head(batch, head), call.b.row_stride,
+                                               walk.first_row, call.rows, call.dim);
   copy(0);
   if (kOfKeys) keep(0, statistic(0));
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
-  const int warp_row = first_row + warp * 16, row = warp_row + lane / 4;
+  const int warp_row = walk.first_row + warp * 16, row = warp_row + lane / 4;
   T *const mine_a = a + warp * 16 * kPitch, *const mine_b = b + warp * 16 * kPitch;
   float lse[2] = {kInfinity, kInfinity}, delta[2] = {};
-  if (!kOfKeys) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row + half * 8 >= call.rows) continue;
-      lse[half] = call.lse[first_of_head + row + half * 8];
-      delta[half] = call.delta[first_of_head + row + half * 8];
-    }
-  }
+  if (!kOfKeys) walk.load_statistics(call, row, lse, delta);
   const float factor = call.scale * static_cast<float>(kLog2E);
   float da[1][kColumns / 8][4] = {}, db[1][kColumns / 8][4] = {};
   for (int step = 0; step < steps; ++step) {
@@ -142,7 +128,7 @@ __global__ void __launch_bounds__(128, Backward<T, kColumns>::kBlocks)
     copy(step + 1);
     const float ahead = kOfKeys ? statistic(step + 1) : 0.0f;
     const T* const here = stages + step % 2 * Block::kStage;
-    const int other = first + step * kStep;
+    const int other = walk.first + step * kStep;
     // Of a causal call: which steps a warp's rows do not see at all.
     const bool hidden =
         call.is_causal && (kOfKeys ? other + kStep <= warp_row : other >= warp_row + 16);
@@ -154,16 +140,7 @@ __global__ void __launch_bounds__(128, Backward<T, kColumns>::kBlocks)
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         if (kOfKeys) load(statistics + n * 8, lse), load(statistics + kStep + n * 8, delta);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int of_query = kOfKeys ? i % 2 : i / 2;
-          const int key = kOfKeys ? row + i / 2 * 8 : other + n * 8 + pair + i % 2;
-          const int query = kOfKeys ? other + n * 8 + pair + i % 2 : row + i / 2 * 8;
-          const float weight = exp2_fast(fmaf(p[n][i], factor, -lse[of_query]));
-          const bool seen = (kOfKeys || key < last) && (!call.is_causal || key <= query);
-          p[n][i] = seen ? weight : 0.0f;
-          ds[n][i] = p[n][i] * (ds[n][i] - delta[of_query]);
-        }
+        weigh<kOfKeys>(call, walk, row, other + n * 8 + pair, factor, lse, delta, p[n], ds[n]);
       }
       if (kOfKeys) add<T, kColumns, kPitch>(p, here + kStep * kPitch, db);
       add<T, kColumns, kPitch>(ds, here, da);
@@ -172,58 +149,55 @@ __global__ void __launch_bounds__(128, Backward<T, kColumns>::kBlocks)
   }
   wait_for_copies<0>();
   __syncthreads();
-
-#pragma unroll
-  for (int c = 0; c < kColumns / 8; ++c) {
-#pragma unroll
-    for (float& value : da[0][c]) value *= call.scale;
-  }
-  const int rows = call.rows - warp_row;
-  const int64_t partial_rows = call.splits * call.all_heads() * call.rows;
-  const auto put = [&](const Rows<T>& tensor, int which, T* stage, const auto& values) {
-    if (call.splits > 1) {
-      const int64_t at =
-          which * partial_rows + warp_row + (split * call.all_heads() + head) * call.rows;
-      store_partial(call.partial + at * call.dim, call.dim, rows, call.dim, values);
-    } else {
-      store_results<kPitch>(
-          tensor.of_head(batch, head_of_batch) + int64_t{warp_row} * tensor.row_stride,
-          tensor.row_stride, rows, call.out_dim, call.out_dim % 8 == 0, stage, values);
-    }
-  };
-  put(call.da, 0, mine_a, da);
-  if (kOfKeys) put(call.db, 1, mine_b, db);
+  store_pass<kPitch>(call, walk, call.da, 0, call.scale, warp * 16, 0, mine_a, da);
+  if (kOfKeys) store_pass<kPitch>(call, walk, call.db, 1, 1.0f, warp * 16, 0, mine_b, db);
 }
 
 // In how many splits the others of a pass are walked over, and how many of them each takes.
 template <typename T>
 void plan(Pass<T>& pass, const Device& device) {
-  constexpr int kFewest = 256,
-                kMost = 16;  // others of a split, which are worth its results; splits
-  const int64_t blocks = ceil_div(pass.rows, 64) * pass.all_heads();
+  constexpr int kFewest = 256, kMost = 16;  // others that are worth a split's results; splits
+  const int64_t blocks =
+      ceil_div(pass.rows, pass.dim <= kWidestNarrow ? 64 : 32) * pass.all_heads();
   const int64_t wanted = std::min<int64_t>(device.multiprocessors / blocks, pass.others / kFewest);
   const int64_t splits = std::max<int64_t>(1, std::min<int64_t>(wanted, kMost));
   pass.split_others = ceil_div(ceil_div(pass.others, splits), 32) * 32;
   pass.splits = ceil_div(pass.others, pass.split_others);
 }
 
+template <typename T, bool kOfKeys>
+void run_wide(const Pass<T>& pass, cudaStream_t stream) {
+  using Block = WideBackward<T>;
+  const unsigned blocks = ceil_div(pass.rows, Block::kRows) * pass.splits * pass.all_heads();
+  launch(attention_wide_backward_kernel<T, kOfKeys>,
+         {dim3(blocks), dim3(Block::kThreads), Block::kSharedBytes}, stream, pass);
+}
+
 template <typename T, int kColumns, bool kOfKeys>
-void run(const Pass<T>& pass, cudaStream_t stream) {
+void run_narrow(const Pass<T>& pass, cudaStream_t stream) {
   using Block = Backward<T, kColumns>;
   const unsigned blocks = ceil_div(pass.rows, Block::kRows) * pass.splits * pass.all_heads();
   launch(attention_backward_kernel<T, kColumns, kOfKeys>,
          {dim3(blocks), dim3(Block::kThreads), Block::kSharedBytes}, stream, pass);
-  if (pass.splits > 1) add_up(pass, kOfKeys, stream);
 }
 
 // As planned, with room for the results of splits.
 template <bool kOfKeys, typename T>
 void run(const Pass<T>& pass, cudaStream_t stream) {
-  if (pass.dim <= 40) return run<T, 40, kOfKeys>(pass, stream);
-  if (pass.dim <= 64) return run<T, 64, kOfKeys>(pass, stream);
-  if (pass.dim <= 80) return run<T, 80, kOfKeys>(pass, stream);
-  if (pass.dim <= 128) return run<T, 128, kOfKeys>(pass, stream);
-  run<T, 160, kOfKeys>(pass, stream);
+  if (pass.dim <= 40) {
+    run_narrow<T, 40, kOfKeys>(pass, stream);
+  } else if (pass.dim <= 64) {
+    run_narrow<T, 64, kOfKeys>(pass, stream);
+  } else if (pass.dim <= 80) {
+    run_narrow<T, 80, kOfKeys>(pass, stream);
+  } else if (pass.dim <= 128) {
+    run_narrow<T, 128, kOfKeys>(pass, stream);
+  } else if (pass.dim <= kWidestNarrow) {
+    run_narrow<T, 160, kOfKeys>(pass, stream);
+  } else {
+    run_wide<T, kOfKeys>(pass, stream);
+  }
+  if (pass.splits > 1) add_up(pass, kOfKeys, stream);
 }
 
 }  // namespace sdfast::attention

@@ -1,6 +1,6 @@
-// What of attention's gradients goes once over rows: delta = Σ do o, and results of splits.
-//
-// Sixteen threads take a row. Bytes: every tensor once; the limit is memory bandwidth.
+// What the kernels of attention's gradients share, and what goes once over rows: delta = Σ do o,
+// and results of splits. Of these sixteen threads take a row; bytes: every tensor once; limit:
+// memory bandwidth.
 #pragma once
 
 #include "attention_parts_cuda.cuh"
@@ -23,6 +23,90 @@ struct Pass {
 
   __host__ __device__ int64_t all_heads() const { return int64_t{batch} * heads; }
 };
+
+// What a block of threads computes: some rows of a head, over the others of a split.
+struct Walk {
+  int first_row, split, batch, head_of_batch;
+  int64_t head;
+  int first, last;  // of the others, to before the latter
+
+  template <typename T>
+  __device__ Walk(const Pass<T>& call, int rows, bool of_keys) {
+    const unsigned blocks = (call.rows + rows - 1) / rows, rest = blockIdx.x / blocks;
+    const unsigned which = rest / call.splits;
+    first_row = blockIdx.x % blocks * rows;
+    split = rest % call.splits;
+    head = which;
+    batch = which / call.heads;
+    head_of_batch = which % call.heads;
+    first = split * call.split_others;
+    last = min(call.others - first, call.split_others) + first;
+    if (call.is_causal && of_keys) first = max(first, first_row);
+    if (call.is_causal && !of_keys) last = min(last, first_row + rows);
+  }
+
+  // Of the queries walked over from `query` on: lse for the first kCount threads, delta for the
+  // next. Beyond the last p is to be 0.
+  template <int kCount, typename T>
+  __device__ float statistic(const Pass<T>& call, int query) const {
+    const bool is_lse = threadIdx.x < kCount;
+    query += threadIdx.x % kCount;
+    if (threadIdx.x >= 2 * kCount || query >= last) return is_lse ? kInfinity : 0.0f;
+    return (is_lse ? call.lse : call.delta)[head * call.others + query];
+  }
+  // Of the queries that stay, `row` and row + 8. Those beyond the last are left as they are.
+  template <typename T>
+  __device__ void load_statistics(const Pass<T>& call, int row, float (&lse)[2],
+                                  float (&delta)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + half * 8 >= call.rows) continue;
+      lse[half] = call.lse[head * call.rows + row + half * 8];
+      delta[half] = call.delta[head * call.rows + row + half * 8];
+    }
+  }
+};
+
+// q k to p, do v to ds, of a fragment: rows row and row + 8 against others other and other + 1.
+template <bool kOfKeys, typename T>
+__device__ void weigh(const Pass<T>& call, const Walk& walk, int row, int other, float factor,
+                      const float (&lse)[2], const float (&delta)[2], float (&p)[4],
+                      float (&ds)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int of_query = kOfKeys ? i % 2 : i / 2;
+    const int mine = row + i / 2 * 8, its = other + i % 2;
+    const int key = kOfKeys ? mine : its, query = kOfKeys ? its : mine;
+    const float weight = exp2_fast(fmaf(p[i], factor, -lse[of_query]));
+    const bool seen = (kOfKeys || key < walk.last) && (!call.is_causal || key <= query);
+    p[i] = seen ? weight : 0.0f;
+    ds[i] = p[i] * (ds[i] - delta[of_query]);
+  }
+}
+
+// Stores a warp's `scale` times x: 16 rows from `row` of the block on, columns from `column` on.
+// which: 0 for da, 1 for db.
+template <int kPitch, typename T, int kCount>
+__device__ void store_pass(const Pass<T>& call, const Walk& walk, const Rows<T>& tensor, int which,
+                           float scale, int row, int column, T* stage, float (&x)[1][kCount][4]) {
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+    for (float& value : x[0][c]) value *= scale;
+  }
+  row += walk.first_row;
+  const int rows = call.rows - row;
+  if (call.splits > 1) {
+    const int64_t head = (which * call.splits + walk.split) * call.all_heads() + walk.head;
+    float* const to = call.partial + (head * call.rows + row) * call.dim + column;
+    store_partial(to, call.dim, rows, call.dim - column, x);
+  } else {
+    T* const to =
+        tensor.of_head(walk.batch, walk.head_of_batch) + int64_t{row} * tensor.row_stride + column;
+    store_results<kPitch>(to, tensor.row_stride, rows, call.out_dim - column, call.out_dim % 8 == 0,
+                          stage, x);
+  }
+}
 
 constexpr int kRowThreads = 256, kRowLanes = 16;
 

@@ -66,8 +66,6 @@ void combine(const Forward<T>& call, cudaStream_t stream) {
   launch(attention_combine_kernel<T>, {dim3(blocks), dim3(kCombineThreads)}, stream, call);
 }
 
-constexpr int kWidestNarrow = 160, kWidest = Wide<__half, 2>::kColumns;  // elements of a head
-
 // How a call is cut: queries of a block, and keys of a split.
 struct Plan {
   int rows, splits, split_keys;

@@ -19,7 +19,7 @@ struct Narrow {
   static constexpr int kSharedRows = (kRing - 1) * kKeys + (kKeys > kRows ? kKeys : kRows);
   static constexpr size_t kSharedBytes = SharedMemory::bytes<T>(kSharedRows * kPitch);
   // On a multiprocessor, as registers allow.
-  static constexpr int kBlocks = kRowTiles == 2 || kColumns > 80 ? 2 : kColumns > 64 ? 3 : 4;
+  static constexpr int kBlocks = kRowTiles == 2 || kColumns > 80 ? 2 : kColumns > 40 ? 3 : 4;
 
   // A warp's queries and their results so far.
   uint32_t q[kRowTiles][kDepth / 16][4];

@@ -8,6 +8,7 @@
 
 namespace sdfast::attention {
 
+constexpr int kWidestNarrow = 160, kWidest = 512;  // elements of a head
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 

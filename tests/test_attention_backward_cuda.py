@@ -27,7 +27,7 @@ def device(cuda_kernels: str) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 128, 160])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 128, 160, 200, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_against_fp64(dtype: torch.dtype, head_dim: int) -> None:
     for seed, (queries, keys, is_causal) in enumerate(((70, 77, False), (66, 70, True), (33, 1, False))):

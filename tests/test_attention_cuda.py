@@ -212,7 +212,6 @@ def test_what_the_kernel_leaves_to_others() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool)
     single, wide = case.converted(torch.float32), make_case(4, 4, 520, torch.float16)
 
-    leaf = wide.q.detach().requires_grad_()
 
     def call(case: Case, mask: Tensor | None = None) -> Tensor:
         return ops.attention(case.q, case.k, case.v, mask=mask, backend="cuda")
@@ -221,7 +220,6 @@ def test_what_the_kernel_leaves_to_others() -> None:
         ((case, mask), "takes no mask"),
         ((single,), "bfloat16 or float16"),
         ((wide,), "at most 512"),
-        ((dataclasses.replace(wide, q=leaf),), "its gradient takes heads of at most 160"),
         ((dataclasses.replace(case, q=case.q[:, :, :0]),), "is empty"),
     ):
         with pytest.raises(ValueError, match=reason):

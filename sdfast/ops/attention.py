@@ -98,7 +98,7 @@ _CUDA = _Operations(
 )
 
 
-_WIDEST_CUDA, _WIDEST_CUDA_GRADIENT = 512, 160  # elements of a head
+_WIDEST_CUDA = 512  # elements of a head
 
 
 class _Attention(torch.autograd.Function):
@@ -180,13 +180,11 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _unavailable_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    widest = _WIDEST_CUDA_GRADIENT if requires_grad(q, k, v) else _WIDEST_CUDA
+def _unavailable_cuda(q: Tensor) -> str | None:
     if q.dtype is torch.float32:  # tensor cores would round its factors to tf32
         return "it takes bfloat16 or float16; use triton, torch or reference"
-    if q.shape[3] > widest:
-        which = "its gradient" if widest < _WIDEST_CUDA else "it"
-        return f"{which} takes heads of at most {widest} elements; use triton, torch or reference"
+    if q.shape[3] > _WIDEST_CUDA:
+        return f"it takes heads of at most {_WIDEST_CUDA} elements; use triton, torch or reference"
     return None
 
 
@@ -202,8 +200,8 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
         reason = "q or k is empty"
     else:
         reasons = unavailable("attention_forward", "q", q.device.type, q.dtype)
-        if "cuda" not in reasons and (reason := _unavailable_cuda(q, k, v)):
-            reasons["cuda"] = reason
+        if "cuda" not in reasons and (why := _unavailable_cuda(q)):
+            reasons["cuda"] = why
         return reasons
     return dict.fromkeys(NO_KERNEL_YET, reason)
 
