@@ -9,7 +9,9 @@
 // keys are shared out too, and a second kernel weights the fp32 results by their lse.
 // Bytes: q, k, v, o once, k and v again from L2 for every block. Limit: tensor cores, 4 L S D
 // flops; of narrow heads the L S powers of two as well, 16 a clock and multiprocessor. Registers
-// decide the occupancy: 8 warps a multiprocessor, 12 of the narrowest heads.
+// decide the occupancy: 8 warps a multiprocessor where one takes 32 queries, or heads are wide, and
+// 12, of up to 40 elements 16, where it takes 16 queries. A warp of 32 reads half as many bytes of
+// keys and values from shared memory for a product, which is what limits one of 16.
 #pragma once
 
 #include <algorithm>

@@ -17,6 +17,9 @@ struct Sizes {
     STD_TORCH_CHECK(queries <= kMost && keys <= kMost && batch * heads <= kMost,
                     "q, k: expected at most 2^30 rows");
     STD_TORCH_CHECK(heads * dim <= kMost, "q: expected at most 2^30 elements of a row");
+    constexpr int64_t kFewestRows = 16, kMostBlocks = 2147483647;
+    STD_TORCH_CHECK(ceil_div(std::max(queries, keys), kFewestRows) * batch * heads <= kMostBlocks,
+                    "q, k: expected at most 2^31 blocks of 16 rows");
   }
 };
 

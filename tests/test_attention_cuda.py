@@ -212,7 +212,6 @@ def test_what_the_kernel_leaves_to_others() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool)
     single, wide = case.converted(torch.float32), make_case(4, 4, 520, torch.float16)
 
-
     def call(case: Case, mask: Tensor | None = None) -> Tensor:
         return ops.attention(case.q, case.k, case.v, mask=mask, backend="cuda")
 
