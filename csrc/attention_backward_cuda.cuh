@@ -21,18 +21,19 @@ namespace sdfast::attention {
 
 template <typename T, int kColumns>
 struct Backward {
-  static constexpr int kThreads = 4 * kWarp, kRows = 64, kStep = 32;
+  static constexpr int kThreads = 4 * kWarp, kRows = 64;
+  static constexpr int kStep = kColumns > 128 ? 16 : 32;  // others, as registers allow
   static constexpr int kDepth = (kColumns + 15) / 16 * 16, kPitch = pitch_of(kDepth);
   static constexpr int kStage = 2 * kStep * kPitch;  // x, y
   static constexpr int kSharedRows = 2 * kRows + 4 * kStep;
   static constexpr size_t kSharedBytes =
       SharedMemory::bytes<T>(kSharedRows * kPitch) + SharedMemory::bytes<float>(4 * kStep);
-  static constexpr int kBlocks = kColumns > 64 ? 2 : 3;  // on a multiprocessor, as registers allow
+  static constexpr int kBlocks = kColumns > 40 ? 2 : 3;  // on a multiprocessor, as registers allow
 };
 
-// s += a xᵀ, 16 rows against 32 others.
-template <typename T, int kDepth, int kPitch>
-__device__ void multiply(const T* a, const T* x, float (&s)[4][4]) {
+// s += a xᵀ, 16 rows against 8 kCount others.
+template <typename T, int kDepth, int kPitch, int kCount>
+__device__ void multiply(const T* a, const T* x, float (&s)[kCount][4]) {
   a += row_major_offset<kPitch>();
   x += column_major_offset<kPitch>();
 #pragma unroll
@@ -40,7 +41,7 @@ __device__ void multiply(const T* a, const T* x, float (&s)[4][4]) {
     uint32_t left[4];
     load_matrices(left, a + d);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kCount / 2; ++n) {
       uint32_t right[4];
       load_matrices(right, x + n * 16 * kPitch + d);
       mma<T>(s[2 * n], left, {right[0], right[1]});
@@ -49,12 +50,12 @@ __device__ void multiply(const T* a, const T* x, float (&s)[4][4]) {
   }
 }
 
-// d += s x, of 32 others.
-template <typename T, int kColumns, int kPitch>
-__device__ void add(const float (&s)[4][4], const T* x, float (&d)[1][kColumns / 8][4]) {
+// d += s x, of 8 kCount others.
+template <typename T, int kColumns, int kPitch, int kCount>
+__device__ void add(const float (&s)[kCount][4], const T* x, float (&d)[1][kColumns / 8][4]) {
   x += row_major_offset<kPitch>();
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
+  for (int n = 0; n < kCount / 2; ++n) {
     const uint32_t left[4] = {pack<T>(s[2 * n][0], s[2 * n][1]), pack<T>(s[2 * n][2], s[2 * n][3]),
                               pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
                               pack<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(128, Backward<T, kColumns>::kBlocks)
     }
     commit_copies();
   };
-  // What the first 64 threads bring of the queries walked over.
+  // What the first 2 kStep threads bring of the queries walked over.
   const auto statistic = [&](int step) {
     return walk.template statistic<kStep>(call, walk.first + step * kStep);
   };
@@ -133,12 +134,12 @@ __global__ void __launch_bounds__(128, Backward<T, kColumns>::kBlocks)
     const bool hidden =
         call.is_causal && (kOfKeys ? other + kStep <= warp_row : other >= warp_row + 16);
     if (!hidden) {
-      float p[4][4] = {}, ds[4][4] = {};
+      float p[kStep / 8][4] = {}, ds[kStep / 8][4] = {};
       multiply<T, kDepth, kPitch>(mine_a, here, p);
       multiply<T, kDepth, kPitch>(mine_b, here + kStep * kPitch, ds);
       const float* const statistics = of_others + step % 2 * 2 * kStep + pair;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < kStep / 8; ++n) {
         if (kOfKeys) load(statistics + n * 8, lse), load(statistics + kStep + n * 8, delta);
         weigh<kOfKeys>(call, walk, row, other + n * 8 + pair, factor, lse, delta, p[n], ds[n]);
       }
