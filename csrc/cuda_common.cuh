@@ -235,6 +235,17 @@ __device__ inline void store(T* to, const float (&from)[N]) {
   *reinterpret_cast<Vector<T, N>*>(to) = vector;
 }
 
+// 2^x within 2 units in the last place; 0 where that is less than 2^-126.
+__device__ inline float exp2_fast(float x) {
+#ifdef SDFAST_SIMT
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 inline bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }

@@ -2,8 +2,9 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", eq. 1; scale defaults to 1/sqrt(D).
 The (L, S) scores are never held in fp32 for the whole batch: torch's SDPA streams over the keys
-wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp, and
-those of Triton. A mask is torch's to serve.
+wherever it can, and so do the CPU kernels, csrc/attention_cpu.cpp and csrc/attention_backward_cpu.cpp,
+those of CUDA, csrc/attention_cuda.cuh and csrc/attention_backward_cuda.cuh, and those of Triton. A mask is
+torch's to serve.
 
 q: (B, heads, L, D). k, v: (B, heads, S, D). o: (B, heads, L, D), from a kernel a transposed view of
 (B, L, heads, D), so that the heads of a token are side by side for what follows; so are dq, dk and dv.
@@ -90,6 +91,14 @@ _TRITON = _Operations(
     _library.define_triton("attention_with_lse", "sdfast.ops.attention_triton"),
     _library.define_triton("attention_backward", "sdfast.ops.attention_backward_triton"),
 )
+_CUDA = _Operations(
+    _library.define_cuda("attention_forward"),
+    _library.define_cuda("attention_with_lse"),
+    _library.define_cuda("attention_backward"),
+)
+
+
+_WIDEST_CUDA = 512  # elements of a head
 
 
 class _Attention(torch.autograd.Function):
@@ -149,11 +158,34 @@ def attention_triton(
     return _attend(_TRITON, q, k, v, is_causal, scale)
 
 
+def attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The compiled CUDA kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
+    assert mask is None
+    return _attend(_CUDA, q, k, v, is_causal, scale)
+
+
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": attention_cpu,
     "triton": attention_triton,
+    "cuda": attention_cuda,
     "reference": cast(Callable[..., Tensor], attention_reference),
 }
+
+
+def _unavailable_cuda(q: Tensor) -> str | None:
+    if q.dtype is torch.float32:  # tensor cores would round its factors to tf32
+        return "it takes bfloat16 or float16; use triton, torch or reference"
+    if q.shape[3] > _WIDEST_CUDA:
+        return f"it takes heads of at most {_WIDEST_CUDA} elements; use triton, torch or reference"
+    return None
 
 
 def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, str]:
@@ -167,8 +199,11 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     elif q.numel() == 0 or k.numel() == 0:
         reason = "q or k is empty"
     else:
-        return unavailable("attention_forward", "q", q.device.type, q.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
+        reasons = unavailable("attention_forward", "q", q.device.type, q.dtype)
+        if "cuda" not in reasons and (why := _unavailable_cuda(q)):
+            reasons["cuda"] = why
+        return reasons
+    return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
 def _is_faster_in_torch(q: Tensor, k: Tensor, v: Tensor) -> bool:
