@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec
+from sdfast.bench.case import Case, Spec, Way
 
 # (B, heads, L, S, D): the U-Net at 512x512 with a guided batch of 2, the VAE, and the causal text encoder.
 UNET = tuple(
@@ -52,15 +52,15 @@ def make(setting: Setting, causal: bool, training: bool, dtype: torch.dtype, dev
         return [t.detach().double().requires_grad_(training) for t in cut]
 
     def exact() -> list[Tensor]:
-        inputs = wide()
-        y = F.scaled_dot_product_attention(*inputs, is_causal=causal)
-        return gradients(y, inputs, do[:1, -1:, :queries].double())
+        a, b, c = wide()
+        y = F.scaled_dot_product_attention(a, b, c, is_causal=causal)
+        return gradients(y, (a, b, c), do[:1, -1:, :queries].double())
 
     def magnitude() -> list[Tensor]:
         a, b, c = wide()
         return [F.scaled_dot_product_attention(a, b, c.abs(), is_causal=causal)]
 
-    ways = {
+    ways: dict[str, Way] = {
         "eager": lambda: gradients(
             F.scaled_dot_product_attention(q, k, v, is_causal=causal), leaves, do
         ),

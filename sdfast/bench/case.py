@@ -1,4 +1,4 @@
-"""One call of one operation: the ways to compute it, how a result is judged, and what it costs at the least."""
+"""One call of one operation: the ways to compute it, how a result is judged, and its least cost."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ class Case:
             name: max(relative_error(*pair, magnitude=m) for *pair, m in zip(part, exact, sizes, strict=True))
             for name, part in parts.items()
         }
-        for ours, eager, right, magnitude in zip(
-            parts["sdfast"], parts["eager"], exact, sizes, strict=True
-        ):
+        for ours, eager, right, magnitude in zip(parts["sdfast"], parts["eager"], exact, sizes, strict=True):
             if ours.dtype != eager.dtype:
                 raise AssertionError(f"got {ours.dtype}, expected {eager.dtype}")
             error = relative_error(ours, right, magnitude=magnitude)

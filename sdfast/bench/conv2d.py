@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sdfast
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec
+from sdfast.bench.case import Case, Spec, Way
 from sdfast.ops.conv2d import conv2d_torch
 
 # N, C_in, size, C_out, kernel, stride, and whether a nearest-2x upsample comes before.
@@ -42,7 +42,10 @@ def make(setting: Setting, dtype: torch.dtype, device: str) -> Case:
     last = torch.channels_last
     x = torch.randn(images, channels, size, size).to(device, dtype).to(memory_format=last)
     weight = torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
-    weight, bias = weight.to(device, dtype).to(memory_format=last), torch.randn(out_channels).to(device, dtype)
+    weight, bias = (
+        weight.to(device, dtype).to(memory_format=last),
+        torch.randn(out_channels).to(device, dtype),
+    )
     padding = (kernel // 2,) * 4
 
     def ours() -> list[Tensor]:
@@ -66,7 +69,7 @@ def make(setting: Setting, dtype: torch.dtype, device: str) -> Case:
     def limit(eager_error: float) -> float:
         return 5e-5 if dtype == torch.float32 else 1.5 * eager_error + torch.finfo(dtype).eps
 
-    ways = {
+    ways: dict[str, Way] = {
         "eager": lambda: [conv2d_torch(x, weight, bias, stride, padding, upsample=upsample)],
         "sdfast": ours,
         "exact": ours_exact,
@@ -77,7 +80,8 @@ def make(setting: Setting, dtype: torch.dtype, device: str) -> Case:
         f"{images}x{channels}x{size}x{size} to {out_channels}", dtype, ways, exact,
         flops=2 * results * weight.numel(), nbytes=elements * dtype.itemsize, part=part, limit=limit,
         details={
-            "kernel": f"{kernel}x{kernel}" + (f" stride {stride}" if stride > 1 else ""), "upsample": upsample,
+            "kernel": f"{kernel}x{kernel}" + (f" stride {stride}" if stride > 1 else ""),
+            "upsample": upsample,
         },
     )  # fmt: skip
 

@@ -103,12 +103,12 @@ def load_sdfast(task: Task, ready: Ready) -> Run:
     del theirs
     ready()
     keep_freed_memory()
-    run = _run(task.model.forward(ours), ours, task)
-    if task.backend is None:
+    run, backend = _run(task.model.forward(ours), ours, task), task.backend
+    if backend is None:
         return run
 
     def run_by_backend() -> Tensor:
-        with dispatch.use_backend(task.backend):
+        with dispatch.use_backend(backend):
             return run()
 
     return run_by_backend

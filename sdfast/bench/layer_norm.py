@@ -1,4 +1,4 @@
-"""The LayerNorms of Stable Diffusion 1.5. Least traffic: x and y once; with gradients x, dy and dx after them."""
+"""The LayerNorms of Stable Diffusion 1.5. Least traffic: x and y once; with gradients x, dy and dx, too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec
+from sdfast.bench.case import Case, Spec, Way
 
 # (N, L, C): the transformer blocks of the U-Net (64x64 latent, guided batch of 2) and of the text encoder.
 SHAPES = ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 64, 1280), (2, 77, 768))
@@ -32,7 +32,7 @@ def make(shape: tuple[int, ...], training: bool, dtype: torch.dtype, device: str
         wide = [t.detach().double().requires_grad_(training) for t in leaves]
         return gradients(F.layer_norm(wide[0], shape[-1:], wide[1], wide[2]), wide, dy.double())
 
-    ways = {
+    ways: dict[str, Way] = {
         "eager": lambda: gradients(F.layer_norm(x, shape[-1:], weight, bias), leaves, dy),
         "sdfast": lambda: gradients(ops.layer_norm(x, shape[-1:], weight, bias), leaves, dy),
     }

@@ -1,4 +1,4 @@
-"""The matrix products of Stable Diffusion 1.5's U-Net. Least traffic: x, weight and y once, and the residual."""
+"""The matrix products of Stable Diffusion 1.5's U-Net. Least traffic: x, weight, residual and y once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec
+from sdfast.bench.case import Case, Spec, Way
 from sdfast.ops.linear import linear_torch
 
 # 64x64 latent, guided batch of 2: tokens and channels of each level ...
@@ -42,7 +42,7 @@ def make(setting: Setting, dtype: torch.dtype, device: str) -> Case:
     def part(results: Sequence[Tensor]) -> list[Tensor]:
         return [results[0][few]]
 
-    ways = {
+    ways: dict[str, Way] = {
         "eager": lambda: [linear_torch(x, weight, bias, activation=activation, residual=residual)],
         "sdfast": lambda: [ops.linear(x, weight, bias, activation=activation, residual=residual)],
     }

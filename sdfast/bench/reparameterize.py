@@ -20,9 +20,9 @@ def make(shape: tuple[int, ...], training: bool, dtype: torch.dtype, device: str
     mean, _, noise, logvar = latents(shape, dtype, device)
 
     def run(mean: Tensor, logvar: Tensor, noise: Tensor, backend: str | None) -> Sequence[Tensor]:
-        leaves = [t.detach().requires_grad_(training) for t in (mean, logvar)]
-        z = ops.reparameterize(*leaves, noise, backend=backend)
-        return [z, *torch.autograd.grad(z, leaves, noise)] if training else [z]
+        mean, logvar = (t.detach().requires_grad_(training) for t in (mean, logvar))
+        z = ops.reparameterize(mean, logvar, noise, backend=backend)
+        return [z, *torch.autograd.grad(z, (mean, logvar), noise)] if training else [z]
 
     ways = {
         "eager": lambda: run(mean, logvar, noise, "torch"),

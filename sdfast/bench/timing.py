@@ -24,7 +24,7 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 
     Returns:
         ratio, the median of the pairs' ratios, their p20 and p80, and low and high, the 95% confidence
-        interval of the median by bootstrap over the pairs: fixed seed, percentiles. Of one pair all are equal.
+        interval of the median by bootstrap over the pairs: fixed seed, percentiles.
     """
     pairs = np.asarray(theirs, dtype=np.float64) / np.asarray(ours, dtype=np.float64)
     p20, median, p80 = spread(pairs.tolist())

@@ -53,7 +53,7 @@ class Work:
     def _diffusers(self) -> Any:
         import diffusers
 
-        diffusers.logging.set_verbosity_error()  # it warns of every .to(dtype)
+        diffusers.utils.logging.set_verbosity_error()  # it warns of every .to(dtype)
         return getattr(diffusers, self.theirs)
 
     def make_theirs(self) -> Any:
@@ -63,10 +63,14 @@ class Work:
 
     def make_ours(self, theirs: Any) -> nn.Module:
         """Our model on the weights of `theirs`, not on copies."""
-        with torch.device("meta"):
-            ours = self.ours(config_from_dict(self.ours, dict(theirs.config))).eval()
+        ours = self.make_ours_empty(theirs).eval()
         ours.load_state_dict(theirs.state_dict(), assign=True)
         return ours
+
+    def make_ours_empty(self, theirs: Any) -> nn.Module:
+        """Our model of the configuration of `theirs`, without memory for weights."""
+        with torch.device("meta"):
+            return self.ours(config_from_dict(self.ours, dict(theirs.config)))
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         with torch.device("meta"):
