@@ -270,9 +270,9 @@ def _images(result: Record) -> Iterator[str]:
         )
     text = (
         "From the same seeds. The digits are drawn by the small pipeline that ships with sdfast. The"
-        " photograph (Eileen Collins, NASA, from scikit-image) passes that pipeline's VAE, which knows nothing"
-        " but digits of 32x32 pixels: that it comes out coarse is the model's doing, that both sides agree is"
-        " what is shown."
+        " photograph (Eileen Collins, NASA, from scikit-image) passes that pipeline's VAE, which knows"
+        " nothing but digits of 32x32 pixels: that it comes out coarse is the model's doing, that both sides"
+        " agree is what is shown."
     )
     if rows:
         yield from _section("Images", text, *body)
