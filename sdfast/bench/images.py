@@ -53,14 +53,9 @@ class Draw:
 
 def eager(request: Request, dtype: torch.dtype) -> Draw:
     """diffusers' pipeline; without diffusers and transformers ours on torch's kernels, which is its equal."""
-    if missing(("diffusers", "transformers")):
+    diffusers = imported()
+    if diffusers is None:
         return ours(dataclasses.replace(request, backend="torch"), dtype)
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):  # what they say of loading is not about times
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
     pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(digits_folder(), torch_dtype=dtype)
     pipe = pipe.to(request.device)
     pipe.set_progress_bar_config(disable=True)
@@ -74,6 +69,19 @@ def eager(request: Request, dtype: torch.dtype) -> Draw:
         return _unit(pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample)
 
     return Draw(digits, photograph)
+
+
+def imported() -> Any:
+    """diffusers, silent, or None; imported before anything is timed."""
+    if missing(("diffusers", "transformers")):
+        return None
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):  # what they say of loading is not about times
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    return diffusers
 
 
 def ours(request: Request, dtype: torch.dtype) -> Draw:
@@ -134,6 +142,7 @@ def rows(request: Request) -> Iterator[dict[str, Any]]:
             x = as_tensor(picture, height=size, width=size, channels=3, multiple=8)
             x = x.to(request.device, kind)
             calls[title] = functools.partial(draw_photograph, x)
+        imported()
         loads = {name: timed(functools.partial(load, request, kind)) for name, load in SIDES.items()}
         for name, call in calls.items():
             row = {"part": "images", "name": name, "dtype": dtype}

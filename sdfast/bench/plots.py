@@ -97,9 +97,11 @@ def _scatter(
     points: Sequence[Point], lines: Sequence[Line], width: int, x_label: str, y_label: str, label: str
 ) -> str:
     height = round(width * 0.58) if width > 500 else width
-    corners = [corner for line in lines for corner in line.points]
-    x_axis = LogAxis(*span([p.x for p in points]), _LEFT, width - _RIGHT)
-    y_axis = LogAxis(*span([p.y for p in points] + [y for _, y in corners]), height - _BOTTOM, _TOP)
+    bounds = span([p.x for p in points])
+    lines = [dataclasses.replace(line, points=_cut(line.points, *bounds)) for line in lines]
+    heights = [p.y for p in points] + [y for line in lines for _, y in line.points]
+    x_axis = LogAxis(*bounds, _LEFT, width - _RIGHT)
+    y_axis = LogAxis(*span(heights), height - _BOTTOM, _TOP)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
         f' aria-label="{escape(label)}">'
@@ -125,19 +127,22 @@ def _scatter(
     return "".join(parts) + "</svg>"
 
 
-def _line(line: Line, x_axis: LogAxis, y_axis: LogAxis) -> str:
-    """The line within the axes, cut where it would leave them on the left or the right."""
-    low, high = 10**x_axis.low, 10**x_axis.high
-    cut: list[tuple[float, float]] = []
-    for (x0, y0), (x1, y1) in zip(line.points, line.points[1:], strict=False):
-        slope = (math.log(y1) - math.log(y0)) / (math.log(x1) - math.log(x0))
+def _cut(points: Sequence[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
+    """The part of a line between two x, straight on logarithmic axes."""
+    found: list[tuple[float, float]] = []
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        slope = math.log(y1 / y0) / math.log(x1 / x0)
         a, b = max(x0, low), min(x1, high)
         if a < b:
-            cut += [(x, math.exp(math.log(y0) + slope * math.log(x / x0))) for x in (a, b)]
-    if not cut:
+            found += [(x, y0 * (x / x0) ** slope) for x in (a, b)]
+    return found
+
+
+def _line(line: Line, x_axis: LogAxis, y_axis: LogAxis) -> str:
+    if not line.points:
         return ""
-    places = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in cut)
-    x, y = cut[-1]
+    places = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in line.points)
+    x, y = line.points[-1]
     return (
         f'<polyline class="roof" points="{places}"/>'
         f'<text x="{x_axis(x) - 4:.1f}" y="{y_axis(y) - 6:.1f}" text-anchor="end">{escape(line.label)}</text>'
@@ -194,7 +199,7 @@ def scale(bounds: tuple[float, float]) -> str:
     """The ratios under such bars, as HTML."""
     axis = LogAxis(*bounds, 0, 100)
     powers = [2.0**p for p in range(-4, 11)]
-    marks = [v for v in powers if bounds[0] <= v <= bounds[1]]
+    marks = [v for v in powers if 4 < axis(v) < 96 and bounds[0] < v < bounds[1]]  # room for their text
     if len(marks) > 6:
         marks = [v for v in marks if math.log2(v) % 2 == 0]
     spans = "".join(f'<span style="left:{axis(v):.1f}%">{v:g}x</span>' for v in marks)
