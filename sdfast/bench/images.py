@@ -56,8 +56,8 @@ def eager(request: Request, dtype: torch.dtype) -> Draw:
     diffusers = imported()
     if diffusers is None:
         return ours(dataclasses.replace(request, backend="torch"), dtype)
-    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(digits_folder(), torch_dtype=dtype)
-    pipe = pipe.to(request.device)
+    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(digits_folder())
+    pipe = pipe.to(request.device, dtype)
     pipe.set_progress_bar_config(disable=True)
 
     def digits(prompts: Sequence[str], latents: Tensor, steps: int) -> Tensor:
