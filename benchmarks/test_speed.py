@@ -10,7 +10,7 @@ other, so that a machine that is busy for a while hits one of them. `sdfast benc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from sdfast.testing import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIDES = ("eager", "sdfast")
-Benchmark = Callable[..., object]
+Benchmark = Any
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,6 +47,7 @@ def no_packed_copies():
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operation(benchmark: Benchmark, spec: Spec, dtype: torch.dtype, side: str) -> None:
+    benchmark.group = f"{spec.op} {spec.name}, {dtype}"  # the sides of a case beside each other
     case = spec.make(dtype, "cpu")
     with torch.set_grad_enabled(case.training):
         case.errors({name: case.ways[name]() for name in SIDES})
@@ -58,6 +59,7 @@ def test_operation(benchmark: Benchmark, spec: Spec, dtype: torch.dtype, side: s
 def test_model(benchmark: Benchmark, works: dict, name: str, side: str) -> None:
     pytest.importorskip("diffusers")
     work = works[name]
+    benchmark.group = work.title
     theirs = work.make_theirs().to(memory_format=torch.channels_last)
     models = {"eager": theirs, "sdfast": work.make_ours(theirs)}
     with torch.inference_mode():
@@ -74,6 +76,7 @@ def test_model(benchmark: Benchmark, works: dict, name: str, side: str) -> None:
 @pytest.mark.parametrize("side", SIDES)
 def test_training(benchmark: Benchmark, works: dict, side: str) -> None:
     pytest.importorskip("diffusers")
+    benchmark.group = "training"
     training = Training(works["unet"], torch.float32, Request())
     training.check()
     benchmark(training.step(side))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sdfast.bench import machine, page, record, tables
-from sdfast.bench.request import Request
+from sdfast.bench.request import ENGINES, Request
 from sdfast.memory import keep_freed_memory
 
 # A quick run starts nothing after this; what it then does is done within two minutes.
@@ -49,7 +49,11 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
         "quick": request.quick,
         "rows": [],
         "breakdown": [],
-        "left_out": [],
+        "left_out": [
+            f"{engine}: takes part in {' and '.join(ENGINES[engine][1])} alone"
+            for engine in request.against
+            if not set(ENGINES[engine][1]) & set(request.parts)
+        ],
     }
     if busy := busy_line(result["environment"]):
         say(busy)
