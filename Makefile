@@ -27,12 +27,12 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h tests/simt/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h tests/simt/*.* tests/simt/planted/*
 
 format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp tests/*.h tests/simt/*
+	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp tests/*.h tests/simt/*.* tests/simt/planted/*
 
 # The operations' tests on libraries that report memory errors, in a copy of the package. Takes minutes.
 sanitize: $(VENV)/.installed-dev
@@ -44,15 +44,16 @@ sanitize: $(VENV)/.installed-dev
 	$(VENV)/bin/cmake --build build/cmake-sanitize
 	$(RUN) tests/sanitize.py build/sanitize
 
-# Compiles every Triton kernel for every GPU we support. Needs no GPU; takes minutes.
+# Compiles every Triton and CUDA C++ kernel for every GPU we support. Needs nvcc and no GPU; takes minutes.
 check-gpu-code: $(VENV)/.installed-dev
 	PYTHONPATH=. $(RUN) tests/triton_code.py
+	PYTHONPATH=. $(RUN) tests/cuda_code.py
 
 # On a GPU, in ten minutes: tests, operations and models beside eager and compiled torch, compute-sanitizer.
 gpu: $(VENV)/.installed-dev
 	$(RUN) tests/gpu_check.py
 
-# Rebuilds the compiled libraries in place after a change under csrc/.
+# Rebuilds the compiled libraries in place after a change under csrc/; SDFAST_CUDA_ARCHS=9.0a adds the CUDA library.
 native: $(VENV)/.installed
 	SDFAST_REQUIRE_NATIVE=1 $(RUN) setup.py build_ext --inplace
 
@@ -62,7 +63,7 @@ $(VENV)/.torch:
 	$(VENV)/bin/pip install -q "setuptools>=77" wheel "cmake>=3.22" ninja
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*)
 	$(VENV)/bin/pip install -q --no-build-isolation -e .
 	touch $@ $(VENV)/.torch
 
@@ -71,4 +72,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info sdfast/_C_*.so
+	rm -rf $(VENV) build dist *.egg-info sdfast/_C_*

@@ -152,6 +152,40 @@ def _profile(title: str, profile: Row) -> list[str]:
     ]  # fmt: skip
 
 
+def cuda_code_lines(record: Row) -> list[str]:
+    """A line an operation: what of its kernels needs most, on each architecture."""
+    architectures = record["architectures"]
+    kernels: dict[str, list[Row]] = {}
+    for row in record["rows"]:
+        kernels.setdefault(row["op"], []).append(row)
+
+    def cells(op: str, rows: list[Row]) -> tuple[object, ...]:
+        registers = (
+            max((row["registers"][i] or 0 for row in rows), default=0) for i in range(len(architectures))
+        )
+        shared = max(size or 0 for row in rows for size in row["shared_bytes"])
+        matrix = sum(row["matrix"] for row in rows)
+        stack = max(row["stack_bytes"] for row in rows)
+        return f"`{op}`", len(rows), matrix or "", *registers, shared, stack
+
+    environment = record["environment"]
+    return [
+        "",
+        "## What the CUDA C++ kernels become, compiled without a GPU",
+        "",
+        f"`{record['command']}`, nvcc {environment['nvcc']}, commit {environment['commit']};"
+        " [cuda_code.json](results/cuda_code.json) has every kernel.",
+        "Matrix: how many have the matrix unit's instructions. Under a GPU's name: registers of a",
+        "thread, those of the kernel that needs most; so is static shared memory. Spills, and arrays",
+        "without registers, lie on the stack.",
+        "",
+        *markdown_table(
+            ("op", "kernels", "matrix", *(f"sm_{a}" for a in architectures), "shared bytes", "stack bytes"),
+            (cells(op, rows) for op, rows in kernels.items()),
+        ),
+    ]  # fmt: skip
+
+
 def traffic_lines(record: Row) -> list[str]:
     """Of bf16 and of what has no dtype in its name; fp16 moves the same."""
     shown = [row for row in record["rows"] if not row["case"].endswith(("fp16", "fp32", "tf32"))]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from _report_bench import expand
-from _report_gpu import goals_lines, gpu_models_lines, operations_lines, traffic_lines
+from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
 from _report_models import models_rows, models_table, peers_lines, profile_lines
 
 from sdfast.bench.tables import markdown_table
@@ -37,6 +37,7 @@ _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
+_CUDA_CODE = HERE / "results/cuda_code.json"
 
 Row = dict[str, Any]
 
@@ -174,6 +175,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
         elif kind == "gpu_models":
             lines += gpu_models_lines(record)
     lines += goals_lines([r for name, r in records.items() if name.endswith("/gpu_models.json")])
+    if _CUDA_CODE.exists():
+        lines += cuda_code_lines(json.loads(_CUDA_CODE.read_text()))
     if _TRAFFIC.exists():
         lines += traffic_lines(json.loads(_TRAFFIC.read_text()))
     return lines

@@ -162,14 +162,17 @@ T* in_block_of_cluster(T* shared, unsigned block) {
 #else
 // Which block of its cluster this is.
 __device__ inline unsigned cluster_block() {
-  unsigned rank;
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
   return rank;
 }
 // Waits for every thread of the cluster; what they wrote to shared memory before is seen after.
 __device__ inline void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  // Not `.aligned`: a warp may come here in parts, after a loop whose rounds differ.
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 #else
   __trap();
 #endif

@@ -93,6 +93,20 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
+// The nearest tf32, of whose low 13 bits an mma looks at none; ties away from zero.
+template <int N>
+__device__ inline void round_to_tf32(uint32_t (&values)[N]) {
+#pragma unroll
+  for (uint32_t& value : values) {
+#ifdef SDFAST_SIMT
+    const bool finite = (value & 0x7f800000u) != 0x7f800000u;
+    if (finite) value = (value + 0x1000u) & 0xffffe000u;
+#else
+    asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(value));
+#endif
+  }
+}
+
 // Two values as one register of a fragment, the first in its low half.
 template <typename T>
 __device__ inline uint32_t pack(float low, float high) {

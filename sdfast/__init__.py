@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdfast import diffusion, models, ops, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
+    from sdfast.drop_in import disabled, explain, optimize, restore
+    from sdfast.drop_in.processor import SdfastAttnProcessor
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
@@ -26,13 +28,18 @@ __all__ = [
     "CLIPTextEncoder",
     "CheckpointError",
     "GeneratedImages",
+    "SdfastAttnProcessor",
     "StableDiffusion",
     "UNet2D",
     "UNet2DCondition",
     "__version__",
     "diffusion",
+    "disabled",
+    "explain",
     "models",
     "ops",
+    "optimize",
+    "restore",
     "training",
     "tune",
     "use_backend",
@@ -47,12 +54,17 @@ _HOMES = {
     "CLIPTextEncoder": "sdfast.models",
     "CheckpointError": "sdfast.models.checkpoint",
     "GeneratedImages": "sdfast.pipelines",
+    "SdfastAttnProcessor": "sdfast.drop_in.processor",
     "StableDiffusion": "sdfast.pipelines",
     "UNet2D": "sdfast.models",
     "UNet2DCondition": "sdfast.models",
     "diffusion": "sdfast.diffusion",
+    "disabled": "sdfast.drop_in",
+    "explain": "sdfast.drop_in",
     "models": "sdfast.models",
     "ops": "sdfast.ops",
+    "optimize": "sdfast.drop_in",
+    "restore": "sdfast.drop_in",
     "training": "sdfast.training",
     "tune": "sdfast.tuning",
     "use_backend": "sdfast.dispatch",

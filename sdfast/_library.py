@@ -12,10 +12,13 @@ import importlib
 import importlib.util
 import pathlib
 import platform
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+
+from sdfast import _cuda_archs
 
 LIBRARY = torch.library.Library("sdfast", "DEF")
 
@@ -191,21 +194,64 @@ def load_cuda_library() -> LibraryStatus:
     if _cuda_status is None:
         _cuda_status = _load_cuda_library()
         _note_kernels()
+        if _cuda_status.loaded:
+            # Before there is a CUDA tensor, when torch checks its own kernels. An import must not initialise
+            # CUDA: processes that are forked later could not use it.
+            torch.cuda._lazy_call(_check_cuda_devices)
     return _cuda_status
 
 
 def _load_cuda_library() -> LibraryStatus:
     path = _PACKAGE_DIR / "_C_cuda.so"
     if not path.exists():
-        remedy = "SDFAST_CUDA_ARCHS=9.0a pip install --no-build-isolation . with nvcc"
+        remedy = _cuda_archs.build_command("9.0a") + " with nvcc, for a GPU of compute capability 9.0"
         return LibraryStatus("_C_cuda", False, f"{path.name} was not built: {remedy}")
+    contents = cuda_contents()
+    holds = str(contents or f"what it holds is not known without {path.stem}.json")
     if torch.version.cuda is None:
-        return LibraryStatus("_C_cuda", False, "built, but this torch is without CUDA")
+        return LibraryStatus("_C_cuda", False, f"built ({holds}), but this torch is without CUDA")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return LibraryStatus("_C_cuda", False, f"{path.name}: {error.__cause__ or error}")
-    return LibraryStatus("_C_cuda", True, "loaded")
+    return LibraryStatus("_C_cuda", True, f"loaded: {holds}")
+
+
+def _check_cuda_devices() -> None:
+    """Take the CUDA kernels out of service, with a warning, where a GPU that torch sees is none of theirs."""
+    global _cuda_status
+    contents = cuda_contents()
+    if contents is None:
+        return
+    for index, capability in enumerate(cuda_devices()):
+        why = _cuda_archs.why_not(contents, capability, cuda_of_driver())
+        if why is None:
+            continue
+        detail = (
+            f"not for cuda:{index}, of compute capability {capability[0]}.{capability[1]}: {why}."
+            f" To build for it: {_cuda_archs.build_command(_cuda_archs.for_capability(capability))}"
+        )
+        _cuda_status = LibraryStatus("_C_cuda", False, detail)
+        _kernels.difference_update([kernel for kernel in _kernels if kernel[1] == "cuda"])
+        warnings.warn(f"sdfast's CUDA kernels are {detail}", stacklevel=2)
+        return
+
+
+def cuda_contents() -> _cuda_archs.Contents | None:
+    """What the CUDA library of this package holds, where there is one."""
+    return _cuda_archs.read_contents(_PACKAGE_DIR / "_C_cuda.so")
+
+
+def cuda_devices() -> list[tuple[int, int]]:
+    """The compute capability of each GPU that torch sees."""
+    return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+def cuda_of_driver() -> str | None:
+    """The newest CUDA that the driver knows, "13.0"; None where torch does not tell."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)  # no public name
+    version = ask() if ask is not None else 0
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None
 
 
 def triton_status() -> LibraryStatus:

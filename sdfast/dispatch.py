@@ -175,3 +175,16 @@ def choose(
         if candidate not in unavailable:
             return candidate
     return "torch"
+
+
+def check_switch(name: str, value: str | None) -> None:
+    """Raise ValueError unless `value` is one of `numerics`' or `memory`'s, or None."""
+    allowed = {"numerics": NUMERICS, "memory": MEMORY}[name]
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+
+
+def set_switches(*, numerics: str | None = None, memory: str | None = None) -> None:
+    """Set what `use_numerics` and `use_memory` set for a while; None leaves it."""
+    global _numerics, _memory
+    _numerics, _memory = numerics or _numerics, memory or _memory

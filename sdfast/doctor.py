@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from sdfast import __version__, _library, dispatch, tuning
+from sdfast import __version__, _cuda_archs, _library, dispatch, tuning
 
 # What the kernels use, as Linux names it in /proc/cpuinfo.
 _CPU_FEATURES = (
@@ -114,8 +114,33 @@ def _libraries() -> Iterator[str]:
 
     for library in _library.status():
         yield f"{'yes' if library.loaded else 'no '}  {library.name}: {library.detail}"
+    yield from _gpus_served(_library.cuda_contents(), _capabilities(), _library.cuda_of_driver())
     for device, order in dispatch.ORDER.items():
         yield f"order on {device}: {', '.join(order)}"
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Of the GPUs that torch sees, or else the driver."""
+    if torch.cuda.is_available():
+        return _library.cuda_devices()
+    listed = _output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader") or ""
+    return [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)]
+
+
+def _gpus_served(
+    contents: _cuda_archs.Contents | None, capabilities: list[tuple[int, int]], driver: str | None
+) -> Iterator[str]:
+    """Whether the CUDA library has code for each kind of GPU, and how to build it where it has not."""
+    for capability in sorted(set(capabilities)):
+        gpu = "compute capability {}.{}".format(*capability)
+        why = "it was not built" if contents is None else _cuda_archs.why_not(contents, capability, driver)
+        if why is None:
+            yield f"yes  _C_cuda serves {gpu}"
+        elif capability < (8, 0):
+            yield f"no   _C_cuda does not serve {gpu}: {why}"
+        else:
+            command = _cuda_archs.build_command(_cuda_archs.for_capability(capability))
+            yield f"no   _C_cuda does not serve {gpu}: {why}; build it in a checkout, with nvcc: {command}"
 
 
 def _build_tools() -> Iterator[str]:
@@ -124,7 +149,7 @@ def _build_tools() -> Iterator[str]:
         (compiler or "c++", "a C++17 compiler, for the CPU kernels: apt install g++"),
         ("cmake", "cmake 3.22 or later: pip install cmake"),
         ("ninja", "ninja: pip install ninja"),
-        ("nvcc", "the CUDA toolkit, only to build the CUDA kernels"),
+        ("nvcc", "the CUDA toolkit, only to build the CUDA kernels: SDFAST_CUDA_ARCHS in the README"),
     )
     for name, remedy in tools:
         version = _output_of(name, "--version")

@@ -125,6 +125,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuning.Shape]:
 def cuda_kernels() -> Iterator[str]:
     """Where the CUDA kernels run: "cuda", or without a GPU "cpu", executed by the emulation."""
     if torch.cuda.is_available():
+        torch.cuda.init()  # the library is checked against the GPU then
         if (status := _library.load_cuda_library()).loaded:
             yield "cuda"
             return

@@ -526,6 +526,27 @@ def test_the_readme_says_what_the_records_say_of_gpus():
     )
 
 
+def test_report_of_compiled_code():
+    """A line an operation, of the kernel that needs most."""
+
+    def row(op, registers, shared, matrix=False, stack=0):
+        names = ("op", "kernel", "registers", "shared_bytes", "stack_bytes", "matrix")
+        return dict(zip(names, (op, "kernel", registers, shared, stack, matrix), strict=True))
+
+    record = {
+        "command": "python tests/cuda_code.py", "environment": {"nvcc": "13.0.88", "commit": "abc"},
+        "architectures": ["80", "90a"],
+        "rows": [row("conv2d", [40, 168], [0, 512], True), row("conv2d", [64, None], [128, None]),
+                 row("linear", [20, 22], [0, 0], stack=8)],
+    }  # fmt: skip
+    lines = report.cuda_code_lines(record)
+    assert "| op | kernels | matrix | sm_80 | sm_90a | shared bytes | stack bytes |" in lines
+    assert lines[-2:] == [
+        "| `conv2d` | 2 | 1 | 64 | 168 | 512 | 0 |",
+        "| `linear` | 1 |  | 20 | 22 | 0 | 8 |",
+    ]
+
+
 def test_report_of_traffic():
     row = {
         "case": "linear bf16", "op": "linear_rows", "launches": 2, "copies": 0, "moved_bytes": 2**21,

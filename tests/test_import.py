@@ -82,7 +82,8 @@ LEAVES = ("sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.image
 ALLOWED = {
     "sdfast.__init__": ("sdfast",),
     "sdfast.__main__": ("sdfast.cli",),
-    "sdfast._library": (),
+    "sdfast._cuda_archs": (),
+    "sdfast._library": ("sdfast._cuda_archs",),
     "sdfast.dispatch": ("sdfast._library",),
     "sdfast.testing": ("sdfast._library",),
     "sdfast.request": (),
@@ -110,10 +111,15 @@ ALLOWED = {
         "sdfast.generation", "sdfast.graphs",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
-    "sdfast.doctor": ("sdfast.__version__", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning"),
+    "sdfast.drop_in": (
+        "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
+    ),
+    "sdfast.doctor": (
+        "sdfast.__version__", "sdfast._cuda_archs", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning",
+    ),
     "sdfast.bench": ("sdfast",),
     "sdfast.cli": ("sdfast._library", "sdfast.bench",
-        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.optimize",
+        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
     ),
 }  # fmt: skip
 

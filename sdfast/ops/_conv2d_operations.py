@@ -1,8 +1,10 @@
-"""The operations of conv2d_triton.py: a convolution with what is fused, alone or with the statistics of y."""
+"""The operations of conv2d_triton.py and csrc/conv2d_cuda.cu: a convolution with what is fused, alone or with
+the statistics of y."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,12 +64,13 @@ _OPERANDS = (
     " Tensor? residual, Tensor? skip, Tensor[] norm, bool norm_silu"
 )
 _MODULE = "sdfast.ops.conv2d_triton"
-kernel_op = _library.define_triton(
-    "conv2d_kernel", _MODULE, schema=f"({_OPERANDS}) -> Tensor", fake=_kernel_fake
-)
-statistics_op = _library.define_triton(
-    "conv2d_statistics",
-    _MODULE,
-    schema=f"({_OPERANDS}, int stats_groups, float stats_eps) -> (Tensor, Tensor mean, Tensor rstd)",
-    fake=_statistics_fake,
-)
+_KERNEL: dict[str, Any] = {"schema": f"({_OPERANDS}) -> Tensor", "fake": _kernel_fake}
+_STATISTICS: dict[str, Any] = {
+    "schema": f"({_OPERANDS}, int stats_groups, float stats_eps) -> (Tensor, Tensor mean, Tensor rstd)",
+    "fake": _statistics_fake,
+}
+kernel_op = _library.define_triton("conv2d_kernel", _MODULE, **_KERNEL)
+statistics_op = _library.define_triton("conv2d_statistics", _MODULE, **_STATISTICS)
+# With `upsample` their weight is that of the four phases.
+cuda_kernel_op = _library.define_cuda("conv2d_kernel", **_KERNEL)
+cuda_statistics_op = _library.define_cuda("conv2d_statistics", **_STATISTICS)

@@ -1,8 +1,8 @@
-"""The operations of group_norm's kernels, csrc/group_norm_cpu.cpp and group_norm_triton.py, with gradients.
+"""The operations of group_norm's kernels on CPU, in Triton and in CUDA C++, with gradients.
 
 The forward that trains also returns mean and rstd, (N, num_groups), fp32, from which, with x, the backward
-recomputes x̂ and z. Triton has two operations more: `group_norm_pair`, whose channels are those of two
-tensors, and `group_norm_apply`, which is given the statistics.
+recomputes x̂ and z. Triton and CUDA have two operations more: `group_norm_pair`, whose channels are those of
+two tensors, and `group_norm_apply`, which is given the statistics.
 """
 
 from __future__ import annotations
@@ -76,23 +76,22 @@ CPU = Operations(
         _backward_fake,
     ),
 )
+_PAIR = f"(Tensor x, Tensor skip, int num_groups, {_PARAMETERS}, float eps, {_FUSED}) -> Tensor"
+_APPLY = f"(Tensor x, Tensor mean, Tensor rstd, int num_groups, {_PARAMETERS}, {_FUSED}) -> Tensor"
 _KERNELS = "sdfast.ops.group_norm_triton"
 TRITON = Operations(
     _library.define_triton("group_norm", _KERNELS),
     _library.define_triton("group_norm_forward", _KERNELS),
     _library.define_triton("group_norm_backward", "sdfast.ops.group_norm_backward_triton"),
-    _library.define_triton(
-        "group_norm_pair",
-        _KERNELS,
-        schema=f"(Tensor x, Tensor skip, int num_groups, {_PARAMETERS}, float eps, {_FUSED}) -> Tensor",
-        fake=_pair_fake,
-    ),
-    _library.define_triton(
-        "group_norm_apply",
-        _KERNELS,
-        schema=f"(Tensor x, Tensor mean, Tensor rstd, int num_groups, {_PARAMETERS}, {_FUSED}) -> Tensor",
-        fake=_inference_fake,
-    ),
+    _library.define_triton("group_norm_pair", _KERNELS, schema=_PAIR, fake=_pair_fake),
+    _library.define_triton("group_norm_apply", _KERNELS, schema=_APPLY, fake=_inference_fake),
+)
+CUDA = Operations(
+    _library.define_cuda("group_norm"),
+    _library.define_cuda("group_norm_forward"),
+    _library.define_cuda("group_norm_backward"),
+    _library.define_cuda("group_norm_pair", schema=_PAIR, fake=_pair_fake),
+    _library.define_cuda("group_norm_apply", schema=_APPLY, fake=_inference_fake),
 )
 
 

@@ -22,10 +22,10 @@ from sdfast.ops._linear_rows import rows_op, rows_triton_op
 
 
 def _activate_fake(h: Tensor, activation: int) -> Tensor:
-    return h.new_empty((h.shape[0], h.shape[1] // 2 if activation == _GEGLU else h.shape[1]))
+    return h.new_empty((h.shape[0], h.shape[1] // 2 if activation == GEGLU else h.shape[1]))
 
 
-_GEGLU = 4  # its place in linear.ACTIVATIONS
+GEGLU = 4  # its place in linear.ACTIVATIONS
 _input_gradient_op = _library.define_native(
     "linear_input_gradient(Tensor dh, Tensor weight) -> Tensor",
     lambda dh, weight: dh.new_empty((dh.shape[0], weight.shape[1])),

@@ -5,8 +5,9 @@
 
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
 a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
-Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the operation
-also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again to find.
+CUDA and Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the
+operation also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again
+to find.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_a
 from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
 from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
+from sdfast.ops._conv2d_cuda import conv2d_cuda, why_not_cuda
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
@@ -40,8 +42,9 @@ class NormPrologue(NamedTuple):
         eps: added to the variance.
         silu: whether SiLU follows.
         statistics: mean and rstd of the input in every group, (N, num_groups) both, fp32 (fp64 for fp64), as
-            `conv2d` returned them with `stats_groups` and this eps. It is a promise: Triton reads the input
-            once where it knows them, with a 1x1 kernel while the tiles are loaded; others find their own.
+            `conv2d` returned them with `stats_groups` and this eps. It is a promise: CUDA and Triton read the
+            input once where they know them, with a 1x1 kernel while the tiles are loaded, and CUDA with a 3x3
+            kernel too, to at most 320 channels; others find their own.
     """
 
     num_groups: int
@@ -150,19 +153,20 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
         reason = "it reads weights that are plain tensors"
     else:
         return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
+    return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
 def conv2d_fuses(x: Tensor) -> bool:
     """Whether kernels serve convolutions of x that read two sources and gather statistics as they store.
 
     Where they do, `skip` and `stats_groups` save passes over memory; elsewhere they cost what they say. True
-    under `use_backend("triton")` where Triton can run, but for training, which reads the concatenation again.
+    where `use_backend` names Triton or CUDA C++ and that can run, but for training, which reads the
+    concatenation again.
     """
     if torch.is_grad_enabled():
         return False
     return dispatch.is_named(None) and (
-        dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None) == "triton"
+        dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None) in ("cuda", "triton")
     )
 
 
@@ -196,7 +200,7 @@ def conv2d(
         time_embedding: (N, C_out), added to every pixel.
         residual: (N, C_out, H_out, W_out), added last.
         skip: (N, C_skip, H, W): channels that follow those of x, as if x were `torch.cat([x, skip], 1)`.
-            Triton reads both where they lie; the others, and Triton for a gradient, concatenate.
+            CUDA and Triton read both where they lie; the others, and Triton for a gradient, concatenate.
         stats_groups: also return the statistics of y over this many channel groups.
         stats_eps: added to the variance in the returned rstd.
         backend: see `sdfast.dispatch`; None takes the best that can run.
@@ -250,22 +254,17 @@ def conv2d(
     others = (time_embedding, residual, skip, *((norm.weight, norm.bias) if norm else ()))
     reasons = _unavailable(x, weight, bias, *others)
     named, trains = dispatch.is_named(backend), requires_grad(x, weight, bias, *others)
-    if named and dispatch.choose("conv2d", x.device.type, reasons, backend) == "triton":
+    if "cuda" not in reasons and (why := why_not_cuda(weight, stride, trains)) is not None:
+        reasons["cuda"] = why
+    fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend) if named else None
+    if fused_by in ("cuda", "triton"):
         more: dict[str, Any] = {"skip": skip, "norm_statistics": norm.statistics if norm else None}
         if trains:
             y = conv2d_triton_training(x, weight, bias, stride, sides, **fused, **more)
             return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
-        return conv2d_triton(
-            x,
-            weight,
-            bias,
-            stride,
-            sides,
-            **fused,
-            **more,
-            stats_groups=stats_groups or 0,
-            stats_eps=stats_eps,
-        )
+        more |= {"stats_groups": stats_groups or 0, "stats_eps": stats_eps}
+        fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton
+        return fusing(x, weight, bias, stride, sides, **fused, **more)
     if skip is not None:
         x = torch.cat([x, skip], 1)
     order: tuple[str, ...] | None = None

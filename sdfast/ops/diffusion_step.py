@@ -12,8 +12,9 @@ z is given, or drawn from a seed for each sample and the number of the step, as 
 the element's place in its sample alone (`_philox.py` defines it). It is rounded to the arithmetic's fp32,
 never to half precision; kernels are within 2 units in the last place of fp32 of the definition.
 
-The kernels, one pass over memory, are csrc/diffusion_step_cpu.cpp and diffusion_step_triton.py. They have no
-gradient: sampling takes none, and where one is asked for, torch serves.
+The kernels, one pass over memory, are csrc/diffusion_step_cpu.cpp, csrc/diffusion_step_cuda.cuh and
+diffusion_step_triton.py. They have no gradient: sampling takes none, and where one is asked for, torch
+serves.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ _library.define_native(
     _fake,
 )
 _diffusion_step_triton = _library.define_triton("diffusion_step", "sdfast.ops.diffusion_step_triton")
+_diffusion_step_cuda = _library.define_cuda("diffusion_step")
 
 # Looked up once: a step of small latents takes microseconds.
 _diffusion_step_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sdfast.diffusion_step.default
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "cpu": _diffusion_step_op,
     "triton": _diffusion_step_triton,
+    "cuda": _diffusion_step_cuda,
 }
 
 

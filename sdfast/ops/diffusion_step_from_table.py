@@ -8,9 +8,9 @@ Nothing here depends on a number of the host, so that one CUDA graph of a step, 
 sampling loop. Arithmetic and bits are those of `diffusion_step`; x' is rounded before it is scaled. A term
 that some step does not have (x̂₀ᵖ in the first one, noise in the last) is there with a coefficient of 0.
 
-The kernel is in diffusion_step_triton.py. The counter is not changed in place, which other programs of the
-kernel may not have read yet: i + 1 goes to a tensor of its own. On the CPU, where nothing waits for a device,
-the kernel of `diffusion_step` is called with the row.
+The kernels are in diffusion_step_triton.py and csrc/diffusion_step_cuda.cuh. The counter is not changed in
+place, which other programs of the kernel may not have read yet: i + 1 goes to a tensor of its own. On the
+CPU, where nothing waits for a device, the kernel of `diffusion_step` is called with the row.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ _on_cpu = _library.define_native(
     _by_row,
 )
 _by_triton = _library.define_triton("diffusion_step_from_table", "sdfast.ops.diffusion_step_triton")
-_BACKENDS: dict[str, Callable[..., Results]] = {"cpu": _on_cpu, "triton": _by_triton}
+_by_cuda = _library.define_cuda("diffusion_step_from_table")
+_BACKENDS: dict[str, Callable[..., Results]] = {"cpu": _on_cpu, "triton": _by_triton, "cuda": _by_cuda}
 
 
 def _check_table(name: str, table: object, shape: tuple[int, ...], sample: Tensor) -> None:

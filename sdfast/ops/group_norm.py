@@ -8,10 +8,10 @@
 x, y: (N, C, *). weight, bias: (C,). scale, shift: (N, C). mean, rstd = 1/√(var + eps): (N, num_groups), fp32.
 y lies in memory as x does: channels first, or channels last (the channel's stride is 1, as in an NHWC image
 or a transposed (N, L, C) sequence); any other strides give channels first. With `skip` the formula is that of
-`cat([x, skip], 1)`, which Triton's kernels do not form.
+`cat([x, skip], 1)`, which the kernels for GPUs do not form.
 
-The CPU kernels are csrc/group_norm_cpu.h, Triton's group_norm_triton.py. Statistics and arithmetic are fp32;
-fp64 goes through torch.
+The kernels are csrc/group_norm_cpu.h, csrc/group_norm_cuda.cuh and, in Triton, group_norm_triton.py.
+Statistics and arithmetic are fp32; fp64 goes through torch.
 """  # fmt: skip
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from sdfast import dispatch
 from sdfast.ops import _native
 from sdfast.ops._checks import check_tensor, widened
-from sdfast.ops._group_norm_operations import CPU, TRITON, group_norm_training
+from sdfast.ops._group_norm_operations import CPU, CUDA, TRITON, Operations, group_norm_training
 
 
 def group_norm_torch(
@@ -79,7 +79,8 @@ def group_norm_cpu(
     return CPU.inference(x, num_groups, weight, bias, eps, silu, scale, shift)
 
 
-def group_norm_triton(
+def _group_norm_on_gpu(
+    operations: Operations,
     x: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -92,24 +93,32 @@ def group_norm_triton(
     skip: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The Triton kernels. Their gradient cannot be differentiated again, and is that of the concatenation."""
+    """Kernels that have `pair` and `apply`.
+
+    Their gradient cannot be differentiated again, and is that of the concatenation.
+    """
     if _native.requires_grad(x, weight, bias, scale, shift, skip):
         x = x if skip is None else torch.cat([x, skip], 1)
         return group_norm_training(
-            x, num_groups, weight, bias, eps, silu, scale, shift, statistics, TRITON
+            x, num_groups, weight, bias, eps, silu, scale, shift, statistics, operations
         )  # fmt: skip
     if skip is not None:
-        assert TRITON.pair is not None
-        return TRITON.pair(x, skip, num_groups, weight, bias, eps, silu, scale, shift)
+        assert operations.pair is not None
+        return operations.pair(x, skip, num_groups, weight, bias, eps, silu, scale, shift)
     if statistics is not None:
-        assert TRITON.apply is not None
-        return TRITON.apply(x, *statistics, num_groups, weight, bias, silu, scale, shift)
-    return TRITON.inference(x, num_groups, weight, bias, eps, silu, scale, shift)
+        assert operations.apply is not None
+        return operations.apply(x, *statistics, num_groups, weight, bias, silu, scale, shift)
+    return operations.inference(x, num_groups, weight, bias, eps, silu, scale, shift)
 
+
+# The Triton kernels and the compiled CUDA kernels.
+group_norm_triton = functools.partial(_group_norm_on_gpu, TRITON)
+group_norm_cuda = functools.partial(_group_norm_on_gpu, CUDA)
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": group_norm_cpu,
     "triton": group_norm_triton,
+    "cuda": group_norm_cuda,
     "reference": cast(Callable[..., Tensor], group_norm_reference),
 }
 
@@ -176,12 +185,12 @@ def group_norm(
         scale: (N, C) or None; the normalized values are multiplied by 1 + scale.
         shift: (N, C) or None; added after the scale.
         skip: (N, C2, *) or None, in the dtype of `x`: channels that follow those of x, as if x were
-            `torch.cat([x, skip], 1)`. C is then C + C2 in the other arguments. Triton reads both where they
-            lie, unless a gradient is asked for; other backends concatenate.
+            `torch.cat([x, skip], 1)`. C is then C + C2 in the other arguments. Triton and CUDA read both
+            where they lie, unless a gradient is asked for; other backends concatenate.
         statistics: mean and rstd of x in every group, (N, num_groups) each, fp32 (fp64 for fp64), as
             `conv2d` returns them with `stats_groups` and `stats_eps=eps`; or None. A promise about x and no
-            operand: Triton reads x once instead of twice, other backends compute their own, and no gradient
-            goes through them. Not together with `skip`.
+            operand: Triton and CUDA read x once instead of twice, other backends compute their own, and no
+            gradient goes through them. Not together with `skip`.
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
@@ -227,7 +236,7 @@ def group_norm(
     unavailable = _native.unavailable("group_norm_forward", "x", device_type, dtype)
     serve = dispatch.choose("group_norm", device_type, unavailable, backend, order=order)
     run = _BACKENDS.get(serve, group_norm_torch)
-    if serve == "triton":
+    if serve in ("triton", "cuda"):
         run = functools.partial(run, statistics=statistics)
     silu = activation == "silu"
     return run(x, num_groups, weight, bias, eps, silu=silu, scale=scale, shift=shift, skip=skip)

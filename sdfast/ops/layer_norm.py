@@ -3,8 +3,9 @@
 Ba et al. 2016, "Layer Normalization", eq. 3 and 4; the variance is the biased one.
 
 x, y: (..., *normalized_shape). weight, bias: normalized_shape. mean, rstd = 1/√(var + eps): (rows,), fp32, a
-row being what is normalised together. The CPU kernels are csrc/layer_norm_cpu.cpp, Triton's
-layer_norm_triton.py: statistics and arithmetic are fp32, y and dx contiguous; fp64 goes through torch.
+row being what is normalised together. The CPU kernels are csrc/layer_norm_cpu.cpp, CUDA's
+csrc/layer_norm_cuda.cuh, Triton's layer_norm_triton.py: statistics and arithmetic are fp32, y and dx
+contiguous; fp64 goes through torch.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ TRITON = Operations(
         for name in ("layer_norm", "layer_norm_forward", "layer_norm_backward")
     )
 )
+CUDA = Operations(
+    *(_library.define_cuda(name) for name in ("layer_norm", "layer_norm_forward", "layer_norm_backward"))
+)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -146,6 +150,7 @@ def _is_faster_in_torch(
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": functools.partial(_by_kernels, CPU),
     "triton": functools.partial(_by_kernels, TRITON),
+    "cuda": functools.partial(_by_kernels, CUDA),
     "reference": cast(Callable[..., Tensor], layer_norm_reference),
 }
 

@@ -4,6 +4,8 @@
     "geglu": a · gelu(g), (a, g) = split(h)                          Shazeer 2020, "GLU Variants", eq. 5
 
 GELU is the exact one, through erf: checkpoints were trained with it and the tanh form moves images.
+
+On CUDA the compiled kernels are GEGLU's gate behind torch's product (`_linear_gate.py`); Triton fuses both.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from sdfast import _library, dispatch, packing
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
+from sdfast.ops._linear_gate import linear_cuda
 from sdfast.ops._linear_rows import ACTIVATIONS, rows_op, rows_triton_op
 from sdfast.ops._linear_training import TRITON, linear_training
 from sdfast.ops._native import requires_grad, unavailable
@@ -118,11 +121,12 @@ def _is_faster_in_torch(x: Tensor, weight: Tensor, *others: Tensor | None) -> bo
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": linear_cpu,
     "triton": linear_triton,
+    "cuda": linear_cuda,
     "reference": cast(Callable[..., Tensor], linear_reference),
 }
 
 
-def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str, str]:
+def _unavailable(activation: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
     if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
         reason = "it takes tensors of one dtype that are not empty"
@@ -131,8 +135,13 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str,
     elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
         reason = "it reads weights that are plain tensors"
     else:
-        return unavailable("linear_rows", "x", x.device.type, x.dtype)
-    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason}
+        reasons = unavailable("linear_rows", "x", x.device.type, x.dtype)
+        if activation != "geglu":
+            return {**reasons, "cuda": "it computes GEGLU's gate alone, behind torch's product"}
+        reasons.pop("cuda", None)
+        of_gate = unavailable("linear_activate", "x", x.device.type, x.dtype)
+        return reasons | {name: why for name, why in of_gate.items() if name == "cuda"}
+    return {**NO_KERNEL_YET, "cpu": reason, "triton": reason, "cuda": reason}
 
 
 def linear(
@@ -175,7 +184,7 @@ def linear(
         raise ValueError(f"activation: got {activation!r}, expected one of {ACTIVATIONS}")
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
-    reasons = _unavailable(x, weight, bias, residual)
+    reasons = _unavailable(activation, x, weight, bias, residual)
     order = ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
     serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)

@@ -6,8 +6,9 @@ logvar is clamped to [-30, 20], as in latent diffusion (Rombach et al. 2022): an
 neither overflows fp32 nor moves the weights. The arithmetic is fp32 whatever the dtype (fp64 for fp64).
 The full covariance, z = μ + L ε, is `sdfast.diffusion.gaussian.sample_full`.
 
-The kernels, one pass over memory each way, are csrc/reparameterize_cpu.cpp and reparameterize_triton.py, for
-the gradients of mean and logvar; where that of the noise is asked for, torch serves.
+The kernels, one pass over memory each way, are csrc/reparameterize_cpu.cpp, csrc/reparameterize_cuda.cuh and
+reparameterize_triton.py, for the gradients of mean and logvar; where that of the noise is asked for, torch
+serves.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ _TRITON = _Operations(
     _library.define_triton("reparameterize", "sdfast.ops.reparameterize_triton"),
     _library.define_triton("reparameterize_backward", "sdfast.ops.reparameterize_triton"),
 )
+_CUDA = _Operations(_library.define_cuda("reparameterize"), _library.define_cuda("reparameterize_backward"))
 
 
 class _Reparameterize(torch.autograd.Function):
@@ -95,6 +97,7 @@ def _reparameterize(ops: _Operations, mean: Tensor, logvar: Tensor, noise: Tenso
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
     "cpu": functools.partial(_reparameterize, _CPU),
     "triton": functools.partial(_reparameterize, _TRITON),
+    "cuda": functools.partial(_reparameterize, _CUDA),
     "reference": reparameterize_reference,
 }
 

@@ -142,7 +142,7 @@ void note_reader(Cell& cell) {
 }
 
 // Null where the address is no shared memory of this cluster.
-SharedRegion* shared_at(const unsigned char* address) {
+SharedRegion* shared_at(const unsigned char* address, Site site) {
   const auto near = [&](Block& block) -> SharedRegion* {
     for (const auto& region : block.regions) {
       if (address + kGuardBytes >= region->begin &&
@@ -154,7 +154,14 @@ SharedRegion* shared_at(const unsigned char* address) {
   };
   if (SharedRegion* const region = near(*current->block)) return region;
   for (const auto& block : cluster_blocks) {
-    if (SharedRegion* const region = near(*block)) return region;
+    SharedRegion* const region = near(*block);
+    if (!region) continue;
+    // There is such memory from the start of a block to its end.
+    if (current->block->cluster_synchronized == 0) {
+      fail(site, "another block's shared memory before a cluster barrier: it may not have begun");
+    }
+    if (block->ended == block->threads) fail(site, "shared memory of a block that has ended");
+    return region;
   }
   return nullptr;
 }
@@ -234,6 +241,7 @@ void end_of_thread(const Fiber& fiber) {
   if (!fiber.issued.empty() || !fiber.committed.empty()) {
     throw std::runtime_error("simt: a thread ended before its asynchronous copies arrived");
   }
+  ++fiber.block->ended;
 }
 
 void end_of_block(const Block& block) {
@@ -252,7 +260,7 @@ void end_of_block(const Block& block) {
 void access(const void* where, size_t bytes, bool write, Site site) {
   const unsigned char* const address = as_bytes(where);
   if (address >= current->stack && address < current->stack_end) return;
-  if (SharedRegion* const region = shared_at(address)) {
+  if (SharedRegion* const region = shared_at(address, site)) {
     return access_shared(*region, address, bytes, write, site);
   }
   if (Region* const region = global_at(address, bytes, write)) {
@@ -300,7 +308,7 @@ void mark(SharedRegion& region, const void* address, uint32_t writer) {
 void arrive(const Copy& copy) {
   if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
   std::memset(static_cast<unsigned char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
-  mark(*shared_at(as_bytes(copy.to)), copy.to, current->id + 1);
+  mark(*shared_at(as_bytes(copy.to), copy.site), copy.to, current->id + 1);
 }
 }  // namespace
 
@@ -311,7 +319,7 @@ void copy_async(void* shared, const void* global, int bytes, Site site) {
     fail(site, "misaligned asynchronous copy");
   }
   if (bytes > 0) access(global, bytes, false, site);
-  SharedRegion* const region = shared_at(as_bytes(shared));
+  SharedRegion* const region = shared_at(as_bytes(shared), site);
   if (!region) fail(site, "asynchronous copy to what is not shared memory");
   access(shared, 16, true, site);
   const Copy copy{shared, global, bytes, site};

@@ -1,0 +1,279 @@
+"""optimize, restore, explain: our layers and blocks put under a model somebody already has."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from sdfast import _library, dispatch
+from sdfast.drop_in import layers, text
+from sdfast.drop_in.report import LEFT, OURS, Report, Row
+
+
+class _Step(NamedTuple):
+    """A module, its place in the model, what is to serve it, or None and why not."""
+
+    name: str
+    module: nn.Module
+    kind: type[nn.Module] | None
+    reason: str
+
+
+def _components(target: object) -> dict[str, nn.Module]:
+    """The models of a target, by name: of a pipeline its components, of a module itself under ""."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    components = getattr(target, "components", None)
+    if isinstance(components, dict):
+        found = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+        if found:
+            return found
+    raise TypeError(
+        f"target: got {type(target).__name__}, expected a torch.nn.Module or a pipeline with such components"
+    )
+
+
+def _scheduler(target: object) -> Any:
+    """A pipeline's scheduler of diffusers', or None."""
+    scheduler = (
+        getattr(target, "components", {}).get("scheduler") if not isinstance(target, nn.Module) else None
+    )
+    return scheduler if type(scheduler).__module__.startswith("diffusers.") else None
+
+
+def _modules(target: object) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under its first name."""
+    seen: set[nn.Module] = set()
+    for component, model in _components(target).items():
+        for name, module in model.named_modules():
+            if module not in seen:
+                seen.add(module)
+                yield ".".join(filter(None, (component, name))), module
+
+
+def _kind(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """What would serve it, or None and why not; the reason is empty where it is nothing that we know."""
+    kind, reason = layers.layer_kind(module)
+    if kind is None and not reason and type(module).__module__.startswith("diffusers."):
+        from sdfast.drop_in import blocks  # diffusers is there already
+
+        kind, reason = blocks.block_kind(module)
+    if kind is not None and "forward" in module.__dict__:
+        return None, "its forward was replaced before (by offloading?); optimize the model first"
+    return kind, reason
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("sdfast.")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _plan(target: object, include: Sequence[str] | None, exclude: Sequence[str]) -> list[_Step]:
+    steps = []
+    for name, module in _modules(target):
+        if (include is not None and not _matches(name, include)) or _matches(name, exclude):
+            continue
+        if _is_ours(module):
+            continue
+        kind, reason = _kind(module)
+        if kind is None and not reason:
+            if layers.parameters_on(module) is None:
+                continue  # a container, an activation, a dropout
+            reason = f"{type(module).__name__} is none of the layers that sdfast has"
+        steps.append(_Step(name, module, kind, reason))
+    return steps
+
+
+def _patterns(name: str, value: str | Sequence[str] | None) -> Sequence[str] | None:
+    if value is None or (isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)):
+        return value
+    if isinstance(value, str):
+        return (value,)
+    raise TypeError(
+        f"{name}: got {value!r}, expected a pattern of module names, as 'unet.mid_block.*', or a list"
+    )
+
+
+def optimize(
+    target: Any,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    mode: Literal["inference", "training"] = "inference",
+    numerics: str | None = None,
+    memory: str | None = None,
+    strict: bool = False,
+) -> Report:
+    """Put sdfast's kernels under a model: layers of torch's and blocks of diffusers' are served by ours.
+
+    Parameters, names, state-dict keys, hooks and the pipeline's control flow stay as they are, and so does
+    `isinstance`: a module's class becomes a subclass of what it was. Children that are wrapped or listened to
+    later (LoRA, hooks, offloading, FSDP) are called as they are; custom attention processors stay in charge.
+    `restore` gives back what was there; `with sdfast.disabled()` runs it for a while.
+
+    Args:
+        target: a diffusers pipeline, a model of diffusers', or any `torch.nn.Module`.
+        include: patterns of module names (`fnmatch`); only these. A pipeline's begin with a component's name.
+        exclude: patterns of names that are left alone.
+        mode: "inference" also lays the weights of convolutions on the CPU out as the kernels read them
+            (channels_last); "training" leaves the memory of parameters alone, which optimizers may point to.
+        numerics: "exact" or "fast", set for the process (`use_numerics`); None leaves it as it is.
+        memory: "low", "default" or "high", set for the process (`use_memory`); None leaves it as it is.
+        strict: raise where a module would stay as it was, before anything is changed.
+
+    Returns:
+        What serves each module; `print(report)` is a table.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or value.
+        RuntimeError: with `strict`, some modules are not served; the message lists them.
+    """
+    patterns = _patterns("include", include), _patterns("exclude", exclude) or ()
+    if mode not in ("inference", "training"):
+        raise ValueError(f"mode: got {mode!r}, expected 'inference' or 'training'")
+    dispatch.check_switch("numerics", numerics)
+    dispatch.check_switch("memory", memory)
+    steps = _plan(target, *patterns)
+    if not steps and not any(_is_ours(module) for _, module in _modules(target)):
+        raise ValueError("target: holds no module that sdfast could serve; are include and exclude as meant?")
+    left = [
+        f"{step.name} ({type(step.module).__name__}): {step.reason}" for step in steps if step.kind is None
+    ]
+    left += [
+        f"scheduler ({row.module}): {row.detail}" for row in _scheduler_row(target) if row.detail == _NO_STEP
+    ]
+    if left and strict:
+        listed = "\n".join(f"  {line}" for line in left)
+        raise RuntimeError(f"strict: these modules would stay as they were:\n{listed}")
+    for step in steps:
+        if step.kind is not None:
+            _replace(step.module, step.kind, mode)
+    scheduler = _scheduler(target)
+    if scheduler is not None:
+        from sdfast.drop_in import schedulers  # diffusers is there already
+
+        if schedulers.serves(scheduler):
+            schedulers.replace(scheduler)
+    dispatch.set_switches(numerics=numerics, memory=memory)
+    report = Report(_rows(target), _notes(target))
+    if left:
+        listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in report.left}))
+        warnings.warn(f"sdfast.optimize left {len(report.left)} modules as they were: {listed}", stacklevel=2)
+    return report
+
+
+def _replace(module: nn.Module, kind: type[nn.Module], mode: str) -> None:
+    relaid = False
+    if mode == "inference" and isinstance(module, nn.Conv2d):
+        weight = module.weight
+        relaid = weight.device.type == "cpu" and not weight.is_contiguous(memory_format=torch.channels_last)
+        if relaid:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    module._sdfast = layers.Replaced(type(module), relaid)  # type: ignore[assignment]
+    module.__class__ = kind
+
+
+def restore(target: Any) -> None:
+    """Give every module back the class, and every weight the layout, that it had before `optimize`.
+
+    Raises:
+        TypeError: `target` is no model.
+        RuntimeError: something has put a class of its own over ours since, as FSDP does; nothing is changed.
+    """
+    found = [(name, module) for name, module in _modules(target) if "_sdfast" in module.__dict__]
+    for name, module in found:
+        if not _is_ours(module):
+            raise RuntimeError(
+                f"{name}: its class is {type(module).__qualname__} by now, which was put over sdfast's;"
+                " undo that first"
+            )
+    for _, module in found:
+        was: layers.Replaced = module.__dict__.pop("_sdfast")
+        module.__class__ = was.original
+        if was.relaid:
+            weight = module.get_parameter("weight")
+            weight.data = weight.data.contiguous()
+        text.forget(module)
+    for wrapper in [module for _, module in _modules(target) if not _is_ours(module)] if found else ():
+        for child in wrapper.children():  # LoRA makes its own layers of the class that it wraps
+            child.__class__ = layers.ORIGINALS.get(type(child), type(child))
+    scheduler = _scheduler(target)
+    if scheduler is not None:
+        from sdfast.drop_in import schedulers
+
+        schedulers.restore(scheduler)
+
+
+def explain(target: Any) -> Report:
+    """What serves each module of a model or pipeline, and why not something faster."""
+    return Report(_rows(target), _notes(target))
+
+
+def _rows(target: object) -> list[Row]:
+    rows = []
+    for name, module in _modules(target):
+        what = type(module).__name__
+        if _is_ours(module):
+            doc = (type(module).__doc__ or what).strip().splitlines()[0]
+            rows.append(Row(name, what, OURS, f"{_kernels_for(module)}: {doc}"))
+            continue
+        kind, reason = _kind(module)
+        if kind is not None:
+            rows.append(Row(name, what, LEFT, "not optimized"))
+        elif reason or layers.parameters_on(module) is not None:
+            rows.append(Row(name, what, LEFT, reason or f"sdfast has no {what}"))
+    return [*rows, *_scheduler_row(target)]
+
+
+_NO_STEP = "sdfast has no fused step of its kind"
+
+
+def _scheduler_row(target: object) -> Iterator[Row]:
+    scheduler = _scheduler(target)
+    if scheduler is None:
+        return
+    from sdfast.drop_in import schedulers
+
+    what = type(scheduler).__name__
+    if schedulers.is_replaced(scheduler):
+        yield Row("scheduler", what, OURS, "One pass over the latents a step")
+    else:
+        served = schedulers.serves(scheduler)
+        yield Row("scheduler", what, LEFT, "not optimized" if served else _NO_STEP)
+
+
+def _kernels_for(module: nn.Module) -> str:
+    """Whose kernels a module's calls reach first, where it is."""
+    parameter = next(module.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device.type
+    if parameter is not None and parameter.dtype is torch.float64:
+        return "torch's kernels, for float64"
+    loaded = {"cpu": _library.load_cpu_library, "cuda": _library.load_cuda_library}
+    for backend in dispatch.ORDER.get(device, ("torch",)):
+        if backend not in loaded or loaded[backend]().loaded:
+            return f"{backend} kernels"
+    return "torch kernels"
+
+
+def _notes(target: object) -> list[str]:
+    devices = {p.device.type for model in _components(target).values() for p in model.parameters()}
+    notes = [f"numerics {dispatch.numerics()}, memory {dispatch.memory()} (sdfast.use_numerics, use_memory)"]
+    if "cpu" in devices:
+        notes.append(
+            f"{torch.get_num_threads()} threads (torch.set_num_threads); in a process that runs models and"
+            " little else, sdfast.memory.keep_freed_memory() saves mapping every large tensor anew"
+        )
+    if "cuda" in devices:
+        notes.append(f"order on CUDA: {', '.join(dispatch.ORDER['cuda'])} (sdfast.use_backend)")
+    if "diffusers" not in sys.modules:
+        notes.append("diffusers is not imported: only torch's layers were looked for")
+    return notes

@@ -1,0 +1,55 @@
+"""Keys and values of a text, computed once: a pipeline gives every step the very same tensor.
+
+Kept for each cross-attention while the text's tensor lives, and neither it nor a weight was written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class _Kept(NamedTuple):
+    text: weakref.ref[Tensor]
+    stamp: tuple[object, ...]
+    keys_values: tuple[Tensor, Tensor]
+
+
+# Beside the modules and not in them: a copied or pickled module starts without.
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def keys_values(
+    attention: nn.Module, text: Tensor, compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What `compute` gives for this text, which it is asked for once.
+
+    Where a gradient is recorded, or versions are not counted (torch.inference_mode), it is asked each time.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference():
+        return compute()
+    projections = (attention.get_submodule(name) for name in ("to_k", "to_v"))
+    weights = [weight for module in projections for weight in module.parameters(recurse=False)]
+    stamp = (text._version, *((w.data_ptr(), w._version) for w in weights))
+    kept = _kept.get(attention)
+    if kept is not None and kept.text() is text and kept.stamp == stamp:
+        return kept.keys_values
+    computed = compute()
+    holder = weakref.ref(attention)
+
+    def drop(_: object) -> None:
+        module = holder()
+        if module is not None:
+            _kept.pop(module, None)
+
+    _kept[attention] = _Kept(weakref.ref(text, drop), stamp, computed)
+    return computed
+
+
+def forget(attention: nn.Module) -> None:
+    """Drop what is kept for a module."""
+    _kept.pop(attention, None)
