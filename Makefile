@@ -19,7 +19,7 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) -m sdfast bench --dtype float32,bfloat16 --output 'benchmarks/results/{machine}' \
-	    --against eager,eager-contiguous,sdfast-low,compile,openvino,onnxruntime
+	    --against eager,eager-contiguous,sdfast-low,sdfast-optimize,compile,openvino,onnxruntime
 	$(RUN) benchmarks/bench_digits_quality.py
 	$(RUN) benchmarks/report.py
 

@@ -18,6 +18,7 @@ TITLES = {
     "compile-autotune": "torch.compile, autotuned",
     "diffusers-tiling": "diffusers, tiled",
     "sdfast-low": "sdfast, memory low",
+    "sdfast-optimize": "sdfast.optimize",
     "openvino": "OpenVINO",
     "onnxruntime": "ONNX Runtime",
 }

@@ -105,7 +105,7 @@ def task(work, tmp_path, dtype="float32"):
     return Task("tiny", work, dtype, "cpu", tmp_path, 1)
 
 
-@pytest.mark.parametrize("name", ["eager-contiguous", "sdfast", "sdfast-low"])
+@pytest.mark.parametrize("name", ["eager-contiguous", "sdfast", "sdfast-low", "sdfast-optimize"])
 @pytest.mark.parametrize("work", TINY_WORKS)
 def test_engines_give_what_eager_gives(name, work, tmp_path):
     assert engines.ENGINES.keys() - {"sdfast"} == ENGINES.keys()

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdfast import StableDiffusion
+from sdfast import StableDiffusion, optimize
 from sdfast.bench.record import error_text
 from sdfast.bench.request import Request, missing
 from sdfast.bench.timing import in_turns, ratio, settled, timed, times
@@ -56,9 +56,22 @@ def eager(request: Request, dtype: torch.dtype) -> Draw:
     diffusers = imported()
     if diffusers is None:
         return ours(dataclasses.replace(request, backend="torch"), dtype)
+    return by_diffusers(diffusers, request, dtype)
+
+
+def optimized(request: Request, dtype: torch.dtype) -> Draw:
+    """diffusers' pipeline after `sdfast.optimize`."""
+    return by_diffusers(imported(), request, dtype, prepare=optimize)
+
+
+def by_diffusers(
+    diffusers: Any, request: Request, dtype: torch.dtype, prepare: Callable[[Any], object] | None = None
+) -> Draw:
     pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(digits_folder())
     pipe = pipe.to(request.device, dtype)
     pipe.set_progress_bar_config(disable=True)
+    if prepare is not None:
+        prepare(pipe)
 
     def digits(prompts: Sequence[str], latents: Tensor, steps: int) -> Tensor:
         images = pipe(list(prompts), latents=latents, num_inference_steps=steps, output_type="pt").images
@@ -105,7 +118,11 @@ def ours(request: Request, dtype: torch.dtype) -> Draw:
     return Draw(digits, photograph)
 
 
-SIDES: dict[str, Callable[[Request, torch.dtype], Draw]] = {"eager": eager, "sdfast": ours}
+SIDES: dict[str, Callable[[Request, torch.dtype], Draw]] = {
+    "eager": eager,
+    "optimized": optimized,
+    "sdfast": ours,
+}
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -142,8 +159,12 @@ def rows(request: Request) -> Iterator[dict[str, Any]]:
             x = as_tensor(picture, height=size, width=size, channels=3, multiple=8)
             x = x.to(request.device, kind)
             calls[title] = functools.partial(draw_photograph, x)
-        imported()
-        loads = {name: timed(functools.partial(load, request, kind)) for name, load in SIDES.items()}
+        absent = ("optimized",) if imported() is None else ()
+        loads = {
+            name: timed(functools.partial(load, request, kind))
+            for name, load in SIDES.items()
+            if name not in absent
+        }
         for name, call in calls.items():
             row = {"part": "images", "name": name, "dtype": dtype}
             try:

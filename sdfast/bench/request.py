@@ -23,6 +23,7 @@ ENGINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "onnxruntime": (("diffusers", "onnxruntime", "onnx", "onnxscript"), ("models",)),
     "diffusers-tiling": (("diffusers",), ("models",)),
     "sdfast-low": (("diffusers",), ("models",)),
+    "sdfast-optimize": (("diffusers",), ("models",)),
 }
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 

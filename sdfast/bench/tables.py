@@ -8,7 +8,8 @@ from typing import Any
 from sdfast.bench.record import Record, Row, of_part
 
 TITLES = {
-    "sdfast": "sdfast", "sdfast-low": "sdfast, memory low", "exact": "sdfast, exact", "eager": "eager",
+    "sdfast": "sdfast", "sdfast-low": "sdfast, memory low", "optimized": "sdfast.optimize",
+    "sdfast-optimize": "sdfast.optimize", "exact": "sdfast, exact", "eager": "eager",
     "eager-contiguous": "eager, contiguous", "compile": "torch.compile",
     "compile-autotune": "torch.compile, autotuned", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime",
     "diffusers-tiling": "diffusers, tiled",
