@@ -109,7 +109,7 @@ def test_a_quick_run_leaves_out_what_its_time_does_not_reach(tmp_path, monkeypat
     said = []
     result = suite.run(request, "sdfast bench", said.append)
     assert result["left_out"] == [
-        "openvino: takes part in models alone", "images: the time of a quick run was over", "ops: the time of a quick run was over"
+        "openvino: takes part in models alone", "ops: the time of a quick run was over", "images: the time of a quick run was over"
     ]  # fmt: skip
     assert "left out: ops: the time of a quick run was over" in said
     assert "images: the time of a quick run was over" in (tmp_path / "bench.md").read_text()
