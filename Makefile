@@ -18,16 +18,8 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/.installed-dev
-	$(RUN) benchmarks/bench_models.py
-	$(RUN) benchmarks/bench_training.py
-	$(RUN) benchmarks/bench_peers.py
-	$(RUN) benchmarks/bench_profile.py
-	$(RUN) benchmarks/bench_conv2d.py
-	$(RUN) benchmarks/bench_linear.py
-	$(RUN) benchmarks/bench_attention.py
-	$(RUN) benchmarks/bench_group_norm.py
-	$(RUN) benchmarks/bench_layer_norm.py
-	$(RUN) benchmarks/bench_diffusion_step.py
+	$(RUN) -m sdfast bench --dtype float32,bfloat16 --output 'benchmarks/results/{machine}' \
+	    --against eager,eager-contiguous,sdfast-low,sdfast-optimize,compile,openvino,onnxruntime
 	$(RUN) benchmarks/bench_digits_quality.py
 	$(RUN) benchmarks/report.py
 

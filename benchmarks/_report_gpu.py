@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from _report_models import markdown_table
+from sdfast.bench.tables import markdown_table
 
 Row = dict[str, Any]
 

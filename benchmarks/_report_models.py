@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
+
+from sdfast.bench.tables import markdown_table
 
 Row = dict[str, Any]
 TITLES = {
     "eager": "eager",
+    "eager-contiguous": "eager, contiguous",
     "sdfast_low": "sdfast, memory low",
     "inductor": "inductor",
     "inductor_autotune": "inductor, autotuned",
+    "compile": "torch.compile",
+    "compile-autotune": "torch.compile, autotuned",
+    "diffusers-tiling": "diffusers, tiled",
+    "sdfast-low": "sdfast, memory low",
+    "sdfast-optimize": "sdfast.optimize",
     "openvino": "OpenVINO",
     "onnxruntime": "ONNX Runtime",
 }
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 def models_rows(record: Row) -> Iterator[tuple[object, ...]]:

@@ -1,21 +1,26 @@
 """Writes RESULTS.md, and the table at the top of README.md, from the recorded JSON files.
 
-    python benchmarks/report.py
+    python benchmarks/report.py [--check]
 
-No number enters either by hand.
+With --check nothing is written, and a file that differs is an error. No number enters either by hand.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from _report_bench import expand
 from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
-from _report_models import markdown_table, models_rows, models_table, peers_lines, profile_lines
+from _report_models import models_rows, models_table, peers_lines, profile_lines
+
+from sdfast.bench.tables import markdown_table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -40,6 +45,7 @@ Row = dict[str, Any]
 def provenance(name: str, record: Row) -> str:
     """Where a table's numbers come from."""
     machine = record["environment"]
+    name = record.get("file", name)
     if "card" in record:
         return (
             f"`{record['command']}`, {machine['gpu']}, commit {machine['commit']}, {machine['date'][:10]};"
@@ -248,14 +254,42 @@ def readme_block(records: dict[str, Row]) -> list[str]:
     return [*lines[1:]]
 
 
+def read_records(results: Path) -> dict[str, Row]:
+    """Every record by device and kind. What `sdfast bench` recorded replaces what was recorded before it."""
+    records: dict[str, Row] = {}
+    for path in results.glob("*/*.json"):
+        if path.name != "bench.json":
+            records[f"{path.parent.name}/{path.name}"] = json.loads(path.read_text())
+    for path in results.glob("*/bench.json"):
+        records |= expand(path.parent.name, json.loads(path.read_text()))
+    return dict(sorted(records.items(), key=_place))
+
+
+def _place(item: tuple[str, Row]) -> tuple[str, int]:
+    device, file = item[0].split("/")
+    return device, _ORDER.index(file.removesuffix(".json"))
+
+
+def written(records: dict[str, Row]) -> dict[Path, str]:
+    """Both files' texts."""
+    text = between(_BEGIN, _END, readme_block(records), README.read_text())
+    text = between(_GPU_BEGIN, _GPU_END, [f"**{_gpu_line(records)}**"], text)
+    return {HERE / "RESULTS.md": "\n".join(results_md(records)) + "\n", README: text}
+
+
 def main() -> None:
-    """Rewrite both files."""
-    paths = sorted((HERE / "results").glob("*/*.json"), key=lambda p: (p.parent, _ORDER.index(p.stem)))
-    records = {f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths}
-    (HERE / "RESULTS.md").write_text("\n".join(results_md(records)) + "\n")
-    text = README.read_text()
-    text = between(_BEGIN, _END, readme_block(records), text)
-    README.write_text(between(_GPU_BEGIN, _GPU_END, [f"**{_gpu_line(records)}**"], text))
+    """Rewrite both files, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a file differs, and write nothing")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in written(read_records(HERE / "results")).items():
+        if path.read_text() != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text)
+    if check and stale:
+        sys.exit(f"{' and '.join(stale)}: not what the records say; run python benchmarks/report.py")
 
 
 def between(begin: str, end: str, lines: Sequence[str], text: str) -> str:

@@ -1,4 +1,4 @@
-"""The command `sdfast`: generate | train | doctor.
+"""The command `sdfast`: generate | train | bench | doctor.
 
 Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
 fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdfast import __version__
+from sdfast.bench.command import add_parser as add_bench
 from sdfast.dispatch import BACKENDS, ORDER
 from sdfast.request import (
     MAX_STEPS,
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
+    add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what sdfast found on this machine, and what it lacks")
     doctor.set_defaults(run=_doctor)
     return parser

@@ -1,34 +1,15 @@
-"""The benchmarks of whole models run, on small ones; what they measure is nobody's business here."""
+"""The scripts that record benchmarks, and the report that is made of records."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_records
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-
-
-def run(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / script, "--tiny", "--work", "vae", "--dtype", "bfloat16", *arguments],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_peers_are_measured_and_an_absent_one_is_named():
-    out = run("bench_peers.py", "--rounds", "1", "--peers", "onnxruntime")
-    assert "eager:" in out and "sdfast:" in out
-    assert "onnxruntime: has no bfloat16" in out or "onnxruntime: not installed; pip install" in out
-
-
-def test_profile_names_operations_and_their_arithmetic():
-    out = run("bench_profile.py")
-    assert "conv" in out and "outside" in out and "%" in out
 
 
 def test_operations_of_a_gpu_run_in_the_interpreter():
@@ -87,3 +68,50 @@ def test_readme_table_has_a_column_for_openvino_where_it_was_recorded(report, pe
     assert head.endswith(last)
     assert first.endswith("| **2.00x** | 2.00x |" if peers else "| **2.00x** |")
     assert second.endswith("| **2.00x** |  |" if peers else "| **2.00x** |")
+
+
+def test_the_report_is_what_the_records_say():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "report.py", "--check"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """The records that `sdfast bench` leaves on a device, as the report reads them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _report_bench
+
+    rows = [
+        bench_records.operation(), bench_records.operation(dtype="bfloat16"), bench_records.model(),
+        {**bench_records.model(eager=(3.0, 3.0)), "part": "training", "name": "forward and backward"},
+        {"part": "ops", "op": "linear", "name": "linear that failed", "dtype": "float32", "failed": "why"},
+    ]  # fmt: skip
+    rows[2]["sides"]["eager-contiguous"] = {**rows[2]["sides"]["eager"], "ms": 1900.0}
+    rows[2]["ratios"]["eager-contiguous"] = {**rows[2]["ratios"]["eager"], "ratio": 1.9}
+    record = {**bench_records.record(*rows), "breakdown": [bench_records.breakdown()]}
+    return _report_bench.expand("cpu-x", record)
+
+
+def test_report_of_what_sdfast_bench_recorded(records):
+    import report
+
+    assert set(records) == {
+        f"cpu-x/{kind}.json" for kind in ("linear", "models", "peers", "training", "profile")
+    }
+    text = "\n".join(report.results_md(dict(sorted(records.items(), key=report._place))))
+    assert "| VAE decode to 512x512 | float32 | 1900 ms (contiguous) | 1000 ms | **1.90x** |" in text
+    assert "| forward and backward | float32 | 3000 ms (channels_last) | 1000 ms | **3.00x** |" in text
+    assert "| 2x1280 |  | float32 | 2.00 | 1.00 | 2.00x | 2.00–2.00 |" in text
+    assert "[cpu-x/bench.json](results/cpu-x/bench.json)" in text and "that failed" not in text
+    assert "2100 ms, 2.10x" in text and "1500 ms, 1.50x" in text and "`sdfast::conv2d_kernel`" in text
+    assert "**2.00x**" in "\n".join(report.readme_block(records))
+
+
+def test_a_quick_run_is_no_record(records):
+    import _report_bench
+
+    with pytest.raises(ValueError, match="recorded with --quick"):
+        _report_bench.expand("cpu-x", {**bench_records.record(), "quick": True})

@@ -1,0 +1,66 @@
+"""The file of a run: JSON, written whole or not at all, and read back with checks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = "sdfast bench 1"
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed: whoever reads sees the file before or this one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def write(path: Path, record: Record) -> None:
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def read(path: Path) -> Record:
+    """
+    Raises:
+        OSError: no such file.
+        ValueError: not a record of `sdfast bench`.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a record of `sdfast bench`")
+    return record
+
+
+def key(row: Row) -> tuple[str, str, str]:
+    """What identifies a row in another record."""
+    return row["part"], row["name"], row["dtype"]
+
+
+def of_part(rows: Sequence[Row], part: str) -> list[Row]:
+    return [row for row in rows if row["part"] == part]
+
+
+def error_text(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

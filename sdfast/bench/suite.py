@@ -1,0 +1,105 @@
+"""Runs the parts that were asked for, and writes what there is after each of their rows.
+
+A run that is interrupted, or that a model is too large for, leaves the rows before that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sdfast.bench import machine, page, record, tables
+from sdfast.bench.request import ENGINES, Request
+from sdfast.memory import keep_freed_memory
+
+# A quick run starts nothing after this; what it then does is done within two minutes.
+QUICK_SECONDS = 95.0
+_MODULES = {"ops": "operations", "models": "models", "images": "images", "training": "training"}
+# From the one with the shortest rows on, so that a slow machine still gets many of them in a quick run.
+_ORDER = ("ops", "images", "training", "models")
+
+Say = Callable[[str], None]
+
+
+def run(request: Request, command: str, say: Say = print) -> record.Record:
+    """Measure, write the folder `request.output`, and return the record.
+
+    Args:
+        request: what to measure.
+        command: that asked for it, which the record repeats.
+        say: is told every row's line as soon as there is one.
+    """
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    began = time.monotonic()
+    output = request.output
+    if "{machine}" in str(output):
+        output = type(output)(str(output).replace("{machine}", machine.slug(request.device)))
+    kept = keep_freed_memory()
+    result: record.Record = {
+        "format": record.FORMAT,
+        "command": command,
+        "environment": machine.description(request.device, keeps_freed_memory=kept),
+        "limits": machine.limits(request.dtypes, request.device),
+        "quick": request.quick,
+        "rows": [],
+        "breakdown": [],
+        "left_out": [
+            f"{engine}: takes part in {' and '.join(ENGINES[engine][1])} alone"
+            for engine in request.against
+            if not set(ENGINES[engine][1]) & set(request.parts)
+        ],
+    }
+    if busy := busy_line(result["environment"]):
+        say(busy)
+    for part in sorted(request.parts, key=_ORDER.index):
+        if over(request, began):
+            result["left_out"].append(f"{part}: the time of a quick run was over")
+            continue
+        for row in part_rows(part, request):
+            result["rows"].append(row)
+            say(tables.line(row))
+            write(result, output)
+            if over(request, began):
+                result["left_out"].append(f"{part} after {row['name']}: the time of a quick run was over")
+                break
+        if part == "models" and not over(request, began):
+            breakdown = importlib.import_module("sdfast.bench.breakdown")
+            for row in breakdown.rows(request):
+                result["breakdown"].append(row)
+                write(result, output)
+    result["seconds"] = time.monotonic() - began
+    write(result, output)
+    for reason in result["left_out"]:
+        say(f"left out: {reason}")
+    say(f"{output / 'bench.html'}, bench.md and bench.json are written")
+    return result
+
+
+def part_rows(part: str, request: Request) -> Iterator[dict[str, Any]]:
+    rows: Iterator[dict[str, Any]] = importlib.import_module(f"sdfast.bench.{_MODULES[part]}").rows(request)
+    return rows
+
+
+def over(request: Request, began: float) -> bool:
+    return request.quick and time.monotonic() - began > QUICK_SECONDS
+
+
+def busy_line(environment: dict[str, Any]) -> str | None:
+    """A warning where others are at work on this machine, which makes times of threads that wait useless."""
+    load, cores = environment.get("load_average"), environment.get("cores") or os.cpu_count() or 1
+    if load is None or load < 0.5 * cores:
+        return None
+    return f"this machine is busy (load {load:.1f} on {cores} cores): times will not repeat"
+
+
+def write(result: record.Record, output: Any) -> None:
+    """The three files."""
+    record.write(output / "bench.json", result)
+    record.write_text(output / "bench.md", "\n".join(tables.markdown(result)) + "\n")
+    record.write_text(output / "bench.html", page.html(result))
