@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdfast import diffusion, models, ops, training
+    from sdfast import diffusion, models, ops, tiled_vae, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
     from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
@@ -33,6 +33,7 @@ __all__ = [
     "diffusion",
     "models",
     "ops",
+    "tiled_vae",
     "training",
     "tune",
     "use_backend",
@@ -53,6 +54,7 @@ _HOMES = {
     "diffusion": "sdfast.diffusion",
     "models": "sdfast.models",
     "ops": "sdfast.ops",
+    "tiled_vae": "sdfast.tiled_vae",
     "training": "sdfast.training",
     "tune": "sdfast.tuning",
     "use_backend": "sdfast.dispatch",

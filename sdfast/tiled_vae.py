@@ -4,7 +4,7 @@
 
 The result is that of the whole image to rounding: a convolution reads the rows beyond its band, GroupNorm
 takes its statistics over all bands, attention sees all pixels: there are no seams, and no tile is unlike
-its neighbour. Price: what does not fit in memory is computed again, up to three times (`_tiled_stages`).
+its neighbour. Price: what does not fit in memory is computed again, up to three times (`_tiled_resnet`).
 
 `vae` is our AutoencoderKL or diffusers', whose modules have the same names. For inference only.
 """
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sdfast import ops, packing
 from sdfast._bands import Bands, Size
-from sdfast._tiled_stages import AttentionStage, Choice, ConvStage, HeadStage, ResnetStage, Stage
+from sdfast._tiled_resnet import ResnetStage
+from sdfast._tiled_stages import AttentionStage, Choice, ConvStage, HeadStage, Stage
 
 _KINDS = (nn.Conv2d, nn.GroupNorm, nn.Linear)
 
