@@ -5,8 +5,8 @@
     y = u + conv2(silu(norm2(h))), or conv_shortcut(u) + ...
 
 Only GroupNorm looks at the whole image, and needs of it no more than its moments. So u and h are gone over
-band by band to find them, and what was computed on the way is kept, or computed again: h is made twice then, u
-three times. With neither kept there is one image in memory, x turning into y.
+band by band to find them, and what was computed on the way is kept, or computed again: h is then made twice,
+u three times. With neither kept there is one image in memory, x turning into y.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from sdfast._bands import (
     window,
 )
 
-_ROWS = tuple(2**i for i in range(8))  # of a band
+# Of a band. Lower ones would compute most rows twice, and leave the allocator's heap in small pieces.
+_ROWS = (8, 16, 32, 64, 128)
 _MOST_BAND_BYTES = 128 << 20
 _SCRATCH_BYTES = 64 << 20  # of a convolution, at most: see csrc/conv2d_winograd_cpu.h
 BAND_COST = 2**27  # of starting kernels and threads, as multiply-adds

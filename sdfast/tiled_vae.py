@@ -35,7 +35,8 @@ def decode(vae: Any, z: Tensor, *, memory_bytes: int) -> Tensor:
         z: unscaled latents (N, latent_channels, h, w), in the dtype and on the device of its weights.
         memory_bytes: the most that the call may take beyond what is there before: bands, result, and the
             copies of weights that kernels make, which are dropped when their layer is done. What fits decides
-            how much is computed again.
+            how much is computed again. It counts what is in use: what the C library keeps of freed memory,
+            mostly of blocks below 32 MiB, comes on top.
 
     Returns:
         Images (N, out_channels, H, W), contiguous.
@@ -189,7 +190,8 @@ def _half(vae: Any, name: str) -> Any:
     for path, module in half.named_modules():
         why = _why_not(module)
         if why is not None:
-            raise ValueError(f"vae: {name}.{path} {why}; bands cannot serve it, call the model itself")
+            where = f"{name}.{path}" if path else name
+            raise ValueError(f"vae: {where} {why}; bands cannot serve it, call the model itself")
     return half
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sdfast import _library, dispatch
 from sdfast.ops import _native
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor
+from sdfast.ops._checks import check_optional, check_tensor
 from sdfast.ops._group_norm_layout import empty_in_layout, is_first, is_last
 
 
@@ -104,7 +104,7 @@ def _apply_torch(
 
 def _served_by_kernel(op_name: str, x: Tensor, backend: str | None) -> bool:
     reasons = _native.unavailable(op_name, "x", x.device.type, x.dtype)
-    return dispatch.choose(op_name, x.device.type, {**NO_KERNEL_YET, **reasons}, backend) == "cpu"
+    return dispatch.choose(op_name, x.device.type, reasons, backend) == "cpu"
 
 
 def _check(x: Tensor, num_groups: int) -> None:
