@@ -21,6 +21,7 @@ bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_models.py
 	$(RUN) benchmarks/bench_training.py
 	$(RUN) benchmarks/bench_peers.py
+	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_profile.py
 	$(RUN) benchmarks/bench_conv2d.py
 	$(RUN) benchmarks/bench_linear.py

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from _report_gpu import goals_lines, gpu_models_lines, operations_lines, traffic_lines
-from _report_models import markdown_table, models_rows, models_table, peers_lines, profile_lines
+from _report_models import (
+    markdown_table,
+    models_rows,
+    models_table,
+    peers_lines,
+    profile_lines,
+    tiled_vae_lines,
+)
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -23,13 +30,14 @@ _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of
 _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- end of gpu -->"
 
 _ORDER = (
-    "models", "peers", "training", "profile", "conv2d", "linear", "attention", "group_norm", "layer_norm",
-    "diffusion_step", "digits_quality", "operations", "gpu_models",
+    "models", "peers", "tiled_vae", "training", "profile", "conv2d", "linear", "attention", "group_norm",
+    "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
+    "tiled_vae": "large images through the VAE",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 
@@ -134,6 +142,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
             )
         elif kind == "peers":
             lines += peers_lines(record)
+        elif kind == "tiled_vae":
+            lines += tiled_vae_lines(record)
         elif kind == "profile":
             lines += profile_lines(record)
         elif kind == "group_norm":

@@ -250,9 +250,10 @@ MEMORY = """
         except ValueError as error:
             least = int(re.search(r"at least (\\d+)", str(error))[1])
         for budget in (least, 2 * least):
+            most(lambda: getattr(tiled_vae, name)(vae, one, memory_bytes=budget))  # loads code, starts threads
             used = most(lambda: getattr(tiled_vae, name)(vae, one, memory_bytes=budget))
             print(name, budget, used)
-            assert used <= budget, (name, budget, used)
+            assert used <= budget + 2**22, (name, budget, used)  # Python's and the threads' own
         used = most(lambda: getattr(vae, name)(one))
         print(name, "whole", used)
         assert used > 1.5 * least, (name, least, used)  # or there was nothing to show
