@@ -23,7 +23,15 @@ from sdfast._bands import Bands, Size
 from sdfast._tiled_resnet import ResnetStage
 from sdfast._tiled_stages import AttentionStage, Choice, ConvStage, HeadStage, Stage
 
-_KINDS = (nn.Conv2d, nn.GroupNorm, nn.Linear)
+# The modules whose weights are read, and what they must be, torch's or ours: wrapped (LoRA, for example) they
+# would do more than their weights say.
+_READ = {
+    **dict.fromkeys(("conv_in", "conv_out", "conv", "conv1", "conv2", "conv_shortcut"), nn.Conv2d),
+    **dict.fromkeys(("quant_conv", "post_quant_conv"), nn.Conv2d),
+    **dict.fromkeys(("norm1", "norm2", "conv_norm_out", "group_norm"), nn.GroupNorm),
+    **dict.fromkeys(("to_q", "to_k", "to_v", "to_out.0"), nn.Linear),
+}
+_STOCK_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # diffusers', of attention as everybody knows it
 
 
 @torch.no_grad()
@@ -187,23 +195,31 @@ def _half(vae: Any, name: str) -> Any:
     parts = ("conv_in", "mid_block", "conv_norm_out", "conv_out")
     if not isinstance(half, nn.Module) or not all(hasattr(half, part) for part in parts):
         raise ValueError(f"vae: got {type(vae).__name__}, expected an AutoencoderKL, ours or diffusers'")
-    for path, module in half.named_modules():
-        why = _why_not(module)
+    pointwise = {"encoder": "quant_conv", "decoder": "post_quant_conv"}[name]
+    modules = dict(half.named_modules(prefix=name))
+    if getattr(vae, pointwise, None) is not None:
+        modules[pointwise] = getattr(vae, pointwise)
+    for path, module in modules.items():
+        why = _why_not(path, module)
         if why is not None:
-            where = f"{name}.{path}" if path else name
-            raise ValueError(f"vae: {where} {why}; bands cannot serve it, call the model itself")
+            raise ValueError(f"vae: {path} {why}; bands cannot serve it, call the model itself")
     return half
 
 
-def _why_not(module: Any) -> str | None:
+def _why_not(path: str, module: Any) -> str | None:
     """What of a module would be lost if its weights alone were read."""
+    kind = next((kind for name, kind in _READ.items() if f".{path}".endswith(f".{name}")), None)
+    if kind is not None and type(module) is not kind and not _is_ours(module, kind):
+        return f"is a {type(module).__name__}, not a {kind.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return "has hooks or a forward of its own (offloading, for example)"
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return "has its weights elsewhere"
-    leaf_types = [kind for kind in _KINDS if isinstance(module, kind)]
-    if not leaf_types and any(True for _ in module.parameters(recurse=False)):
-        return f"is a {type(module).__name__}"
+    if kind is None and next(module.parameters(recurse=False), None) is not None:
+        return f"is a {type(module).__name__}, which no AutoencoderKL has"
+    processor = getattr(module, "processor", None)
+    if processor is not None and type(processor).__name__ not in _STOCK_PROCESSORS:
+        return f"has the attention processor {type(processor).__name__}"
     if (
         getattr(module, "time_emb_proj", None) is not None
         or getattr(module, "spatial_norm", None) is not None
@@ -218,6 +234,11 @@ def _why_not(module: Any) -> str | None:
     if activation is not None and not isinstance(activation, nn.SiLU):
         return f"has the activation {type(activation).__name__}, not SiLU"
     return None
+
+
+def _is_ours(module: nn.Module, kind: type) -> bool:
+    """Whether it is the module of our models that does what torch's of this kind does."""
+    return isinstance(module, kind) and type(module).__module__ == "sdfast.models.layers"
 
 
 def _input_channels(conv: nn.Conv2d | None, decoder: Any) -> int:

@@ -194,6 +194,18 @@ def test_argument_errors():
     theirs.decoder.conv_in.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"vae: decoder.conv_in has hooks"):
         tiled_vae.decode(theirs, z, memory_bytes=PLENTY)
+    theirs = build()[1]
+    theirs.post_quant_conv.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"vae: post_quant_conv has hooks"):
+        tiled_vae.decode(theirs, z, memory_bytes=PLENTY)
+    theirs = build()[1]
+    theirs.decoder.mid_block.attentions[0].to_out[0] = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"attentions.0.to_out.0 is a Sequential, not a Linear"):
+        tiled_vae.decode(theirs, z, memory_bytes=PLENTY)
+    theirs = build()[1]
+    theirs.decoder.mid_block.attentions[0].processor = lambda *_, **__: None
+    with pytest.raises(ValueError, match=r"attentions.0 has the attention processor function"):
+        tiled_vae.decode(theirs, z, memory_bytes=PLENTY)
     theirs = diffusers.AutoencoderKL(**VAE, act_fn="mish")
     with pytest.raises(ValueError, match=r"vae: decoder.up_blocks.0.resnets.0 has the activation Mish"):
         tiled_vae.decode(theirs, z, memory_bytes=PLENTY)
