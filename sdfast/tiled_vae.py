@@ -22,6 +22,7 @@ from sdfast import ops, packing
 from sdfast._bands import Bands, Size
 from sdfast._tiled_resnet import ResnetStage
 from sdfast._tiled_stages import AttentionStage, Choice, ConvStage, HeadStage, Stage
+from sdfast.memory import freed_memory_returned
 
 # The modules whose weights are read, and what they must be, torch's or ours: wrapped (LoRA, for example) they
 # would do more than their weights say.
@@ -43,8 +44,8 @@ def decode(vae: Any, z: Tensor, *, memory_bytes: int) -> Tensor:
         z: unscaled latents (N, latent_channels, h, w), in the dtype and on the device of its weights.
         memory_bytes: the most that the call may take beyond what is there before: bands, result, and the
             copies of weights that kernels make, which are dropped when their layer is done. What fits decides
-            how much is computed again. It counts what is in use: what the C library keeps of freed memory,
-            mostly of blocks below 32 MiB, comes on top.
+            how much is computed again. It is kept to a few MiB where the C library gives freed memory back,
+            which glibc is asked to meanwhile (`sdfast.memory.freed_memory_returned`).
 
     Returns:
         Images (N, out_channels, H, W), contiguous.
@@ -95,15 +96,16 @@ def _run(stages: Sequence[Stage], x: Tensor, memory_bytes: int, before: Callable
     kept = images * result.nbytes if images > 1 else 0
     choices = _plan(stages, operator.index(memory_bytes), kept)
     results = x.new_empty((images, *result[:3])) if images != 1 else None
-    for i in range(images):
-        bands = Bands(before(x[i : i + 1]))
-        for stage, choice in zip(stages, choices, strict=True):
-            with packing.temporary(stage.weights):
-                bands = stage.run(bands, choice)
-        (image,) = bands.rows(0, result.height)
-        if results is None:
-            return image
-        results[i : i + 1] = image
+    with freed_memory_returned():
+        for i in range(images):
+            bands = Bands(before(x[i : i + 1]))
+            for stage, choice in zip(stages, choices, strict=True):
+                with packing.temporary(stage.weights):
+                    bands = stage.run(bands, choice)
+            (image,) = bands.rows(0, result.height)
+            if results is None:
+                return image
+            results[i : i + 1] = image
     return cast(Tensor, results)
 
 

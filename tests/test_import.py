@@ -101,7 +101,7 @@ ALLOWED = {
     "sdfast.models.vae": ("sdfast.ops", "sdfast.models", "sdfast.tiled_vae"),
     "sdfast.models": ("sdfast.ops", "sdfast.models"),
     "sdfast.tiled_vae": (
-        "sdfast.ops", "sdfast.packing", "sdfast._bands", "sdfast._tiled_resnet", "sdfast._tiled_stages",
+        *LEAVES, "sdfast.ops", "sdfast.packing", "sdfast._bands", "sdfast._tiled_resnet", "sdfast._tiled_stages",
     ),
     "sdfast._tiled_resnet": ("sdfast.ops", "sdfast._bands", "sdfast._tiled_stages"),
     "sdfast._tiled_stages": ("sdfast.ops", "sdfast._bands"),
