@@ -89,6 +89,34 @@ def _costs(engine: Row) -> tuple[str, str, str]:
     return f"{engine['error']:.1e}", f"{engine['peak_bytes'] / 2**30:.1f} GiB", f"{seconds:.0f} s"
 
 
+_TILED_SIDES = {
+    "eager": "diffusers, whole image",
+    "whole": "sdfast, whole image",
+    "bands": "sdfast, bands",
+    "tiling": "diffusers, `enable_tiling()`",
+}
+
+
+def tiled_vae_lines(record: Row) -> list[str]:
+    """Time, memory and difference of each side, size by size."""
+    rows = []
+    for row in record["rows"]:
+        budget = f", within {row['budget_bytes'] / 1e9:.1f} GB" if row["budget_bytes"] else ""
+        is_reference = row["side"] == row["reference"]
+        differences = ("", "") if is_reference else (f"{row['most_difference']:.1e}", f"{row['error']:.1e}")
+        rows.append((
+            f"{row['size']}x{row['size']}", _TILED_SIDES[row["side"]] + budget, f"{row['seconds']:.1f} s",
+            f"{row['peak_bytes'] / 1e9:.2f} GB", *differences,
+        ))  # fmt: skip
+    return [
+        "Stable Diffusion's decoder, fp32, random weights; a latent whose noise grows from top to bottom.",
+        "Memory is the peak above the weights and what a process has loaded; differences are to diffusers'",
+        "whole image, or to our bands where that was not decoded.",
+        "",
+        *markdown_table(("image", "", "time", "memory", "largest difference", "relative error"), rows),
+    ]
+
+
 def profile_lines(record: Row) -> list[str]:
     """A table a model and dtype."""
     lines = [

@@ -103,6 +103,57 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(Tensor x, int64_t num_grou
   return {y, mean, rstd};
 }
 
+// The mean of each group and the sum of squares about it: (N, G), fp64.
+std::tuple<Tensor, Tensor> group_norm_moments(Tensor x, int64_t num_groups) {
+  check_input(x, num_groups);
+  Tensor mean = empty({x.size(0), num_groups}, ScalarType::Double);
+  Tensor squares = empty({x.size(0), num_groups}, ScalarType::Double);
+  double* const means = mean.mutable_data_ptr<double>();
+  double* const sums = squares.mutable_data_ptr<double>();
+  std::fill_n(means, mean.numel(), 0.0);
+  std::fill_n(sums, squares.numel(), 0.0);
+  if (x.numel() == 0) return {mean, squares};
+  const Layout layout = layout_of(x);
+  const Tensor input = in_layout(x, layout);
+  const Tiling tiling = tiling_of(x, num_groups, layout);
+  dispatch(x.scalar_type(), tiling.channels_last, false, [&](auto element, auto last, auto) {
+    using T = decltype(element);
+    group_norm::moments<last>(tiling, static_cast<const T*>(input.const_data_ptr()), means, sums);
+  });
+  return {mean, squares};
+}
+
+// x, out: (N, C, *) of one dtype, out dense in either layout. mean, rstd: (N, G), fp64.
+void group_norm_apply_out(Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
+                          std::optional<Tensor> weight, std::optional<Tensor> bias, bool silu,
+                          Tensor out) {
+  check_input(x, num_groups);
+  check_device(out, "out");
+  check_shape(out, "out", x.sizes());
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), "out: expected the dtype of x");
+  const Layout layout = layout_of(out);
+  STD_TORCH_CHECK(has_layout(out, layout), "out: expected a dense tensor");
+  for (const Tensor& t : {mean, rstd}) {
+    check_device(t, "mean, rstd");
+    check_shape(t, "mean, rstd", {x.size(0), num_groups});
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous(),
+                    "mean, rstd: expected contiguous fp64");
+  }
+  const Values w(weight, "weight", {x.size(1)}), b(bias, "bias", {x.size(1)});
+  const Affine affine{w.data(), b.data(), nullptr, nullptr};
+  if (x.numel() == 0) return;
+  const Tensor input = in_layout(x, layout);
+  const Tiling tiling = tiling_of(x, num_groups, layout);
+  dispatch(x.scalar_type(), tiling.channels_last, silu,
+           [&](auto element, auto last, auto with_silu) {
+             using T = decltype(element);
+             group_norm::apply_known<last, with_silu>(
+                 tiling, static_cast<const T*>(input.const_data_ptr()), affine,
+                 mean.const_data_ptr<double>(), rstd.const_data_ptr<double>(),
+                 static_cast<T*>(out.mutable_data_ptr()));
+           });
+}
+
 // dy, x: (N, C, *). mean, rstd: (N, G), fp32. Returns dx in the layout of x, then the gradients of
 // weight, bias, scale and shift in their dtypes, each of no elements where the parameter is absent.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
@@ -157,6 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("group_norm", TORCH_BOX(&group_norm_cpu));
   m.impl("group_norm_forward", TORCH_BOX(&group_norm_forward));
+  m.impl("group_norm_moments", TORCH_BOX(&group_norm_moments));
+  m.impl("group_norm_apply_out", TORCH_BOX(&group_norm_apply_out));
   m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
 }
 

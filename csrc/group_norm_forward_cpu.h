@@ -116,10 +116,9 @@ struct MergeScratch {
   explicit MergeScratch(const Tiling& t) : means(t.groups), squares(t.groups), rest(t.groups) {}
 };
 
-// From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
-inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
-                          const Affine& affine, double eps, float* mean, float* rstd,
-                          const Coefficients& k, MergeScratch& scratch) {
+// From the tiles of one image to the mean of each group and the sum of squares about it, left in
+// `scratch`.
+inline void merge_tiles(const Tiling& t, const float* partials, MergeScratch& scratch) {
   const int64_t width = t.group_channels();
   // Adds term(c) summed over the tile's channels of each group, all tiles one after the other.
   const auto add_tiles = [&](std::vector<double>& totals, const auto& term_of) {
@@ -146,10 +145,17 @@ inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
       return products[c] + shift * (rows * shift - 2.0 * sums[c]);
     };
   });
+  // Rounding may leave a constant group just below zero; a NaN is kept.
+  for (double& total : scratch.squares) total = total < 0 ? 0.0 : total;
+}
+
+// From the tiles of one image to mean and rstd of its groups and the coefficients of its channels.
+inline void merge_moments(const Tiling& t, const float* partials, int64_t image,
+                          const Affine& affine, double eps, float* mean, float* rstd,
+                          const Coefficients& k, MergeScratch& scratch) {
+  merge_tiles(t, partials, scratch);
   for (int64_t g = 0; g < t.groups; ++g) {
-    // Rounding may leave a constant group just below zero; a NaN is kept.
-    const double squares = scratch.squares[g];
-    const double variance = squares < 0 ? 0.0 : squares / t.group_size();
+    const double variance = scratch.squares[g] / t.group_size();
     mean[g] = static_cast<float>(scratch.means[g]);
     scratch.rest[g] = static_cast<float>(scratch.means[g] - mean[g]);
     rstd[g] = static_cast<float>(1.0 / std::sqrt(variance + eps));
@@ -214,6 +220,33 @@ void forward_slabs(const Tiling& t, int64_t width, const T* x, const Affine& aff
   });
 }
 
+// Step 1 for one tile.
+template <bool kChannelsLast, typename T>
+void gather_tile(const Tiling& t, const Tile& tile, const T* x, const TileSums& out) {
+  if constexpr (kChannelsLast) {
+    column_moments(x + tile.offset, tile.rows, t.channels, t.stride, out);
+  } else {
+    line_moments(x + tile.offset, tile.rows, out);
+  }
+}
+
+// Step 3 for one tile, `k` being its image's.
+template <bool kChannelsLast, bool kSilu, typename T>
+void apply_tile(const Tiling& t, const Tile& tile, const T* x, const Coefficients& k, bool streams,
+                T* y) {
+  const int64_t rows = kChannelsLast ? tile.rows : 1;
+  const int64_t width = kChannelsLast ? t.channels : tile.rows;
+  const Coefficients own = k.from(tile.line);
+  const T* from = x + tile.offset;
+  T* to = y + tile.offset;
+  if (streams) {
+    apply<kChannelsLast, kSilu, true>(from, rows, width, width, own, to, 4 * width);
+    simd::finish_streams();
+  } else {
+    apply<kChannelsLast, kSilu>(from, rows, width, width, own, to, 4 * width);
+  }
+}
+
 template <bool kChannelsLast, bool kSilu, typename T>
 void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y, float* mean,
              float* rstd) {
@@ -232,29 +265,63 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
   };
   run_steps(
       t,
-      [&](const Tile& tile, const TileSums& out) {
-        if constexpr (kChannelsLast) {
-          column_moments(x + tile.offset, tile.rows, t.channels, t.stride, out);
-        } else {
-          line_moments(x + tile.offset, tile.rows, out);
-        }
-      },
+      [&](const Tile& tile, const TileSums& out) { gather_tile<kChannelsLast>(t, tile, x, out); },
       [&](int64_t n, const float* partials) {
         MergeScratch merging(t);
         merge_moments(t, partials, n, affine, eps, mean + n * t.groups, rstd + n * t.groups, of(n),
                       merging);
       },
       [&](const Tile& tile) {
-        const int64_t rows = kChannelsLast ? tile.rows : 1;
-        const int64_t width = kChannelsLast ? t.channels : tile.rows;
-        const Coefficients k = of(tile.image).from(tile.line);
-        const T* from = x + tile.offset;
-        T* to = y + tile.offset;
-        if (streams) {
-          apply<kChannelsLast, kSilu, true>(from, rows, width, width, k, to, 4 * width);
-          simd::finish_streams();
-        } else {
-          apply<kChannelsLast, kSilu>(from, rows, width, width, k, to, 4 * width);
+        apply_tile<kChannelsLast, kSilu>(t, tile, x, of(tile.image), streams, y);
+      });
+}
+
+// Steps 1 and 2 alone. means, squares about them: (N, G).
+template <bool kChannelsLast, typename T>
+void moments(const Tiling& t, const T* x, double* means, double* squares) {
+  const int64_t image_partials = t.tiles * TileSums::kArrays * t.padded;
+  const std::unique_ptr<float[]> partials(new float[t.images * image_partials]);
+  torch::stable::parallel_for(
+      0, t.images * t.lines * t.tiles, t.grain(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Tile tile(t, i);
+          float* sums = partials.get() + tile.image * image_partials +
+                        tile.index * TileSums::kArrays * t.padded;
+          gather_tile<kChannelsLast>(t, tile, x, TileSums(sums, t.padded).from(tile.line));
+        }
+      });
+  MergeScratch merging(t);
+  for (int64_t n = 0; n < t.images; ++n) {
+    merge_tiles(t, partials.get() + n * image_partials, merging);
+    std::copy_n(merging.means.data(), t.groups, means + n * t.groups);
+    std::copy_n(merging.squares.data(), t.groups, squares + n * t.groups);
+  }
+}
+
+// Step 3 alone. means, rstds: (N, G).
+template <bool kChannelsLast, bool kSilu, typename T>
+void apply_known(const Tiling& t, const T* x, const Affine& affine, const double* means,
+                 const double* rstds, T* y) {
+  const int64_t stride = Coefficients::kArrays * t.padded;
+  const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
+  const auto of = [&](int64_t image) {
+    return Coefficients(coefficients.get() + image * stride, t.padded);
+  };
+  std::vector<float> mean(t.groups), rstd(t.groups), rest(t.groups);
+  for (int64_t n = 0; n < t.images; ++n) {
+    for (int64_t g = 0; g < t.groups; ++g) {
+      const double exact = means[n * t.groups + g];
+      mean[g] = static_cast<float>(exact);
+      rest[g] = static_cast<float>(exact - mean[g]);
+      rstd[g] = static_cast<float>(rstds[n * t.groups + g]);
+    }
+    normalizing_coefficients(t, n, affine, mean.data(), rstd.data(), rest.data(), of(n));
+  }
+  torch::stable::parallel_for(
+      0, t.images * t.lines * t.tiles, t.grain(), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Tile tile(t, i);
+          apply_tile<kChannelsLast, kSilu>(t, tile, x, of(tile.image), false, y);
         }
       });
 }

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdfast import diffusion, models, ops, training
+    from sdfast import diffusion, models, ops, tiled_vae, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
     from sdfast.drop_in import disabled, explain, optimize, restore
     from sdfast.drop_in.processor import SdfastAttnProcessor
@@ -40,6 +40,7 @@ __all__ = [
     "ops",
     "optimize",
     "restore",
+    "tiled_vae",
     "training",
     "tune",
     "use_backend",
@@ -65,6 +66,7 @@ _HOMES = {
     "ops": "sdfast.ops",
     "optimize": "sdfast.drop_in",
     "restore": "sdfast.drop_in",
+    "tiled_vae": "sdfast.tiled_vae",
     "training": "sdfast.training",
     "tune": "sdfast.tuning",
     "use_backend": "sdfast.dispatch",

@@ -64,6 +64,7 @@ class Generation:
 
     Attributes:
         cache: where the CUDA graphs of U-Net and VAE are kept; None runs both without.
+        vae_memory_bytes: what the decoder may take for an image, in bands then; None sets no limit.
     """
 
     request: Request
@@ -72,6 +73,7 @@ class Generation:
     vae: AutoencoderKL
     text: TextConditioner
     cache: GraphCache | None = None
+    vae_memory_bytes: int | None = None
 
     @torch.inference_mode()
     def run(self, start: Start, on_step: OnStep | None, settings: dict[str, Any]) -> GeneratedImages:
@@ -168,7 +170,10 @@ class Generation:
         z = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.config.scaling_factor
         pixels = self.request.height * self.request.width
         parts = z.split(max(1, _IMAGE_PIXELS_PER_DECODE // pixels))
-        decode = self._graphed(self.vae.decode, self.vae, enabled=pixels <= _MOST_PIXELS_BY_GRAPH)
+        if self.vae_memory_bytes is None:
+            decode = self._graphed(self.vae.decode, self.vae, enabled=pixels <= _MOST_PIXELS_BY_GRAPH)
+        else:
+            decode = functools.partial(self.vae.decode, memory_bytes=self.vae_memory_bytes)
         images = torch.cat([decode(part).float() for part in parts])
         if not images.isfinite().all():
             warnings.warn(

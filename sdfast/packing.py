@@ -19,10 +19,11 @@ its memory would be the graph's, and its values be there only after a replay.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -183,6 +184,22 @@ def packed_bytes() -> int:
     """Memory that copies of living weights hold."""
     with _lock:
         return sum(copy.nbytes for copies in _copies.values() for copy in copies.by_kind.values())
+
+
+@contextlib.contextmanager
+def temporary(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Drop at the end the copies of these weights that are made inside: for layers that run one by one."""
+    weights = list(weights)
+    with _lock:
+        before = [set(_copies[weight].by_kind) if weight in _copies else set() for weight in weights]
+    try:
+        yield
+    finally:
+        with _lock:
+            for weight, kinds in zip(weights, before, strict=True):
+                made = set(_copies[weight].by_kind) - kinds if weight in _copies else ()
+                for kind in made:
+                    del _copies[weight].by_kind[kind]
 
 
 def clear() -> None:

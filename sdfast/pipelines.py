@@ -59,6 +59,7 @@ class StableDiffusion:
         name: str = "",
         zero_empty_negative: bool = False,
         cuda_graphs: bool = True,
+        vae_memory_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +70,8 @@ class StableDiffusion:
                 text, as SDXL base was trained.
             cuda_graphs: whether the steps of the U-Net and the VAE's decoder run by CUDA graphs (`graphs`),
                 where the parts are on such a device.
+            vae_memory_bytes: what the VAE may take for an image beside the weights, see `sdfast.tiled_vae`;
+                the picture is the same to rounding. None sets no limit.
 
         Raises:
             ValueError: parts that do not fit each other.
@@ -79,6 +82,7 @@ class StableDiffusion:
         self.name = name
         self.zero_empty_negative = zero_empty_negative
         self.graphs = _graph_cache(self.device) if cuda_graphs else None
+        self.vae_memory_bytes = vae_memory_bytes
         encoders = 2 if self.is_xl else 1
         if not len(self.text_encoders) == len(self.tokenizers) == encoders:
             raise ValueError(
@@ -102,6 +106,7 @@ class StableDiffusion:
         variant: str | None = None,
         revision: str | None = None,
         cuda_graphs: bool = True,
+        vae_memory_bytes: int | None = None,
     ) -> StableDiffusion:
         """Load a model.
 
@@ -116,6 +121,7 @@ class StableDiffusion:
             variant: "fp16" reads the weight files of that name in a folder.
             revision: branch, tag or commit on the hub.
             cuda_graphs: False launches every kernel of every step from Python; changes nothing on CPU.
+            vae_memory_bytes: what the VAE may take for an image; None sets no limit.
 
         Raises:
             ValueError: a tokenizer for a folder, or a variant of a single file.
@@ -127,7 +133,7 @@ class StableDiffusion:
             revision=revision,
         )  # fmt: skip
         try:
-            return cls(**parts, cuda_graphs=cuda_graphs)
+            return cls(**parts, cuda_graphs=cuda_graphs, vae_memory_bytes=vae_memory_bytes)
         except ValueError as error:
             raise CheckpointError(f"{path_or_id}: {error}") from error
 
@@ -267,7 +273,8 @@ class StableDiffusion:
 
         @functools.cache
         def posterior(index: int) -> DiagonalGaussian:
-            return self.vae.encode(sources[index : index + 1].to(self.device, self._vae_dtype))
+            one = sources[index : index + 1].to(self.device, self._vae_dtype)
+            return self.vae.encode(one, memory_bytes=self.vae_memory_bytes)
 
         def start(part: slice, generators: list[torch.Generator]) -> Tensor:
             drawn = []
@@ -292,6 +299,8 @@ class StableDiffusion:
         request = make_request(
             latent_channels=self.unet.config.in_channels, downsampling=self.vae.downsampling, **arguments
         )
+        if self.vae_memory_bytes is not None:  # which the VAE holds against what it needs
+            return request
         # The two largest tensors that the decoder's last level holds at once.
         widths = self.vae.config.block_out_channels
         needed = (
@@ -312,7 +321,7 @@ class StableDiffusion:
             is_xl=self.is_xl,
             zero_empty_negative=self.zero_empty_negative,
         )
-        return Generation(request, plan, self.unet, self.vae, text, self.graphs)
+        return Generation(request, plan, self.unet, self.vae, text, self.graphs, self.vae_memory_bytes)
 
     def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
         return draw_noise(generators, request.latent_shape, self.dtype, self.device)

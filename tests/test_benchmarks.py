@@ -12,6 +12,16 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
+def test_tiled_vae_beside_diffusers_tiling():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_tiled_vae.py", "--tiny", "--size", "64", "--threads", "1"],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    sides = [line.split(",")[0] for line in done.stdout.splitlines()[-4:]]
+    assert sides == ["eager", "whole", "bands", "tiling"]
+
+
 def test_operations_of_a_gpu_run_in_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -51,6 +61,17 @@ def test_report_of_peers(report):
     assert "| VAE | float32 | OpenVINO | 1.0e-06 | 1.0 GiB | 5 s |" in text
     assert "VAE, float32: 2.0 GiB, packed 1.0 GiB." in text
     assert "- Not measured: ONNX Runtime, float32: not installed." in text
+
+
+def test_report_of_tiled_vae(report):
+    row = {"size": 1024, "seconds": 12.34, "peak_bytes": 10**9, "most_difference": 2e-5, "error": 1e-6}
+    rows = [
+        {**row, "side": "eager", "budget_bytes": None, "reference": "eager"},
+        {**row, "side": "bands", "budget_bytes": 2 * 10**9, "reference": "eager"},
+    ]
+    text = "\n".join(report.tiled_vae_lines({"rows": rows}))
+    assert "| 1024x1024 | diffusers, whole image | 12.3 s | 1.00 GB |  |  |" in text
+    assert "| 1024x1024 | sdfast, bands, within 2.0 GB | 12.3 s | 1.00 GB | 2.0e-05 | 1.0e-06 |" in text
 
 
 @pytest.mark.parametrize("peers, last", [(PEERS, "beside OpenVINO |"), (None, "speed |")])

@@ -48,6 +48,13 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Te
     return with_gradients(norm, x, weight, bias, scale, shift)
 
 
+@on((3, 21, 5, 7), (21,), (21,))
+def group_norm_parts(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    moments = ops.group_norm_moments(x, 3, backend="cpu")
+    y = ops.group_norm_apply(x, moments, 3, weight, bias, activation="silu", backend="cpu")
+    return moments.mean, moments.squares, y
+
+
 @on((5, 83), (83,), (83,))
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -162,6 +162,18 @@ def test_more_weights_are_a_larger_budget(monkeypatch: pytest.MonkeyPatch) -> No
     assert packing.affordable(weight, "twice", nbytes, 1.0)
 
 
+def test_temporary_copies_go_and_earlier_ones_stay() -> None:
+    weight, other = torch.randn(4, 4), torch.randn(4, 4)
+    kept = packing.packed(weight, "once", torch.clone)
+    outside = packing.packed(other, "once", torch.clone)
+    with pytest.raises(RuntimeError, match="out of luck"), packing.temporary([weight]):
+        packing.packed(weight, "twice", lambda values: 2 * values)
+        raise RuntimeError("out of luck")
+    assert packing.packed(weight, "once", torch.zeros_like) is kept
+    assert packing.packed(other, "once", torch.zeros_like) is outside
+    assert packing.packed_bytes() == kept.nbytes + outside.nbytes
+
+
 @pytest.mark.parametrize(("memory", "algorithm"), [("low", False), ("default", True), ("high", True)])
 def test_use_memory(memory: str, algorithm: bool) -> None:
     x, weight = torch.randn(1, 32, 48, 48), torch.randn(32, 32, 3, 3).to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sdfast import ops
+from sdfast import ops, tiled_vae
 from sdfast.models.layers import Conv2d, GroupNorm, ResnetBlock2D, SelfAttention2D, Upsample2D
 from sdfast.models.unet_blocks import DownBlock2D, MakeResnet, MidBlock2D
 
@@ -178,13 +178,23 @@ class AutoencoderKL(nn.Module):
         """How many pixels one latent pixel is wide."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Images (N, in_channels, H, W) in [-1, 1] -> q_φ(z|x), unscaled."""
+    def encode(self, x: Tensor, *, memory_bytes: int | None = None) -> DiagonalGaussian:
+        """Images (N, in_channels, H, W) in [-1, 1] -> q_φ(z|x), unscaled.
+
+        With `memory_bytes` in bands that take no more than that, for inference: see `sdfast.tiled_vae`.
+        """
+        if memory_bytes is not None:
+            return DiagonalGaussian(tiled_vae.encode(self, x, memory_bytes=memory_bytes))
         moments = self.encoder(x)
         return DiagonalGaussian(moments if self.quant_conv is None else self.quant_conv(moments))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (N, latent_channels, h, w) -> images (N, out_channels, H, W), about [-1, 1]."""
+    def decode(self, z: Tensor, *, memory_bytes: int | None = None) -> Tensor:
+        """Unscaled latents (N, latent_channels, h, w) -> images (N, out_channels, H, W), about [-1, 1].
+
+        With `memory_bytes` in bands that take no more than that, for inference: see `sdfast.tiled_vae`.
+        """
+        if memory_bytes is not None:
+            return tiled_vae.decode(self, z, memory_bytes=memory_bytes)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:

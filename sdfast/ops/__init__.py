@@ -7,6 +7,7 @@ from sdfast.ops.conv2d import NormPrologue, conv2d, conv2d_fuses
 from sdfast.ops.diffusion_step import diffusion_step
 from sdfast.ops.diffusion_step_from_table import diffusion_step_from_table
 from sdfast.ops.group_norm import group_norm
+from sdfast.ops.group_norm_parts import Moments, group_norm_apply, group_norm_moments
 from sdfast.ops.layer_norm import layer_norm
 from sdfast.ops.linear import linear
 from sdfast.ops.reparameterize import reparameterize
@@ -15,6 +16,7 @@ _library.load_cpu_library()  # after the schemas: kernels register under them
 _library.load_cuda_library()
 
 __all__ = [
+    "Moments",
     "NormPrologue",
     "add_noise",
     "attention",
@@ -23,6 +25,8 @@ __all__ = [
     "diffusion_step",
     "diffusion_step_from_table",
     "group_norm",
+    "group_norm_apply",
+    "group_norm_moments",
     "layer_norm",
     "linear",
     "reparameterize",
