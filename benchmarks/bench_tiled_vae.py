@@ -163,8 +163,8 @@ def main() -> None:
         rows += of_size
     for row in rows:
         print(
-            f"{row['side']}, {row['size']}: {row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB above the"
-            f" weights, at most {row['most_difference']:.1e} from {row['reference']}'s,"
+            f"{row['side']}, {row['size']}: {row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.2f} GB above"
+            f" the weights, at most {row['most_difference']:.1e} from {row['reference']}'s,"
             f" error {row['error']:.1e}"
         )
     if not options.tiny:
