@@ -35,24 +35,28 @@ class Convolution(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Pixels by channels of y; `share` is what of the peak it is assumed to reach, which nobody measured."""
+    """Pixels by channels of y; `share` is what of the peak it is assumed to reach, which nobody measured.
+
+    `occupancy` is that of its `Config`; None where the addresses decide how many registers are needed.
+    """
 
     pixels: int
     channels: int
     num_warps: int
     share: float
+    occupancy: int | None = None
 
 
 _HALF = (
-    _Tile(128, 256, 8, 1.0), _Tile(128, 128, 8, 0.95), _Tile(64, 256, 8, 0.8), _Tile(128, 64, 4, 0.8),
-    _Tile(64, 128, 4, 0.75), _Tile(64, 64, 4, 0.65),
+    _Tile(128, 256, 8, 1.0, 1), _Tile(128, 128, 8, 0.95, 1), _Tile(64, 256, 8, 0.8, 1),
+    _Tile(128, 64, 4, 0.8, 2), _Tile(64, 128, 4, 0.75, 2), _Tile(64, 64, 4, 0.65, 4),
 )  # fmt: skip
 # For GPUs whose tensor cores take both factors from registers.
-_HALF_IN_REGISTERS = (_Tile(128, 128, 8, 1.0), _Tile(128, 64, 8, 0.85), _Tile(64, 128, 8, 0.85))
-_NARROW = (_Tile(128, 16, 4, 0.2),)  # for a picture's 3 channels or a latent's 4
+_HALF_IN_REGISTERS = (_Tile(128, 128, 8, 1.0, 1), _Tile(128, 64, 8, 0.85, 1), _Tile(64, 128, 8, 0.85, 1))
+_NARROW = (_Tile(128, 16, 4, 0.2, 4),)  # for a picture's 3 channels or a latent's 4
 _UNALIGNED = (_Tile(64, 64, 8, 0.3),)  # loaded number by number, each with its address in registers
-_FP32 = (_Tile(64, 64, 8, 1.0), _Tile(32, 64, 4, 0.7))
-_UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7),)
+_FP32 = (_Tile(64, 64, 8, 1.0, 2), _Tile(32, 64, 4, 0.7, 4))
+_UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7, 1),)
 _MAX_SPLITS = 8
 _SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; assumed
 
@@ -103,9 +107,7 @@ def plans_of(call: Convolution) -> list[Plan]:
         stage_bytes = (tile.pixels + tile.channels) * block_k * weight.element_size()
         constants = {"BLOCK_M": tile.pixels, "BLOCK_N": tile.channels, "BLOCK_K": block_k, "GROUP": 8}
         stages = max(2, min(4, available // stage_bytes))
-        if weight.dtype is torch.float32 and block_k == 32 and architecture(weight.device) != 90:
-            stages = 2  # with more, tf32's factors spill where they are in registers
-        config = Config(constants, tile.num_warps, stages)
+        config = Config(constants, tile.num_warps, stages, tile.occupancy)
         plans.append(Plan(config, grid, splits, steps, cost))
     return plans
 
@@ -125,7 +127,7 @@ def _tiles(call: Convolution) -> Sequence[_Tile]:
     # None of these finds registers beside the accumulators of the largest tile.
     if call.normalised or call.statistics or len(call.channels) > 1:
         tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]
-    return [tile._replace(num_warps=8) for tile in tiles] if call.normalised else tiles
+    return [tile._replace(num_warps=8, occupancy=1) for tile in tiles] if call.normalised else tiles
 
 
 def _block_k(call: Convolution) -> int:

@@ -214,6 +214,8 @@ def _shares(x: Tensor, rows: int, width: int) -> tuple[bool, Config, int, int]:
             warps = config.num_warps * large // config.constants["ROWS"]
             config = Config({"ROWS": large, "BLOCK": block}, warps, 1)
     else:
+        if width % 16:  # 512 threads have too few registers for what is loaded number by number
+            config = Config({"ROWS": 1, "BLOCK": config.constants["BLOCK"] // 2}, config.num_warps // 2, 1)
         programs = triton.cdiv(2 * programs, triton.cdiv(width, config.constants["BLOCK"]))
     blocks = triton.cdiv(rows, config.constants["ROWS"])
     steps = triton.cdiv(blocks, min(blocks, programs))
