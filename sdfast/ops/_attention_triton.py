@@ -6,6 +6,8 @@ and an accumulator of its own: 40 is 32 + 16, so that 48 columns are multiplied 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -23,6 +25,7 @@ SIZES = [
 ]  # fmt: skip
 
 
+@functools.cache
 def chunks(columns: int) -> tuple[int, int]:
     """The widths of the chunks that cover so many columns, the second 0 where it would save nothing."""
     whole = max(16, triton.next_power_of_2(columns))

@@ -193,16 +193,16 @@ def plans_of(
     plans = []
     for tile in tiles:
         block_k = tile.k if deep else min(tile.k, 32)
-        all_steps = triton.cdiv(pixels, block_k)
-        count = triton.cdiv(rows, tile.o) * triton.cdiv(columns, tile.n)
+        all_steps = -(-pixels // block_k)
+        count = -(-rows // tile.o) * -(-columns // tile.n)
         stages = min(4, shared_bytes // ((tile.o + tile.n) * block_k * itemsize))
         constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": block_k}
         config = Config(constants, tile.num_warps, stages)
         most = max(1, min(all_steps // _LEAST_STEPS, _MAX_SPLITS))
         for splits in sorted({1, *(max(1, min(w * processors // count, most)) for w in (1, 2, 3, 4))}):
-            steps = triton.cdiv(all_steps, splits)
-            splits = triton.cdiv(all_steps, steps)  # none is left without pixels
-            cost = triton.cdiv(count * splits, processors) * (steps + _OVERHEAD_STEPS)
+            steps = -(-all_steps // splits)
+            splits = -(-all_steps // steps)  # none is left without pixels
+            cost = -(-count * splits // processors) * (steps + _OVERHEAD_STEPS)
             cost *= tile.o * tile.n * block_k / tile.share
             if splits > 1:  # written, and read again
                 cost += 8 * splits * rows * columns * _PRODUCTS_PER_BYTE / processors
@@ -253,7 +253,7 @@ def conv2d_weight_gradient(
     )  # fmt: skip
     if split:
         config = Config({"BLOCK_S": 2, "BLOCK": 512} if plan.splits <= 4 else {"BLOCK_S": 16, "BLOCK": 64})
-        grid = (triton.cdiv(dw.numel(), config.constants["BLOCK"]),)
+        grid = (-(-dw.numel() // config.constants["BLOCK"]),)
         launch(_finish_kernel, grid, result, dw, dw.numel(), plan.splits, config=config)
     return dw
 
