@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     splits: int
     steps: int
     cost: float
+    kind: str = ""  # splits follow from tile and shape
 
 
 def plan_convolution(call: Convolution, device: torch.device) -> Plan:

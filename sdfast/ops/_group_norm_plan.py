@@ -47,12 +47,12 @@ class Plan(NamedTuple):
         return self.tiles.config
 
     @property
-    def splits(self) -> int:
-        return 1 if self.whole else 2
+    def kind(self) -> str:
+        return "whole" if self.whole else "apart"
 
     @property
     def cost(self) -> float:
-        return float(self.splits)
+        return 1.0 if self.whole else 2.0
 
 
 _WHOLE_PIXELS = (64, 256, 1024)  # images of at most these fit one tile; 8x8, 16x16, 32x32

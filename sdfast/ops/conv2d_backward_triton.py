@@ -171,6 +171,7 @@ class Plan(NamedTuple):
     splits: int
     steps: int
     cost: float
+    kind: str
 
 
 @functools.lru_cache(maxsize=1024)
@@ -199,14 +200,15 @@ def plans_of(
         constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": block_k}
         config = Config(constants, tile.num_warps, stages)
         most = max(1, min(all_steps // _LEAST_STEPS, _MAX_SPLITS))
-        for splits in sorted({1, *(max(1, min(w * processors // count, most)) for w in (1, 2, 3, 4))}):
+        waves = {max(1, min(n * processors // count, most)): n for n in (4, 3, 2, 1)}
+        for splits, n in sorted({**waves, 1: 0}.items()):
             steps = -(-all_steps // splits)
             splits = -(-all_steps // steps)  # none is left without pixels
-            cost = -(-count * splits // processors) * (steps + _OVERHEAD_STEPS)
+            cost: float = -(-count * splits // processors) * (steps + _OVERHEAD_STEPS)
             cost *= tile.o * tile.n * block_k / tile.share
             if splits > 1:  # written, and read again
                 cost += 8 * splits * rows * columns * _PRODUCTS_PER_BYTE / processors
-            plans.append(Plan(config, count, splits, steps, cost))
+            plans.append(Plan(config, count, splits, steps, cost, f"waves={n}" if n else "unsplit"))
     return tuple(plans)
 
 

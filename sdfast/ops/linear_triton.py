@@ -190,6 +190,7 @@ class Plan(NamedTuple):
     splits: int
     steps: int
     cost: float
+    kind: str = ""  # splits follow from tile and shape
 
 
 @functools.lru_cache(maxsize=1024)
