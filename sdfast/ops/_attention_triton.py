@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._triton import architecture, multiprocessors
+from sdfast.ops._triton import machine, multiprocessors
 
 LOG2E = 1.4426950408889634
 # All sizes and strides of the kernels: whether 16 divides one, by which Triton would compile another kernel,
@@ -72,8 +72,8 @@ def strides(unit: int, *tensors: Tensor) -> tuple[int, ...]:
 
 
 def reads_shared_memory(device: torch.device) -> bool:
-    """Whether tensor cores take factors from shared memory; elsewhere they fill registers."""
-    return architecture(device) in (90, 100)
+    """See `Machine`."""
+    return machine(device).reads_shared_memory
 
 
 def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple[int, int]:

@@ -124,7 +124,7 @@ def _tiles(call: Convolution, machine: Machine) -> Sequence[_Tile]:
     elif call.size[-4] <= 16:
         tiles = _NARROW
     else:
-        tiles = _HALF if machine.architecture in (90, 100) else _HALF_IN_REGISTERS
+        tiles = _HALF if machine.reads_shared_memory else _HALF_IN_REGISTERS
     # None of these finds registers beside the accumulators of the largest tile.
     if call.normalised or call.statistics or len(call.channels) > 1:
         tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]

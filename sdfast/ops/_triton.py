@@ -143,6 +143,11 @@ class Machine(NamedTuple):
     multiprocessors: int
     shared_bytes: int
 
+    @property
+    def reads_shared_memory(self) -> bool:
+        """Whether tensor cores take factors from shared memory; elsewhere they fill registers."""
+        return self.architecture in (90, 100)
+
 
 def machine(device: torch.device) -> Machine:
     """Of `device`, as the functions above say."""

@@ -210,7 +210,7 @@ def plans_of(
         tiles = _FP32 if aligned else _UNALIGNED_FP32
     elif not aligned:
         tiles = _UNALIGNED
-    elif paired and machine.architecture not in (90, 100):
+    elif paired and not machine.reads_shared_memory:
         tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]  # factors too are in registers
     plans = []
     for tile in tiles:
