@@ -23,8 +23,6 @@ from sdfast import _library
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _STATUS = _library.triton_status()
 _MISSING = None if _STATUS.loaded else _STATUS.detail
-
-
 _REGISTERS = 65536  # of a multiprocessor; a thread has a multiple of 8, at most 255
 
 

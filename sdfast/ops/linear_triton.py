@@ -21,13 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import (
-    Config,
-    Machine,
-    launch,
-    machine,
-    product_precision,
-)
+from sdfast.ops._triton import Config, Machine, launch, machine, product_precision
 
 # Places in linear.ACTIVATIONS.
 _SILU = tl.constexpr(1)
@@ -164,7 +158,7 @@ class _Tile(NamedTuple):
     n: int
     num_warps: int
     share: float
-    occupancy: int | None
+    occupancy: int
 
 
 _WIDE = (
@@ -230,9 +224,10 @@ def plans_of(
         cost = -(-count * splits // machine.multiprocessors) * tile.m * tile_n * (1 + paired) / tile.share
         cost *= (steps + _SPLIT_STEPS * (splits > 1)) * block_k
         constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
-        num_warps, occupancy = tile.num_warps, tile.occupancy
+        num_warps = tile.num_warps
+        occupancy: int | None = tile.occupancy
         if paired:  # two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold
-            num_warps, occupancy = 8, max(1, tile.occupancy // 2) if fp32 and tile.occupancy else None
+            num_warps, occupancy = 8, max(1, tile.occupancy // 2) if fp32 else None
         config = Config(constants, num_warps, min(4, machine.shared_bytes // stage_bytes), occupancy)
         plans.append(Plan(config, count, splits, steps, cost))
     return tuple(plans)
