@@ -336,7 +336,7 @@ def test_one_launch_or_two_is_a_choice() -> None:
         given.run("triton")
         group_norm(torch.zeros(2, 40, 64, 64, device=DEVICE), 4, backend="triton")
     ((key, names),) = met.items()
-    assert [name.split()[-1] for name in names] == ["splits=1", "splits=2"]
+    assert [name.split()[-1] for name in names] == ["whole", "apart"]
     for count, name in enumerate(names, 1):
         with preferring(key, name):
             y = given.run("triton")

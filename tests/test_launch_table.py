@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,21 +15,21 @@ import torch
 from processes import PACKAGE
 
 pytest.importorskip("triton")
-from sdfast.ops import _launch_table
+from sdfast.ops import _conv2d_plan, _launch_table, conv2d_backward_triton, linear_triton
 from sdfast.ops._launch_table import choose, exploring, name_of, near, preferring
-from sdfast.ops._triton import Config, recording
+from sdfast.ops._triton import Config, Machine, recording
 
 DEVICE = torch.device("cpu")
 
 
 class Plan(NamedTuple):
     config: Config
-    splits: int
+    kind: str
     cost: float
 
 
 PLANS = [
-    Plan(Config({"BLOCK": block}, num_warps=4), 1, cost)
+    Plan(Config({"BLOCK": block}, num_warps=4), "", cost)
     for block, cost in ((64, 3.0), (128, 1.0), (256, 2.0))
 ]
 KEY = ("matmul", "float16 64 320")
@@ -69,7 +70,7 @@ def test_a_table_decides_on_its_architecture_alone(table: Path) -> None:
 
 
 def test_a_plan_that_is_no_longer_listed_is_ignored(table: Path) -> None:
-    write(table, "BLOCK=512 warps=4 stages=3 splits=1")
+    write(table, "BLOCK=512 warps=4 stages=3")
     assert chosen() == 128
 
 
@@ -101,6 +102,31 @@ def test_convolutions_of_different_images_have_different_buckets() -> None:
     assert buckets(*fp32).isdisjoint(buckets(*fp32, tf32=False))
 
 
+def test_a_bucket_has_the_same_plans_whatever_their_splits() -> None:
+    """So that what was measured at one size is found at its neighbours."""
+    machine = Machine(90, 132, 232448)
+
+    def same(*sizes: Sequence[Plan]) -> bool:
+        splits = {tuple(plan.splits for plan in plans) for plans in sizes}
+        names = {tuple(name_of(plan) for plan in plans) for plans in sizes}
+        return len(splits) == len(sizes) and len(names) == 1
+
+    def linear(tokens: int) -> Sequence[Plan]:
+        return linear_triton.plans_of(tokens, 640, 5120, torch.float16, "tf32", True, False, machine)
+
+    def conv2d(pixels: int) -> Sequence[Plan]:
+        size, strides = (640, 640, 3, 3), (5760, 1, 1920, 640)
+        call = (size, strides, torch.float16, (640,), 1, pixels, 1, "tf32", False, False)
+        return _conv2d_plan.plans_of(_conv2d_plan.Convolution(*call), machine)
+
+    def weight_gradient(pixels: int) -> Sequence[Plan]:
+        return conv2d_backward_triton.plans_of(128, 1152, pixels, "tf32", 2, True, machine)
+
+    assert same(linear(300), linear(512))
+    assert same(conv2d(300), conv2d(512))
+    assert same(weight_gradient(40000), weight_gradient(65536))
+
+
 def test_tables_are_made_and_serve(table: Path) -> None:
     """Measured in the interpreter, where times mean nothing, but which plans there are does."""
     script = PACKAGE / "benchmarks" / "tune_launches.py"
@@ -109,7 +135,7 @@ def test_tables_are_made_and_serve(table: Path) -> None:
         str(script),
         "linear",
         "--only",
-        "linear odd fp32",
+        "linear sd15 time embedding fp32",
         "--folder",
         str(table.parent),
     ]
@@ -120,7 +146,7 @@ def test_tables_are_made_and_serve(table: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    assert "linear odd fp32: linear plain float32 64 34" in run()
+    assert "linear sd15 time embedding fp32: linear plain float32 2 1280" in run()
     content = json.loads(table.read_text())
     measured = content["ms"]["linear"]
     assert all(len(ms) > 1 and min(ms.values()) > 0 for ms in measured.values())

@@ -6,13 +6,15 @@ and an accumulator of its own: 40 is 32 + 16, so that 48 columns are multiplied 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops._triton import architecture, multiprocessors
+from sdfast.ops._triton import machine, multiprocessors
 
 LOG2E = 1.4426950408889634
 # All sizes and strides of the kernels: whether 16 divides one, by which Triton would compile another kernel,
@@ -23,6 +25,7 @@ SIZES = [
 ]  # fmt: skip
 
 
+@functools.cache
 def chunks(columns: int) -> tuple[int, int]:
     """The widths of the chunks that cover so many columns, the second 0 where it would save nothing."""
     whole = max(16, triton.next_power_of_2(columns))
@@ -69,8 +72,8 @@ def strides(unit: int, *tensors: Tensor) -> tuple[int, ...]:
 
 
 def reads_shared_memory(device: torch.device) -> bool:
-    """Whether tensor cores take factors from shared memory; elsewhere they fill registers."""
-    return architecture(device) in (90, 100)
+    """See `Machine`."""
+    return machine(device).reads_shared_memory
 
 
 def split_walk(tiles: int, rows: int, block: int, device: torch.device) -> tuple[int, int]:

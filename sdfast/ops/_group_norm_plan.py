@@ -6,6 +6,7 @@ good run of bytes, how many programs a multiprocessor wants, how much of a tile 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -46,12 +47,12 @@ class Plan(NamedTuple):
         return self.tiles.config
 
     @property
-    def splits(self) -> int:
-        return 1 if self.whole else 2
+    def kind(self) -> str:
+        return "whole" if self.whole else "apart"
 
     @property
     def cost(self) -> float:
-        return float(self.splits)
+        return 1.0 if self.whole else 2.0
 
 
 _WHOLE_PIXELS = (64, 256, 1024)  # images of at most these fit one tile; 8x8, 16x16, 32x32
@@ -67,7 +68,7 @@ def _tiling(shape: Shape, count: int, parts: int, block_p: int, block_c: int, nu
         "SPAN": span, "PARTS": parts, "GROUPS": triton.next_power_of_2(count),
         "BLOCK_P": block_p, "BLOCK_C": block_c,
     }  # fmt: skip
-    return Tiling(triton.cdiv(shape.groups, count) * parts, parts, Config(constants, num_warps, 1))
+    return Tiling(-(-shape.groups // count) * parts, parts, Config(constants, num_warps, 1))
 
 
 def _counts(shape: Shape, vector_bytes: int, run_bytes: int) -> list[int]:
@@ -80,6 +81,7 @@ def _counts(shape: Shape, vector_bytes: int, run_bytes: int) -> list[int]:
     return [*aligned, shape.groups]
 
 
+@functools.lru_cache(maxsize=1024)
 def whole_tiling(shape: Shape) -> Tiling | None:
     """The fewest groups for a program that holds their every pixel, or None where none fit."""
     block_p = next((p for p in _WHOLE_PIXELS if shape.pixels <= p), None)
@@ -93,18 +95,19 @@ def whole_tiling(shape: Shape) -> Tiling | None:
     return _tiling(shape, count, 1, block_p, block_c, min(max(elements // 512, 1), 16))
 
 
+@functools.lru_cache(maxsize=1024)
 def tiling(shape: Shape) -> Tiling:
     """The fewest groups for a program, or more of them where those leave fewer lanes of a tile idle."""
     limit = _MAX_CHANNELS if shape.last else 64
     best, best_used = 0, 0.0
     for count in _counts(shape, 16, 64):
         block_c = triton.next_power_of_2(count * shape.group_channels)
-        used = shape.groups * shape.group_channels / (triton.cdiv(shape.groups, count) * block_c)
+        used = shape.groups * shape.group_channels / (-(-shape.groups // count) * block_c)
         if block_c <= limit and used > 1.2 * best_used:
             best, best_used = count, used
     parts = 1
     if best == 0:  # no aligned span is narrow enough
-        best, parts = 1, triton.cdiv(shape.group_channels, limit)
+        best, parts = 1, -(-shape.group_channels // limit)
     block_c = min(triton.next_power_of_2(best * shape.group_channels), limit)
     return _tiling(shape, best, parts, _TILE_ELEMENTS // block_c, block_c, 8)
 
@@ -125,14 +128,14 @@ def blocks_of_tiles(
 
     For fewer where a run would be shorter than `least_steps`, yet for one a multiprocessor if there can be.
     """
-    rows = triton.cdiv(shape.pixels, tiles.config.constants["BLOCK_P"])
+    rows = -(-shape.pixels // tiles.config.constants["BLOCK_P"])
 
     def steps_for(programs: int) -> int:
-        wanted = triton.cdiv(programs * multiprocessors(device), max(shape.images * tiles.spans, 1))
-        return triton.cdiv(rows, min(wanted, rows))
+        wanted = -(-programs * multiprocessors(device) // max(shape.images * tiles.spans, 1))
+        return -(-rows // min(wanted, rows))
 
     steps = max(steps_for(programs), min(least_steps, steps_for(1)))
-    return triton.cdiv(rows, steps), steps
+    return -(-rows // steps), steps
 
 
 def chunks_of_tiles(shape: Shape, tiles: Tiling, device: torch.device) -> tuple[int, int]:

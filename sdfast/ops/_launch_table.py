@@ -30,14 +30,14 @@ class Plan(Protocol):
 
     Attributes:
         config: tile sizes and launch options.
-        splits: parts of the reduction that programs take apart.
+        kind: what tells it from plans of the same config, in all sizes of a bucket; "" if nothing does.
         cost: what the rule expects, in a unit that is the same for all plans of a call.
     """
 
     @property
     def config(self) -> Config: ...
     @property
-    def splits(self) -> int: ...
+    def kind(self) -> str: ...
     @property
     def cost(self) -> float: ...
 
@@ -55,10 +55,10 @@ def near(size: int) -> int:
 
 
 def name_of(plan: Plan) -> str:
-    """All that tells a plan from the others of its call."""
+    """All that tells a plan from the others of its call, and nothing that changes within a bucket."""
     constants = (f"{name}={value}" for name, value in plan.config.constants.items())
-    more = (f"warps={plan.config.num_warps}", f"stages={plan.config.num_stages}", f"splits={plan.splits}")
-    return " ".join((*constants, *more))
+    more = (f"warps={plan.config.num_warps}", f"stages={plan.config.num_stages}", plan.kind)
+    return " ".join((*constants, *more)).rstrip()
 
 
 def choose(kernel: str, bucket: Sequence[object], plans: Sequence[AnyPlan], device: torch.device) -> AnyPlan:

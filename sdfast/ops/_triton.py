@@ -23,6 +23,7 @@ from sdfast import _library
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _STATUS = _library.triton_status()
 _MISSING = None if _STATUS.loaded else _STATUS.detail
+_REGISTERS = 65536  # of a multiprocessor; a thread has a multiple of 8, at most 255
 
 
 class Config(NamedTuple):
@@ -32,11 +33,22 @@ class Config(NamedTuple):
         constants: the kernel's `tl.constexpr` arguments that are free to choose: tile sizes.
         num_warps: 32 threads each, of one program.
         num_stages: depth of the software pipeline.
+        occupancy: programs that share the registers of a multiprocessor, which says how many a thread may
+            have. Where it is None ptxas decides: it does not know of Triton's shared memory, and may spill a
+            few numbers for the sake of one more program, which often finds no room.
     """
 
     constants: dict[str, int]
     num_warps: int = 4
     num_stages: int = 3
+    occupancy: int | None = None
+
+    @property
+    def max_registers(self) -> int | None:
+        """Of a thread; None where ptxas decides."""
+        if self.occupancy is None:
+            return None
+        return min(_REGISTERS // (32 * self.num_warps * self.occupancy) // 8 * 8, 255)
 
 
 class Launch(NamedTuple):
@@ -79,6 +91,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
     keywords = {
         **config.constants, **constants, "num_warps": config.num_warps, "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # Triton's default is about to change
+        "maxnreg": config.max_registers,
     }  # fmt: skip
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, keywords))
@@ -119,6 +132,24 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Machine(NamedTuple):
+    """What plans depend on of a GPU: compute capability, multiprocessors, shared memory of a block."""
+
+    architecture: int
+    multiprocessors: int
+    shared_bytes: int
+
+    @property
+    def reads_shared_memory(self) -> bool:
+        """Whether tensor cores take factors from shared memory; elsewhere they fill registers."""
+        return self.architecture in (90, 100)
+
+
+def machine(device: torch.device) -> Machine:
+    """Of `device`, as the functions above say."""
+    return Machine(architecture(device), multiprocessors(device), shared_memory_bytes(device))
 
 
 def product_precision(dtype: torch.dtype, kind: Literal["matmul", "conv"]) -> Literal["tf32", "ieee"]:

@@ -24,14 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import (
-    Config,
-    architecture,
-    launch,
-    multiprocessors,
-    product_precision,
-    shared_memory_bytes,
-)
+from sdfast.ops._triton import Config, Machine, launch, machine, product_precision
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 
 # What changes with the resolution and the batch: none of it tells how x and dy are aligned.
@@ -171,18 +164,17 @@ class Plan(NamedTuple):
     splits: int
     steps: int
     cost: float
+    kind: str
 
 
 @functools.lru_cache(maxsize=1024)
 def plans_of(
-    rows: int, columns: int, pixels: int, precision: str, itemsize: int, x_aligned: bool, processors: int,
-    shared_bytes: int, deep: bool,
+    rows: int, columns: int, pixels: int, precision: str, itemsize: int, x_aligned: bool, machine: Machine
 ) -> tuple[Plan, ...]:  # fmt: skip
     """A plan for each tile that suits the shape, and each number of splits that fills the multiprocessors.
 
     Args:
         x_aligned: pixels of x can be loaded by 16 bytes; those of dy, where `rows` is a multiple of 16.
-        deep: tensor cores read both factors from shared memory; else the registers bound a tile's depth.
     """
     aligned = x_aligned and rows % 16 == 0
     tiles: tuple[_Tile, ...] = _WIDE if aligned else _UNALIGNED
@@ -190,23 +182,25 @@ def plans_of(
         tiles = _FEW_ROWS if x_aligned else _FEW_UNALIGNED
     if itemsize == 4:
         tiles = _FP32[precision, aligned]
+    processors = machine.multiprocessors
     plans = []
     for tile in tiles:
-        block_k = tile.k if deep else min(tile.k, 32)
-        all_steps = triton.cdiv(pixels, block_k)
-        count = triton.cdiv(rows, tile.o) * triton.cdiv(columns, tile.n)
-        stages = min(4, shared_bytes // ((tile.o + tile.n) * block_k * itemsize))
+        block_k = tile.k if machine.reads_shared_memory else min(tile.k, 32)  # else registers bound it
+        all_steps = -(-pixels // block_k)
+        count = -(-rows // tile.o) * -(-columns // tile.n)
+        stages = min(4, machine.shared_bytes // ((tile.o + tile.n) * block_k * itemsize))
         constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": block_k}
         config = Config(constants, tile.num_warps, stages)
         most = max(1, min(all_steps // _LEAST_STEPS, _MAX_SPLITS))
-        for splits in sorted({1, *(max(1, min(w * processors // count, most)) for w in (1, 2, 3, 4))}):
-            steps = triton.cdiv(all_steps, splits)
-            splits = triton.cdiv(all_steps, steps)  # none is left without pixels
-            cost = triton.cdiv(count * splits, processors) * (steps + _OVERHEAD_STEPS)
+        waves = {max(1, min(n * processors // count, most)): n for n in (4, 3, 2, 1)}
+        for splits, n in sorted({**waves, 1: 0}.items()):
+            steps = -(-all_steps // splits)
+            splits = -(-all_steps // steps)  # none is left without pixels
+            cost: float = -(-count * splits // processors) * (steps + _OVERHEAD_STEPS)
             cost *= tile.o * tile.n * block_k / tile.share
             if splits > 1:  # written, and read again
                 cost += 8 * splits * rows * columns * _PRODUCTS_PER_BYTE / processors
-            plans.append(Plan(config, count, splits, steps, cost))
+            plans.append(Plan(config, count, splits, steps, cost, f"waves={n}" if n else "unsplit"))
     return tuple(plans)
 
 
@@ -235,9 +229,8 @@ def conv2d_weight_gradient(
         return dw.zero_()
     precision = product_precision(dy.dtype, "conv")
     plans = plans_of(
-        rows, columns, pixels, precision, dy.element_size(), channels % 16 == 0,
-        multiprocessors(dy.device), shared_memory_bytes(dy.device), architecture(dy.device) in (90, 100),
-    )  # fmt: skip
+        rows, columns, pixels, precision, dy.element_size(), channels % 16 == 0, machine(dy.device)
+    )
     plan = choose("conv2d_weight_gradient", (dy.dtype, rows, columns, near(pixels)), plans, dy.device)
     sizes: tuple[Any, ...] = (pixels, y_height * y_width, y_height, y_width, height, width, rows, channels)
     geometry = (columns, kernel_width, stride, padding[2], padding[0])
@@ -253,7 +246,7 @@ def conv2d_weight_gradient(
     )  # fmt: skip
     if split:
         config = Config({"BLOCK_S": 2, "BLOCK": 512} if plan.splits <= 4 else {"BLOCK_S": 16, "BLOCK": 64})
-        grid = (triton.cdiv(dw.numel(), config.constants["BLOCK"]),)
+        grid = (-(-dw.numel() // config.constants["BLOCK"]),)
         launch(_finish_kernel, grid, result, dw, dw.numel(), plan.splits, config=config)
     return dw
 

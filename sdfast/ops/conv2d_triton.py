@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from sdfast import packing
@@ -102,15 +101,17 @@ def convolve(
     weights = weight if weight.dim() == 5 else weight.unsqueeze(0)
     phases, out_channels, _, taps_y, taps_x = weights.shape
     precision = product_precision(x.dtype, "conv")
-    more = {"normalised": norm is not None, "statistics": statistics is not None}
-    call = Convolution(weight, sources, images, pixels, phases, precision, **more)
-    plan = plan_convolution(call)
+    call = Convolution(
+        weight.shape, weight.stride(), weight.dtype, sources, images, pixels, phases, precision,
+        normalised=norm is not None, statistics=statistics is not None,
+    )  # fmt: skip
+    plan = plan_convolution(call, x.device)
     block_m, block_k = plan.config.constants["BLOCK_M"], plan.config.constants["BLOCK_K"]
-    steps = [taps_y * taps_x * triton.cdiv(c, block_k) for c in sources]
+    steps = [taps_y * taps_x * -(-c // block_k) for c in sources]
     split = plan.splits > 1
     if split:
         block_m = _FINISH.constants["BLOCK_M"]
-    tiles = triton.cdiv(pixels, block_m)  # of those that store y
+    tiles = -(-pixels // block_m)  # of those that store y
     partial_statistics = None
     if statistics is not None:
         partial_statistics = x.new_empty((images, phases * tiles, 3, out_channels), dtype=torch.float32)
@@ -130,7 +131,7 @@ def convolve(
         EVEN=all(c % block_k == 0 for c in sources), PRECISION=precision,
     )  # fmt: skip
     if split:
-        grid = (triton.cdiv(out_channels, _FINISH.constants["BLOCK_N"]), phases * images * tiles)
+        grid = (-(-out_channels // _FINISH.constants["BLOCK_N"]), phases * images * tiles)
         launch(
             finish_kernel, grid, target, *added, y, out_channels, columns.size, pixels, *y_size, images,
             phases, tiles, plan.splits, *rows[4:], *columns[4:], config=_FINISH,

@@ -218,11 +218,11 @@ def group_norm_backward(
     shift, shift_row = row_stride(shift)
 
     config = _config(channels, last)
-    blocks = triton.cdiv(channels, config.constants["BLOCK_C"])
-    rows = triton.cdiv(pixels, config.constants["BLOCK_P"])
-    wanted = triton.cdiv(8 * multiprocessors(x.device), images * blocks)
-    steps = triton.cdiv(rows, min(wanted, rows))
-    chunks = triton.cdiv(rows, steps)
+    blocks = -(-channels // config.constants["BLOCK_C"])
+    rows = -(-pixels // config.constants["BLOCK_P"])
+    wanted = -(-8 * multiprocessors(x.device) // (images * blocks))
+    steps = -(-rows // min(wanted, rows))
+    chunks = -(-rows // steps)
     grid = (images * chunks * blocks,)
     operands = (dy, x, mean.contiguous(), rstd.contiguous(), weight, bias, scale, shift)
     sizes = (

@@ -210,14 +210,16 @@ def _shares(x: Tensor, rows: int, width: int) -> tuple[bool, Config, int, int]:
     if whole:
         block, elements = config.constants["BLOCK"], 8192 if width % 16 == 0 and not fp32 else 4096
         large = max(elements // block, 1)
-        if 2 * triton.cdiv(rows, large) >= programs:
+        if 2 * -(-rows // large) >= programs:
             warps = config.num_warps * large // config.constants["ROWS"]
             config = Config({"ROWS": large, "BLOCK": block}, warps, 1)
     else:
-        programs = triton.cdiv(2 * programs, triton.cdiv(width, config.constants["BLOCK"]))
-    blocks = triton.cdiv(rows, config.constants["ROWS"])
-    steps = triton.cdiv(blocks, min(blocks, programs))
-    return whole, config, triton.cdiv(blocks, steps), steps
+        if width % 16:  # 512 threads have too few registers for what is loaded number by number
+            config = Config({"ROWS": 1, "BLOCK": config.constants["BLOCK"] // 2}, config.num_warps // 2, 1)
+        programs = -(-2 * programs // -(-width // config.constants["BLOCK"]))
+    blocks = -(-rows // config.constants["ROWS"])
+    steps = -(-blocks // min(blocks, programs))
+    return whole, config, -(-blocks // steps), steps
 
 
 def _rows(x: Tensor, axes: int) -> tuple[int, int]:
@@ -237,7 +239,7 @@ def _normalise(
         whole, config = _config(width)
         weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
         launch(
-            _forward_kernel, (triton.cdiv(rows, config.constants["ROWS"]),), x.contiguous(), weight, bias, y,
+            _forward_kernel, (-(-rows // config.constants["ROWS"]),), x.contiguous(), weight, bias, y,
             mean, rstd, rows, width, eps, config=config, WHOLE=whole,
         )  # fmt: skip
     return y
@@ -280,14 +282,14 @@ def layer_norm_backward(
             config=Config({"BLOCK": block}, config.num_warps, 1),
         )  # fmt: skip
     sums = x.new_empty((2, shares, width), dtype=torch.float32)
-    strips = triton.cdiv(width, config.constants["BLOCK"])
+    strips = -(-width // config.constants["BLOCK"])
     launch(
         _backward_kernel, (shares, strips), *operands, weight, means, dx, sums, rows, width, shares, steps,
         config=config,
     )  # fmt: skip
     if dweight is not None or dbias is not None:
         launch(
-            _parameters_kernel, (triton.cdiv(width, 8),), sums, dweight, dbias, width, shares,
+            _parameters_kernel, (-(-width // 8),), sums, dweight, dbias, width, shares,
             config=Config({"ROWS": 128, "BLOCK": 8}, 4, 1),
         )  # fmt: skip
     return results[0], results[1], results[2]

@@ -104,7 +104,7 @@ def _sum_rows_kernel(
 
 
 _ELEMENTWISE = Config({"BLOCK": 1024}, num_warps=4)
-_SUM = Config({"BLOCK_R": 32, "BLOCK_C": 64}, num_warps=4)
+_SUM = Config({"BLOCK_R": 32, "BLOCK_C": 64}, num_warps=4, occupancy=4)
 
 
 def _blocks(rows: int, columns: int) -> tuple[int]:

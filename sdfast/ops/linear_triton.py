@@ -11,6 +11,8 @@ memory's.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdfast.ops._launch_table import choose, near
-from sdfast.ops._triton import Config, launch, multiprocessors, product_precision, shared_memory_bytes
+from sdfast.ops._triton import Config, Machine, launch, machine, product_precision
 
 # Places in linear.ACTIVATIONS.
 _SILU = tl.constexpr(1)
@@ -147,19 +149,29 @@ def _finish_kernel(
 
 
 class _Tile(NamedTuple):
-    """A tile of y. `share` is what of the peak it is taken to reach: assumed, no GPU has measured it."""
+    """A tile of y. `share` is what of the peak it is taken to reach: assumed, no GPU has measured it.
+
+    `occupancy` is that of its `Config`.
+    """
 
     m: int
     n: int
     num_warps: int
     share: float
+    occupancy: int
 
 
-_WIDE = (_Tile(128, 256, 8, 1.0), _Tile(128, 128, 8, 0.95), _Tile(128, 64, 4, 0.8), _Tile(64, 64, 4, 0.65))
-_FLAT = (_Tile(64, 256, 4, 0.8), _Tile(64, 128, 4, 0.75), _Tile(64, 64, 4, 0.65))  # for at most 64 rows
-_UNALIGNED = (_Tile(64, 64, 4, 0.3),)  # loaded number by number, each with its address in registers
-_ROWS = (_Tile(16, 64, 4, 0.2),)  # for at most 16, where memory is the limit
-_FP32 = (_Tile(64, 64, 8, 1.0), _Tile(32, 64, 4, 0.7))
+_WIDE = (
+    _Tile(128, 256, 8, 1.0, 1), _Tile(128, 128, 8, 0.95, 1), _Tile(128, 64, 4, 0.8, 2),
+    _Tile(64, 64, 4, 0.65, 3),
+)  # fmt: skip
+# For at most 64 rows.
+_FLAT = (_Tile(64, 256, 4, 0.8, 2), _Tile(64, 128, 4, 0.75, 2), _Tile(64, 64, 4, 0.65, 3))
+_ROWS = (_Tile(16, 64, 4, 0.2, 4),)  # for at most 16, where memory is the limit
+_FP32 = (_Tile(64, 64, 8, 1.0, 2), _Tile(32, 64, 4, 0.7, 2))
+# Loaded number by number, each with its address in registers.
+_UNALIGNED = (_Tile(64, 64, 4, 0.3, 2),)
+_UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7, 1),)
 _MAX_SPLITS = 8
 _SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; assumed
 
@@ -172,55 +184,63 @@ class Plan(NamedTuple):
     splits: int
     steps: int
     cost: float
+    kind: str = ""  # splits follow from tile and shape
 
 
-def plans_of(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> list[Plan]:
-    """A plan for each tile that suits the shape.
+@functools.lru_cache(maxsize=1024)
+def plans_of(
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, aligned: bool, paired: bool, machine: Machine
+) -> tuple[Plan, ...]:
+    """A plan for each tile that suits the shape: (M, K) times (K, N).
 
     Args:
-        a: the first factor, (M, K).
-        b: the second factor.
         n: the result's columns.
+        aligned: rows of both factors can be loaded by 16 bytes.
         paired: each program computes two tiles, value and gate.
     """
-    m, k = a.shape
-    fp32 = a.dtype is torch.float32
-    aligned = all(s == 1 or s % 16 == 0 for s in (*a.stride(), *b.stride()))
-    tiles: tuple[_Tile, ...] = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
-    tiles = _FP32 if fp32 else tiles if aligned else _UNALIGNED
-    available, processors = shared_memory_bytes(a.device), multiprocessors(a.device)
+    fp32 = dtype is torch.float32
+    tiles: Sequence[_Tile] = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
+    if fp32:
+        tiles = _FP32 if aligned else _UNALIGNED_FP32
+    elif not aligned:
+        tiles = _UNALIGNED
+    elif paired and not machine.reads_shared_memory:
+        tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]  # factors too are in registers
     plans = []
     for tile in tiles:
         tile_n = tile.n // 2 if paired and tile.n > 64 else tile.n
         block_k = 128 if tile.m == 16 else 64 if aligned else 32
         if fp32:
             block_k = 16 if precision == "ieee" else 32
-        stage_bytes = (tile.m + tile_n * (1 + paired)) * block_k * a.element_size()
-        if 3 * stage_bytes > available:
+        stage_bytes = (tile.m + tile_n * (1 + paired)) * block_k * dtype.itemsize
+        if 3 * stage_bytes > machine.shared_bytes:
             block_k, stage_bytes = block_k // 2, stage_bytes // 2
-        steps = triton.cdiv(k, block_k)
-        count = triton.cdiv(m, tile.m) * triton.cdiv(n, tile_n)
+        steps = -(-k // block_k)
+        count = -(-m // tile.m) * -(-n // tile_n)
         # A split writes and sums 2 n columns where it is paired: it is planned as a product of that width.
-        splits = 1 if paired else max(1, min(processors // max(count, 1), steps // 8, _MAX_SPLITS))
-        steps = triton.cdiv(steps, splits)
-        cost = triton.cdiv(count * splits, processors) * tile.m * tile_n * (1 + paired) / tile.share
+        splits = max(1, min(machine.multiprocessors // max(count, 1), steps // 8, _MAX_SPLITS))
+        splits = 1 if paired else splits
+        steps = -(-steps // splits)
+        cost = -(-count * splits // machine.multiprocessors) * tile.m * tile_n * (1 + paired) / tile.share
         cost *= (steps + _SPLIT_STEPS * (splits > 1)) * block_k
         constants = {"BLOCK_M": tile.m, "BLOCK_N": tile_n, "BLOCK_K": block_k, "GROUP": 8}
-        # Two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold.
-        num_warps = 8 if paired else tile.num_warps
-        stages = min(4, available // stage_bytes)
-        if block_k == 16 and tile.m == 32:
-            stages = 2  # exact products wait for no load, and with more stages they spill
-        config = Config(constants, num_warps, stages)
+        num_warps = tile.num_warps
+        occupancy: int | None = tile.occupancy
+        if paired:  # two accumulators and the addresses of three odd-sized tiles are more than 4 warps hold
+            num_warps, occupancy = 8, max(1, tile.occupancy // 2) if fp32 else None
+        config = Config(constants, num_warps, min(4, machine.shared_bytes // stage_bytes), occupancy)
         plans.append(Plan(config, count, splits, steps, cost))
-    return plans
+    return tuple(plans)
 
 
 def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> Plan:
-    """The plan that serves a product; arguments as of `plans_of`."""
-    contiguous = tuple("K" if t.stride(axis) == 1 else "rows" for t, axis in ((a, 1), (b, 0)))
-    bucket = ("paired" if paired else "plain", a.dtype, near(a.shape[0]), n, near(a.shape[1]), *contiguous)
-    return choose("linear", bucket, plans_of(a, b, n, precision, paired=paired), a.device)
+    """The plan that serves the product of a, (M, K), and b, to n columns; `paired` as of `plans_of`."""
+    (m, k), strides = a.shape, (*a.stride(), *b.stride())
+    aligned = all(s == 1 or s % 16 == 0 for s in strides)
+    plans = plans_of(m, n, k, a.dtype, precision, aligned, paired, machine(a.device))
+    contiguous = tuple("K" if stride == 1 else "rows" for stride in strides[1:3])
+    bucket = ("paired" if paired else "plain", a.dtype, near(m), n, near(k), *contiguous)
+    return choose("linear", bucket, plans, a.device)
 
 
 def _dense(t: Tensor) -> Tensor:
