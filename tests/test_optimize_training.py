@@ -85,7 +85,7 @@ def test_autocast(dtype):
             found = gradients(model)
         assert all(g.dtype is torch.float32 for g in found.values())
         errors.append({name: relative_error(g.double(), exact[name]) for name, g in found.items()})
-    assert max(errors[0].values()) < 1.5 * max(errors[1].values())
+    assert max(errors[0].values()) < 2 * max(errors[1].values())
     assert sum(errors[0].values()) < 1.2 * sum(errors[1].values())
 
 
