@@ -20,11 +20,11 @@ namespace sdfast {
 class Call {
  public:
 #ifdef SDFAST_SIMT
-  explicit Call(const Tensor&) {}
+  explicit Call(const Tensor& first) { index_of(first); }
   ~Call() { simt::forget_tensors(); }
   cudaStream_t stream() const { return nullptr; }
 #else
-  explicit Call(const Tensor& first) : guard_(first.get_device_index()) {
+  explicit Call(const Tensor& first) : guard_(index_of(first)) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -55,6 +55,11 @@ class Call {
 #else
     (void)t, (void)begin, (void)writable;
 #endif
+  }
+  // A CPU tensor may have led here beside a CUDA tensor, and has no device to make the current one.
+  static int32_t index_of(const Tensor& first) {
+    check_device(first, "the first tensor");
+    return first.get_device_index();
   }
 #ifndef SDFAST_SIMT
   torch::stable::accelerator::DeviceGuard guard_;
