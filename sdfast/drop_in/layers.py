@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -140,7 +139,6 @@ def layer_kind(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     return (None, reason) if reason else (_SERVED.get(type(module)), "")
 
 
-def parameters_on(module: nn.Module) -> torch.device | None:
-    """Where a module's own parameters are, or None where it has none."""
-    first = next(module.parameters(recurse=False), None)
-    return None if first is None else first.device
+def computes(module: nn.Module) -> bool:
+    """Whether a module computes with parameters of its own; a table of embeddings is only looked up."""
+    return not isinstance(module, nn.Embedding) and next(module.parameters(recurse=False), None) is not None

@@ -86,7 +86,7 @@ def _plan(target: object, include: Sequence[str] | None, exclude: Sequence[str])
             continue
         kind, reason = _kind(module)
         if kind is None and not reason:
-            if layers.parameters_on(module) is None:
+            if not layers.computes(module):
                 continue  # a container, an activation, a dropout
             reason = f"{type(module).__name__} is none of the layers that sdfast has"
         steps.append(_Step(name, module, kind, reason))
@@ -229,7 +229,7 @@ def _rows(target: object) -> list[Row]:
         kind, reason = _kind(module)
         if kind is not None:
             rows.append(Row(name, what, LEFT, "not optimized"))
-        elif reason or layers.parameters_on(module) is not None:
+        elif reason or layers.computes(module):
             rows.append(Row(name, what, LEFT, reason or f"sdfast has no {what}"))
     return [*rows, *_scheduler_row(target)]
 
