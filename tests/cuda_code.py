@@ -181,8 +181,10 @@ def code_in(library: Path, source: Path) -> dict[str, Code]:
 
 
 def _by_architecture(text: str) -> Iterator[tuple[str, str]]:
-    parts = re.split(r"^arch = sm_(\w+)$", text, flags=re.MULTILINE)
-    return zip(parts[1::2], parts[2::2], strict=True)
+    parts = re.split(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\w+)$", text, flags=re.MULTILINE)
+    for kind, architecture, part in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if kind == "elf":  # PTX holds no machine code
+            yield architecture, part
 
 
 def _dump(what: str, path: Path) -> str:

@@ -376,8 +376,8 @@ def test_a_part_over_its_time_says_what_it_has(tmp_path, monkeypatch, stubborn):
         child = subprocess.Popen([sys.executable, "-c", ignored], stdout=subprocess.PIPE)
         child.stdout.readline()
         print(child.pid, flush=True)
-        if {stubborn}:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Who started the tests may ignore interrupts, as a shell does for what it runs in the background.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if {stubborn} else signal.default_int_handler)
         try:
             time.sleep(60)
         except KeyboardInterrupt:
