@@ -87,6 +87,7 @@ def scratch_bytes(channels: int, rows: int, width: int) -> int:
 
 
 def weights_of(*modules: nn.Module | None) -> list[Tensor]:
+    """The weights of those that are convolutions."""
     return [module.weight for module in modules if isinstance(module, nn.Conv2d)]
 
 

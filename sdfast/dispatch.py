@@ -62,8 +62,7 @@ def use_numerics(name: str) -> Iterator[None]:
         ValueError: `name` is not one of `NUMERICS`.
     """
     global _numerics
-    if name not in NUMERICS:
-        raise ValueError(f"numerics: got {name!r}, expected one of {', '.join(NUMERICS)}")
+    check_switch("numerics", name)
     previous, _numerics = _numerics, name
     try:
         yield
@@ -94,8 +93,7 @@ def use_memory(name: str) -> Iterator[None]:
         ValueError: `name` is not one of `MEMORY`.
     """
     global _memory
-    if name not in MEMORY:
-        raise ValueError(f"memory: got {name!r}, expected one of {', '.join(MEMORY)}")
+    check_switch("memory", name)
     previous, _memory = _memory, name
     try:
         yield
@@ -124,8 +122,7 @@ def use_tuning(name: str) -> Iterator[None]:
         ValueError: `name` is not one of `TUNING`.
     """
     global _tuning
-    if name not in TUNING:
-        raise ValueError(f"tuning: got {name!r}, expected one of {', '.join(TUNING)}")
+    check_switch("tuning", name)
     previous, _tuning = _tuning, name
     try:
         yield
@@ -177,10 +174,10 @@ def choose(
     return "torch"
 
 
-def check_switch(name: str, value: str | None) -> None:
-    """Raise ValueError unless `value` is one of `numerics`' or `memory`'s, or None."""
-    allowed = {"numerics": NUMERICS, "memory": MEMORY}[name]
-    if value is not None and value not in allowed:
+def check_switch(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is one of `numerics`', `memory`'s or `tuning`'s."""
+    allowed = {"numerics": NUMERICS, "memory": MEMORY, "tuning": TUNING}[name]
+    if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
 
 

@@ -129,3 +129,10 @@ def test_unknown_scheduler_is_left():
         report = sdfast.optimize(Pipeline(scheduler))
     assert any(row.name == "scheduler" and row.served_by != "sdfast" for row in report.rows)
     assert "step" not in scheduler.__dict__
+
+
+def test_excluded_scheduler_is_left():
+    for patterns in ({"include": "unet*"}, {"exclude": "scheduler"}):
+        scheduler = diffusers.DDIMScheduler()
+        sdfast.optimize(Pipeline(scheduler), **patterns)
+        assert not schedulers.is_replaced(scheduler)

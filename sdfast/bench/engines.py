@@ -99,6 +99,7 @@ def _run(forward: Callable[..., Tensor], model: nn.Module, task: Task, *, last: 
 
 
 def load_sdfast(task: Task, ready: Ready) -> Run:
+    """Our model on the weights of diffusers', by `task.backend` where that names one."""
     theirs = _theirs(task)
     ours = task.model.make_ours(theirs)
     del theirs
@@ -230,6 +231,7 @@ ENGINES: dict[str, Callable[[Task, Ready], Run]] = {
 
 
 def export_openvino(forward: Forward, inputs: tuple[Tensor, ...], folder: Path) -> None:
+    """Write openvino.xml, its weights uncompressed."""
     import openvino
 
     model = openvino.convert_model(torch.export.export(forward, inputs))
@@ -237,6 +239,7 @@ def export_openvino(forward: Forward, inputs: tuple[Tensor, ...], folder: Path) 
 
 
 def export_onnx(forward: Forward, inputs: tuple[Tensor, ...], folder: Path) -> None:
+    """Write model.onnx, its weights beside it."""
     program = torch.onnx.export(forward, inputs, dynamo=True, verbose=False)
     assert program is not None
     program.save(folder / "model.onnx", external_data=True)

@@ -179,10 +179,12 @@ def rows(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def draw_digits(prompts: Sequence[str], latents: Tensor, steps: int, draw: Draw) -> Tensor:
+    """`Draw.digits`, its drawer last: what is timed is a call with that alone left open."""
     return draw.digits(prompts, latents, steps)
 
 
 def draw_photograph(x: Tensor, draw: Draw) -> Tensor:
+    """`Draw.photograph`, likewise."""
     return draw.photograph(x)
 
 

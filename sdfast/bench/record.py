@@ -33,6 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write(path: Path, record: Record) -> None:
+    """As JSON, by way of a temporary name."""
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
@@ -57,6 +58,7 @@ def key(row: Row) -> tuple[str, str, str]:
 
 
 def of_part(rows: Sequence[Row], part: str) -> list[Row]:
+    """The rows of "ops", "models", "images" or "training"."""
     return [row for row in rows if row["part"] == part]
 
 

@@ -82,11 +82,13 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
 
 
 def part_rows(part: str, request: Request) -> Iterator[dict[str, Any]]:
+    """What a part measures, row after row; its module is imported only now."""
     rows: Iterator[dict[str, Any]] = importlib.import_module(f"sdfast.bench.{_MODULES[part]}").rows(request)
     return rows
 
 
 def over(request: Request, began: float) -> bool:
+    """Whether a quick run, begun at `began` (time.monotonic), is to start nothing more."""
     return request.quick and time.monotonic() - began > QUICK_SECONDS
 
 

@@ -77,12 +77,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _is_meant(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
+    return (include is None or _matches(name, include)) and not _matches(name, exclude)
+
+
 def _plan(target: object, include: Sequence[str] | None, exclude: Sequence[str]) -> list[_Step]:
     steps = []
     for name, module in _modules(target):
-        if (include is not None and not _matches(name, include)) or _matches(name, exclude):
-            continue
-        if _is_ours(module):
+        if _is_ours(module) or not _is_meant(name, include, exclude):
             continue
         kind, reason = _kind(module)
         if kind is None and not reason:
@@ -122,7 +124,8 @@ def optimize(
 
     Args:
         target: a diffusers pipeline, a model of diffusers', or any `torch.nn.Module`.
-        include: patterns of module names (`fnmatch`); only these. A pipeline's begin with a component's name.
+        include: patterns of module names (`fnmatch`); only these. A pipeline's begin with a component's name,
+            and its scheduler is "scheduler".
         exclude: patterns of names that are left alone.
         mode: "inference" also lays the weights of convolutions on the CPU out as the kernels read them
             (channels_last); "training" leaves the memory of parameters alone, which optimizers may point to.
@@ -140,35 +143,34 @@ def optimize(
     patterns = _patterns("include", include), _patterns("exclude", exclude) or ()
     if mode not in ("inference", "training"):
         raise ValueError(f"mode: got {mode!r}, expected 'inference' or 'training'")
-    dispatch.check_switch("numerics", numerics)
-    dispatch.check_switch("memory", memory)
+    for name, value in (("numerics", numerics), ("memory", memory)):
+        if value is not None:
+            dispatch.check_switch(name, value)
     steps = _plan(target, *patterns)
     if not steps and not any(_is_ours(module) for _, module in _modules(target)):
         raise ValueError("target: holds no module that sdfast could serve; are include and exclude as meant?")
+    scheduler = _scheduler(target) if _is_meant("scheduler", *patterns) else None
     left = [
-        f"{step.name} ({type(step.module).__name__}): {step.reason}" for step in steps if step.kind is None
+        Row(step.name, type(step.module).__name__, LEFT, step.reason) for step in steps if step.kind is None
     ]
-    left += [
-        f"scheduler ({row.module}): {row.detail}" for row in _scheduler_row(target) if row.detail == _NO_STEP
-    ]
+    if scheduler is not None:
+        left += [row for row in _scheduler_row(target) if row.detail == _NO_STEP]
     if left and strict:
-        listed = "\n".join(f"  {line}" for line in left)
+        listed = "\n".join(f"  {row.name} ({row.module}): {row.detail}" for row in left)
         raise RuntimeError(f"strict: these modules would stay as they were:\n{listed}")
     for step in steps:
         if step.kind is not None:
             _replace(step.module, step.kind, mode)
-    scheduler = _scheduler(target)
     if scheduler is not None:
         from sdfast.drop_in import schedulers  # diffusers is there already
 
         if schedulers.serves(scheduler):
             schedulers.replace(scheduler)
     dispatch.set_switches(numerics=numerics, memory=memory)
-    report = Report(_rows(target), _notes(target))
     if left:
-        listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in report.left}))
-        warnings.warn(f"sdfast.optimize left {len(report.left)} modules as they were: {listed}", stacklevel=2)
-    return report
+        listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in left}))
+        warnings.warn(f"sdfast.optimize left {len(left)} modules as they were: {listed}", stacklevel=2)
+    return explain(target)
 
 
 def _replace(module: nn.Module, kind: type[nn.Module], mode: str) -> None:

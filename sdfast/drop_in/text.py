@@ -1,6 +1,7 @@
 """Keys and values of a text, computed once: a pipeline gives every step the very same tensor.
 
-Kept for each cross-attention while the text's tensor lives, and neither it nor a weight was written to.
+Kept for each cross-attention while the text's tensor lives, neither it nor a weight was written to, and the
+switches of dispatch and autocast say the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from sdfast import dispatch
 
 
 class _Kept(NamedTuple):
@@ -34,7 +37,10 @@ def keys_values(
         return compute()
     projections = (attention.get_submodule(name) for name in ("to_k", "to_v"))
     weights = [weight for module in projections for weight in module.parameters(recurse=False)]
-    stamp = (text._version, *((w.data_ptr(), w._version) for w in weights))
+    device = text.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    written = ((t.data_ptr(), t._version) for t in (text, *weights))
+    stamp = (dispatch.switches(), autocast, *written)
     kept = _kept.get(attention)
     if kept is not None and kept.text() is text and kept.stamp == stamp:
         return kept.keys_values

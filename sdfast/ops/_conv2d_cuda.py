@@ -72,7 +72,7 @@ def conv2d_cuda(
     elif norm_groups:
         x = group_norm(
             x, norm_groups, norm_weight, norm_bias, norm_eps, activation="silu" if norm_silu else None,
-            skip=skip, statistics=norm_statistics if skip is None else None,
+            skip=skip, statistics=norm_statistics if skip is None else None, backend="cuda",
         )  # fmt: skip
         skip = None
     if upsample and not folds(weight.shape[2:], stride, padding):

@@ -13,6 +13,7 @@ lse, the base-2 logarithm of each query's sum of exponentials, which are powers 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -120,9 +121,18 @@ class _Attention(torch.autograd.Function):
         return (None, *gradients, None, None)
 
 
-def _attend(
-    operations: _Operations, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
+def _by_kernels(
+    operations: _Operations,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
+    """By these kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
+    assert mask is None
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if requires_grad(q, k, v):
@@ -130,52 +140,10 @@ def _attend(
     return operations.forward(q, k, v, is_causal, scale)
 
 
-def attention_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """The compiled CPU kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
-    assert mask is None
-    return _attend(_CPU, q, k, v, is_causal, scale)
-
-
-def attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """The Triton kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
-    assert mask is None
-    return _attend(_TRITON, q, k, v, is_causal, scale)
-
-
-def attention_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """The compiled CUDA kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
-    assert mask is None
-    return _attend(_CUDA, q, k, v, is_causal, scale)
-
-
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "cpu": attention_cpu,
-    "triton": attention_triton,
-    "cuda": attention_cuda,
+    "cpu": functools.partial(_by_kernels, _CPU),
+    "triton": functools.partial(_by_kernels, _TRITON),
+    "cuda": functools.partial(_by_kernels, _CUDA),
     "reference": cast(Callable[..., Tensor], attention_reference),
 }
 
