@@ -39,7 +39,7 @@ def bench(capsys):
 def test_bad_names_list_what_is_allowed(bench, arguments, got, allowed):
     status, out, err = bench(*arguments)
     assert status == 2 and out == ""
-    assert f"got {got}, expected of {', '.join(allowed)}" in err and err.count("\n") == 1
+    assert f"got {got}, expected one of {', '.join(allowed)}" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

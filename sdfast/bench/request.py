@@ -84,7 +84,7 @@ def names(option: str, text: str | Iterable[str], allowed: Iterable[str]) -> tup
     unknown = [name for name in found if name not in allowed]
     if unknown or not found:
         got = ", ".join(map(repr, unknown)) if unknown else "nothing"
-        raise ValueError(f"{option}: got {got}, expected of {', '.join(allowed)}")
+        raise ValueError(f"{option}: got {got}, expected one of {', '.join(allowed)}")
     return found
 
 

@@ -35,7 +35,8 @@ def _components(target: object) -> dict[str, nn.Module]:
         if found:
             return found
     raise TypeError(
-        f"target: got {type(target).__name__}, expected a torch.nn.Module or a pipeline with such components"
+        f"target: got {type(target).__name__}, expected a torch.nn.Module or a pipeline of diffusers';"
+        " sdfast's own runs on these kernels as it is"
     )
 
 
