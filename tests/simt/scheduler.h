@@ -47,8 +47,8 @@ struct Block {
   Meeting barrier, cluster_barrier;
   uint32_t synchronized = 0, cluster_synchronized = 0;
   std::vector<std::unique_ptr<SharedRegion>> regions;
-  size_t ended = 0;                                         // threads
-  bool fenced = false, released = false, acquired = false;  // see memory.cpp
+  size_t ended = 0;                       // threads
+  bool fenced = false, acquired = false;  // see memory.cpp
 };
 
 // A copy that was issued and has not arrived.
