@@ -131,8 +131,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
         "",
         "Written by `python benchmarks/report.py` from the JSON files beside it. Every benchmark checks its",
         "result before it times it; both sides take turns in one process; times are medians, ratios are",
-        "medians of neighbours in time. A command is that of the commit beside it; `make bench` measures all of it",
-        f"today. {_gpu_line(records)}",
+        "medians of neighbours in time. A command is that of the commit beside it; `make bench` measures",
+        f"anew. {_gpu_line(records)}",
     ]
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
