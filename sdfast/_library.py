@@ -137,14 +137,22 @@ def cpu_isa() -> str:
     return {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
 
 
-def cpu_name() -> str:
-    """The CPU's model, as far as the system tells."""
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first CPU: "model name", "vendor_id", "cpu family", ...; elsewhere nothing."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return model or platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """The CPU's model, as far as the system tells; a virtual machine's name is often that of several."""
+    facts = cpu_facts()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.split()[-1]} {facts[key]}" for key in ("cpu family", "model") if facts.get(key)]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _can_use_amx() -> bool:

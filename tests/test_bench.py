@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import sdfast
+from sdfast import _library
 from sdfast.bench import breakdown, engines, images, machine, models, operations, process, training
 from sdfast.bench.case import measure
 from sdfast.bench.engines import Task
@@ -215,6 +217,26 @@ def test_the_environment_says_what_numbers_depend_on(monkeypatch):
     assert found["variables"]["OMP_NUM_THREADS"] == "3" and found["versions"]["torch"] == torch.__version__
     assert {"cpu", "threads", "commit", "date", "allocator", "memory_bytes", "load_average"} <= found.keys()
     assert "/" not in machine.slug()
+
+
+def test_generations_of_a_cpu_are_machines_of_their_own(monkeypatch):
+    def named(**facts):
+        monkeypatch.setattr(_library, "cpu_facts", lambda: {k.replace("_", " "): v for k, v in facts.items()})
+        return machine.slug(), _library.cpu_name()
+
+    zen4, zen5 = (named(model_name="EPYC", cpu_family=family, model="17") for family in ("25", "26"))
+    assert zen4[0] == zen5[0]  # of a vendor that nothing is known of
+    assert zen4[1] == "EPYC (family 25, model 17)" != zen5[1]
+    monkeypatch.setattr(
+        _library, "cpu_facts", lambda: {"vendor_id": "AuthenticAMD", "cpu family": "26", "model": "2"}
+    )
+    assert machine.slug().endswith("-amd26")
+    monkeypatch.setattr(
+        _library, "cpu_facts", lambda: {"vendor_id": "GenuineIntel", "cpu family": "6", "model": "143"}
+    )
+    assert machine.slug().endswith("-intel143")
+    monkeypatch.setattr(_library, "cpu_facts", dict)
+    assert machine.slug() == f"cpu-{os.cpu_count()}core-{_library.cpu_isa()}" and _library.cpu_name()
 
 
 def test_a_wheel_has_all_of_the_package():

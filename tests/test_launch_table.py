@@ -146,7 +146,7 @@ def test_tables_are_made_and_serve(table: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    assert "linear sd15 time embedding fp32: linear plain float32 2 1280" in run()
+    assert "linear sd15 time embedding fp32: linear finished float32 2 1280" in run()
     content = json.loads(table.read_text())
     measured = content["ms"]["linear"]
     assert all(len(ms) > 1 and min(ms.values()) > 0 for ms in measured.values())

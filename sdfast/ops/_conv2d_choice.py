@@ -22,7 +22,8 @@ _LEAST_PIXELS = {"winograd4x4": 256, "winograd2x2": 64}
 _THRIFTY_PIXELS = 2048
 # The milliseconds that a copy saves a byte, for each pixel that shares it, where nothing was measured: about
 # the median of F(4x4) in fp32, from 2048 pixels on and without an upsample, in
-# benchmarks/results/cpu-2core-avx512_bf16/conv2d.json. It only makes rule and measured times comparable.
+# benchmarks/results/cpu-2core-avx512_bf16-amd26/conv2d.json. It only makes rule and measured times
+# comparable.
 _SAVED_MS = 2e-10
 # A measured gain of less than this is as likely noise, and not worth the memory of a copy.
 _LEAST_GAIN = 0.97
