@@ -20,6 +20,7 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(RUN) -m sdfast bench --dtype float32,bfloat16 --output 'benchmarks/results/{machine}' \
 	    --against eager,eager-contiguous,sdfast-low,sdfast-optimize,compile,openvino,onnxruntime
+	$(RUN) benchmarks/bench_zoo.py
 	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_digits_quality.py
 	$(RUN) benchmarks/report.py

@@ -97,6 +97,53 @@ _TILED_SIDES = {
 }
 
 
+def zoo_lines(record: Row) -> list[str]:
+    """Each model, dtype, size and batch of `bench_zoo.py`; above it what the added line costs."""
+    rows = record["rows"]
+    lines = [
+        "Steps of `sdfast.optimize`d models of diffusers' beside the same models as they were, in the memory",
+        "format that is faster for them; the interval is of the median ratio, 95%.",
+        "",
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        first = [_first(rows, model, dtype) for model in ("sd15", "vae")]
+        if all(first):
+            seconds = sum(r["optimize_seconds"] + _extra_seconds(r) for r in first if r)
+            lines += [
+                f"SD 1.5's U-Net and VAE in {dtype}: `optimize` and what the first call of each takes longer",
+                f"than the next cost {seconds:.1f} s.",
+                "",
+            ]
+    head = (
+        "model",
+        "dtype",
+        "batch and size",
+        "eager ms",
+        "sdfast ms",
+        "ratio",
+        "interval",
+        "error",
+        "eager's",
+    )
+    return lines + markdown_table(head, (
+        (
+            row["title"], row["dtype"], f"{row['batch']}x{row['size']}x{row['size']}",
+            f"{row['eager']['ms']:.0f} ({row['eager']['format'].removesuffix('_format')})",
+            f"{row['sdfast']['ms']:.0f}", f"**{row['ratio']:.2f}x**", f"{row['low']:.2f}–{row['high']:.2f}",
+            f"{row['sdfast']['error']:.1e}", f"{row['eager']['error']:.1e}" if row["eager"]["error"] else "",
+        )
+        for row in rows
+    ))  # fmt: skip
+
+
+def _first(rows: list[Row], model: str, dtype: str) -> Row | None:
+    return next((row for row in rows if (row["model"], row["dtype"]) == (model, dtype)), None)
+
+
+def _extra_seconds(row: Row) -> float:
+    return max(0.0, row["first_call_seconds"] - row["sdfast"]["ms"] / 1e3)
+
+
 def tiled_vae_lines(record: Row) -> list[str]:
     """Time, memory and difference of each side, size by size."""
     rows = []

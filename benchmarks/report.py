@@ -18,7 +18,7 @@ from typing import Any
 
 from _report_bench import expand
 from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
-from _report_models import models_rows, models_table, peers_lines, profile_lines, tiled_vae_lines
+from _report_models import models_rows, models_table, peers_lines, profile_lines, tiled_vae_lines, zoo_lines
 
 from sdfast.bench.tables import markdown_table
 
@@ -28,14 +28,14 @@ _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of
 _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- end of gpu -->"
 
 _ORDER = (
-    "models", "peers", "tiled_vae", "training", "profile", "conv2d", "linear", "attention", "group_norm",
-    "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
+    "models", "peers", "zoo", "tiled_vae", "training", "profile", "conv2d", "linear", "attention",
+    "group_norm", "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "tiled_vae": "large images through the VAE",
+    "tiled_vae": "large images through the VAE", "zoo": "diffusers' models, optimized",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
@@ -143,6 +143,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
             )
         elif kind == "peers":
             lines += peers_lines(record)
+        elif kind == "zoo":
+            lines += zoo_lines(record)
         elif kind == "tiled_vae":
             lines += tiled_vae_lines(record)
         elif kind == "profile":

@@ -22,6 +22,17 @@ def test_tiled_vae_beside_diffusers_tiling():
     assert sides == ["eager", "whole", "bands", "tiling"]
 
 
+def test_the_zoo_beside_itself():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_zoo.py", "--tiny", "--rounds", "1", "--models", "sdxl", "controlnet"],
+        capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    *rows, last = done.stdout.splitlines()
+    assert len(rows) == 2 * 2 * 2 * 2 and all(row.endswith("x") for row in rows) and "median" in last
+
+
 def test_operations_of_a_gpu_run_in_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -72,6 +83,22 @@ def test_report_of_tiled_vae(report):
     text = "\n".join(report.tiled_vae_lines({"rows": rows}))
     assert "| 1024x1024 | diffusers, whole image | 12.3 s | 1.00 GB |  |  |" in text
     assert "| 1024x1024 | sdfast, bands, within 2.0 GB | 12.3 s | 1.00 GB | 2.0e-05 | 1.0e-06 |" in text
+
+
+def test_report_of_the_zoo(report):
+    row = {
+        "dtype": "float32", "size": 32, "batch": 1, "ratio": 2.0, "low": 1.9, "high": 2.1,
+        "eager": {"ms": 2000.0, "format": "contiguous_format", "error": 0.0},
+        "sdfast": {"ms": 1000.0, "error": 1e-6}, "optimize_seconds": 0.5,
+    }  # fmt: skip
+    rows = [
+        {**row, "model": "sd15", "title": "SD 1.5 U-Net", "first_call_seconds": 2.0},
+        {**row, "model": "sd15", "title": "SD 1.5 U-Net", "first_call_seconds": 9.0, "batch": 4},
+        {**row, "model": "vae", "title": "VAE decode", "first_call_seconds": 1.25},
+    ]
+    text = "\n".join(report.zoo_lines({"rows": rows}))
+    assert "than the next cost 2.2 s." in text
+    assert "| SD 1.5 U-Net | float32 | 4x32x32 | 2000 (contiguous) | 1000 | **2.00x** | 1.90–2.10 |" in text
 
 
 @pytest.mark.parametrize("peers, last", [(PEERS, "beside OpenVINO |"), (None, "speed |")])
