@@ -20,7 +20,7 @@ from sdfast.drop_in import text
 from sdfast.drop_in.layers import convolve, is_enabled, is_plain, normalize, project
 from sdfast.models import layers
 
-_STOCK_PROCESSORS = (attention_processor.AttnProcessor2_0, attention_processor.AttnProcessor)
+STOCK_PROCESSORS = (attention_processor.AttnProcessor2_0, attention_processor.AttnProcessor)
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
@@ -80,7 +80,7 @@ class Attention(attention_processor.Attention):
             is_enabled()
             and mask is None
             and not further
-            and type(self.processor) in _STOCK_PROCESSORS
+            and type(self.processor) in STOCK_PROCESSORS
             and not self.fused_projections
         )
 

@@ -114,6 +114,7 @@ def optimize(
     mode: Literal["inference", "training"] = "inference",
     numerics: str | None = None,
     memory: str | None = None,
+    cuda_graphs: bool = False,
     strict: bool = False,
 ) -> Report:
     """Put sdfast's kernels under a model: layers of torch's and blocks of diffusers' are served by ours.
@@ -132,6 +133,9 @@ def optimize(
             (channels_last); "training" leaves the memory of parameters alone, which optimizers may point to.
         numerics: "exact" or "fast", set for the process (`use_numerics`); None leaves it as it is.
         memory: "low", "default" or "high", set for the process (`use_memory`); None leaves it as it is.
+        cuda_graphs: replay U-Nets, ControlNets and the VAE's halves by CUDA graphs (`sdfast.graphs`): a new
+            size costs a capture. Calls with LoRA's layers, attention processors of others, hooks, offloaded
+            weights or gradients run without, and so do those on a CPU.
         strict: raise where a module would stay as it was, before anything is changed.
 
     Returns:
@@ -167,6 +171,10 @@ def optimize(
 
         if schedulers.serves(scheduler):
             schedulers.replace(scheduler)
+    if cuda_graphs and "diffusers" in sys.modules:
+        from sdfast.drop_in import graphed
+
+        graphed.replace(module for name, module in _modules(target) if _is_meant(name, *patterns))
     dispatch.set_switches(numerics=numerics, memory=memory)
     if left:
         listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in left}))
@@ -209,11 +217,22 @@ def restore(target: Any) -> None:
     for wrapper in [module for _, module in _modules(target) if not _is_ours(module)] if found else ():
         for child in wrapper.children():  # LoRA makes its own layers of the class that it wraps
             child.__class__ = layers.ORIGINALS.get(type(child), type(child))
+    for model in _graphed_models(target):
+        del model.forward  # with its graphs
     scheduler = _scheduler(target)
     if scheduler is not None:
         from sdfast.drop_in import schedulers
 
         schedulers.restore(scheduler)
+
+
+def _graphed_models(target: object) -> list[nn.Module]:
+    """Those that CUDA graphs replay."""
+    if "sdfast.drop_in.graphed" not in sys.modules:
+        return []
+    from sdfast.drop_in import graphed
+
+    return [module for _, module in _modules(target) if graphed.is_replaced(module)]
 
 
 def explain(target: Any) -> Report:
@@ -275,6 +294,8 @@ def _notes(target: object) -> list[str]:
             f"{torch.get_num_threads()} threads (torch.set_num_threads); in a process that runs models and"
             " little else, sdfast.memory.keep_freed_memory() saves mapping every large tensor anew"
         )
+    if models := _graphed_models(target):
+        notes.append(f"by CUDA graphs: {', '.join(type(model).__name__ for model in models)}")
     if "cuda" in devices:
         notes.append(f"order on CUDA: {', '.join(dispatch.ORDER['cuda'])} (sdfast.use_backend)")
     if "diffusers" not in sys.modules:

@@ -6,8 +6,10 @@ switches of dispatch and autocast say the same.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,17 @@ class _Kept(NamedTuple):
 
 # Beside the modules and not in them: a copied or pickled module starts without.
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_anew = contextvars.ContextVar("sdfast_text_anew", default=False)
+
+
+@contextlib.contextmanager
+def computed_anew() -> Iterator[None]:
+    """Nothing is kept, nor what was kept used, meanwhile: a graph reads the tensors it was captured with."""
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
 
 
 def keys_values(
@@ -33,7 +46,7 @@ def keys_values(
 
     Where a gradient is recorded, or versions are not counted (torch.inference_mode), it is asked each time.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference() or _anew.get():
         return compute()
     projections = (attention.get_submodule(name) for name in ("to_k", "to_v"))
     weights = [weight for module in projections for weight in module.parameters(recurse=False)]
