@@ -29,13 +29,13 @@ _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- en
 
 _ORDER = (
     "models", "peers", "zoo", "tiled_vae", "training", "profile", "conv2d", "linear", "attention",
-    "group_norm", "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
+    "group_norm", "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models", "build",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "tiled_vae": "large images through the VAE", "zoo": "diffusers' models, optimized",
+    "build": "wheels", "tiled_vae": "large images through the VAE", "zoo": "diffusers' models, optimized",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
@@ -176,6 +176,9 @@ def results_md(records: dict[str, Row]) -> list[str]:
             lines += markdown_table(head, bandwidth_rows(record))
         elif kind == "digits_quality":
             lines += quality(record)
+        elif kind == "build":
+            head = ("`SDFAST_CUDA_ARCHS`", "wheel", "size", "time")
+            lines += markdown_table(head, map(build_row, record["rows"]))
         elif kind == "operations":
             lines += operations_lines(record)
         elif kind == "gpu_models":
@@ -198,6 +201,12 @@ def _gpu_line(records: dict[str, Row]) -> str:
     if not runs:
         return "No kernel has run on a GPU yet, and nothing here was measured on one."
     return f"Last run on a GPU: {', '.join(f'{gpu}, {date}' for gpu, date in runs.items())}."
+
+
+def build_row(row: Row) -> Sequence[object]:
+    """One wheel of `bench_build.py`."""
+    archs = f"`{row['archs']}`" if row["archs"] else "none"
+    return archs, f"`{row['wheel']}`", f"{row['bytes'] / 1e6:.1f} MB", f"{row['seconds'] / 60:.1f} min"
 
 
 def quality(record: Row) -> list[str]:

@@ -126,9 +126,10 @@ def _tiles(call: Convolution, machine: Machine) -> Sequence[_Tile]:
         tiles = _NARROW
     else:
         tiles = _HALF if machine.reads_shared_memory else _HALF_IN_REGISTERS
-    # None of these finds registers beside the accumulators of the largest tile.
+    # None of these finds registers beside the accumulators of the largest tile; two sources need most.
+    most = 128 * (128 if machine.reads_shared_memory or len(call.channels) == 1 else 64)
     if call.normalised or call.statistics or len(call.channels) > 1:
-        tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]
+        tiles = [tile for tile in tiles if tile.pixels * tile.channels <= most]
     if call.normalised:
         rows = 128 if call.size[-1] == 1 else 64  # whether a tap lies outside is one more fact about each
         tiles = [tile._replace(num_warps=8, occupancy=1) for tile in tiles if tile.pixels <= rows]

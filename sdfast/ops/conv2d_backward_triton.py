@@ -125,18 +125,22 @@ def _finish_kernel(partials, dw, size, splits, BLOCK_S: tl.constexpr, BLOCK: tl.
 
 
 class _Tile(NamedTuple):
-    """A tile of dW. `share` is what of the peak it is taken to reach: assumed, no GPU has measured it."""
+    """A tile of dW. `share` is what of the peak it is taken to reach: assumed, no GPU has measured it.
+
+    `occupancy` is that of its `Config`; None where the addresses decide how many registers are needed.
+    """
 
     o: int
     n: int
     k: int
     num_warps: int
     share: float
+    occupancy: int | None = None
 
 
 _WIDE = (
-    _Tile(256, 128, 32, 8, 1.0), _Tile(128, 128, 64, 8, 0.9), _Tile(128, 64, 64, 4, 0.75),
-    _Tile(64, 128, 64, 4, 0.75), _Tile(64, 64, 64, 4, 0.6),
+    _Tile(256, 128, 32, 8, 1.0, 1), _Tile(128, 128, 64, 8, 0.9, 1), _Tile(128, 64, 64, 4, 0.75, 2),
+    _Tile(64, 128, 64, 4, 0.75, 2), _Tile(64, 64, 64, 4, 0.6, 3),
 )  # fmt: skip
 _UNALIGNED = (_Tile(64, 64, 16, 8, 0.3),)  # loaded number by number, each with its address in registers
 # For at most 16 rows, where memory is the limit; the second where x too is loaded number by number.
@@ -144,9 +148,9 @@ _FEW_ROWS = (_Tile(16, 64, 64, 4, 0.2),)
 _FEW_UNALIGNED = (_Tile(16, 64, 16, 4, 0.1),)
 # By precision, and whether rows are aligned. Of 32 x 32 numbers 4 warps would spill some exact variants.
 _FP32 = {
-    ("ieee", True): (_Tile(64, 64, 16, 8, 1.0), _Tile(32, 64, 16, 4, 0.7)),
+    ("ieee", True): (_Tile(64, 64, 16, 8, 1.0, 2), _Tile(32, 64, 16, 4, 0.7, 4)),
     ("ieee", False): (_Tile(32, 32, 16, 8, 0.6),),
-    ("tf32", True): (_Tile(64, 64, 32, 8, 1.0), _Tile(32, 64, 32, 8, 0.7)),
+    ("tf32", True): (_Tile(64, 64, 32, 8, 1.0, 2), _Tile(32, 64, 32, 8, 0.7, 2)),
     ("tf32", False): (_Tile(32, 32, 32, 4, 0.6),),
 }
 _MAX_SPLITS = 128
@@ -190,7 +194,7 @@ def plans_of(
         count = -(-rows // tile.o) * -(-columns // tile.n)
         stages = min(4, machine.shared_bytes // ((tile.o + tile.n) * block_k * itemsize))
         constants = {"BLOCK_O": tile.o, "BLOCK_N": tile.n, "BLOCK_K": block_k}
-        config = Config(constants, tile.num_warps, stages)
+        config = Config(constants, tile.num_warps, stages, tile.occupancy)
         most = max(1, min(all_steps // _LEAST_STEPS, _MAX_SPLITS))
         waves = {max(1, min(n * processors // count, most)): n for n in (4, 3, 2, 1)}
         for splits, n in sorted({**waves, 1: 0}.items()):
