@@ -55,6 +55,7 @@ _FORWARD = {
     "one pixel, stride 2": _Case(1, (64,), 1, 64, stride=2),
     "odd": _Case(2, (9, 8), 17, 30, residual=True, statistics=True),
     "odd, normalised": _Case(3, (20, 10), 65, 70, kernel=1, norm=True),
+    "norm of a narrow kernel": _Case(1, (128,), 33, 3, norm=True, silu=True),
     "norm of a wide kernel": _Case(1, (128, 64), 33, 128, norm=True, silu=True, residual=True),
 }  # fmt: skip
 _GRADIENT = {

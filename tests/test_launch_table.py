@@ -112,7 +112,7 @@ def test_a_bucket_has_the_same_plans_whatever_their_splits() -> None:
         return len(splits) == len(sizes) and len(names) == 1
 
     def linear(tokens: int) -> Sequence[Plan]:
-        return linear_triton.plans_of(tokens, 640, 5120, torch.float16, "tf32", True, False, machine)
+        return linear_triton.plans_of(tokens, 640, 5120, torch.float16, "tf32", True, "plain", machine)
 
     def conv2d(pixels: int) -> Sequence[Plan]:
         size, strides = (640, 640, 3, 3), (5760, 1, 1920, 640)

@@ -52,13 +52,14 @@ class _Tile(NamedTuple):
 
 _HALF = (
     _Tile(128, 256, 8, 1.0, 1), _Tile(128, 128, 8, 0.95, 1), _Tile(64, 256, 8, 0.8, 1),
-    _Tile(128, 64, 4, 0.8, 2), _Tile(64, 128, 4, 0.75, 2), _Tile(64, 64, 4, 0.65, 4),
+    _Tile(128, 64, 4, 0.8, 2), _Tile(64, 128, 4, 0.75, 2), _Tile(64, 64, 4, 0.65, 3),
 )  # fmt: skip
 # For GPUs whose tensor cores take both factors from registers.
 _HALF_IN_REGISTERS = (_Tile(128, 128, 8, 1.0, 1), _Tile(128, 64, 8, 0.85, 1), _Tile(64, 128, 8, 0.85, 1))
-_NARROW = (_Tile(128, 16, 4, 0.2, 4),)  # for a picture's 3 channels or a latent's 4
+# For a picture's 3 channels or a latent's 4.
+_NARROW = (_Tile(128, 16, 4, 0.2, 4), _Tile(64, 16, 4, 0.15, 4))
 _UNALIGNED = (_Tile(64, 64, 8, 0.3),)  # loaded number by number, each with its address in registers
-_FP32 = (_Tile(64, 64, 8, 1.0, 2), _Tile(32, 64, 4, 0.7, 4))
+_FP32 = (_Tile(64, 64, 8, 1.0, 2), _Tile(32, 64, 4, 0.7, 2))
 _UNALIGNED_FP32 = (_Tile(32, 64, 8, 0.7, 1),)
 _MAX_SPLITS = 8
 _SPLIT_STEPS = 8  # what writing and reading partials costs, in steps along K; assumed
@@ -128,7 +129,10 @@ def _tiles(call: Convolution, machine: Machine) -> Sequence[_Tile]:
     # None of these finds registers beside the accumulators of the largest tile.
     if call.normalised or call.statistics or len(call.channels) > 1:
         tiles = [tile for tile in tiles if tile.pixels * tile.channels <= 128 * 128]
-    return [tile._replace(num_warps=8, occupancy=1) for tile in tiles] if call.normalised else tiles
+    if call.normalised:
+        rows = 128 if call.size[-1] == 1 else 64  # whether a tap lies outside is one more fact about each
+        tiles = [tile._replace(num_warps=8, occupancy=1) for tile in tiles if tile.pixels <= rows]
+    return tiles
 
 
 def _block_k(call: Convolution) -> int:

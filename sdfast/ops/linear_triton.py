@@ -189,23 +189,25 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plans_of(
-    m: int, n: int, k: int, dtype: torch.dtype, precision: str, aligned: bool, paired: bool, machine: Machine
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, aligned: bool, kind: str, machine: Machine
 ) -> tuple[Plan, ...]:
     """A plan for each tile that suits the shape: (M, K) times (K, N).
 
     Args:
         n: the result's columns.
         aligned: rows of both factors can be loaded by 16 bytes.
-        paired: each program computes two tiles, value and gate.
+        kind: "paired" where each program computes two tiles, value and gate; "finished" where a residual or an
+            activation follows; or "plain".
     """
-    fp32 = dtype is torch.float32
+    fp32, paired = dtype is torch.float32, kind == "paired"
     tiles: Sequence[_Tile] = _ROWS if m <= 16 else _FLAT if m <= 64 else _WIDE
     if fp32:
         tiles = _FP32 if aligned else _UNALIGNED_FP32
     elif not aligned:
         tiles = _UNALIGNED
-    elif paired and not machine.reads_shared_memory:
-        tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]  # factors too are in registers
+    elif kind == "finished" or (paired and not machine.reads_shared_memory):
+        # Residuals, the terms of an activation, factors of a pair: no registers are left for them in larger ones.
+        tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]
     plans = []
     for tile in tiles:
         tile_n = tile.n // 2 if paired and tile.n > 64 else tile.n
@@ -233,13 +235,13 @@ def plans_of(
     return tuple(plans)
 
 
-def plan_product(a: Tensor, b: Tensor, n: int, precision: str, *, paired: bool = False) -> Plan:
-    """The plan that serves the product of a, (M, K), and b, to n columns; `paired` as of `plans_of`."""
+def plan_product(a: Tensor, b: Tensor, n: int, precision: str, kind: str) -> Plan:
+    """The plan that serves the product of a, (M, K), and b, to n columns; `kind` as of `plans_of`."""
     (m, k), strides = a.shape, (*a.stride(), *b.stride())
     aligned = all(s == 1 or s % 16 == 0 for s in strides)
-    plans = plans_of(m, n, k, a.dtype, precision, aligned, paired, machine(a.device))
+    plans = plans_of(m, n, k, a.dtype, precision, aligned, kind, machine(a.device))
     contiguous = tuple("K" if stride == 1 else "rows" for stride in strides[1:3])
-    bucket = ("paired" if paired else "plain", a.dtype, near(m), n, near(k), *contiguous)
+    bucket = (kind, a.dtype, near(m), n, near(k), *contiguous)
     return choose("linear", bucket, plans, a.device)
 
 
@@ -269,9 +271,10 @@ def product(
     residual_row = 0 if residual is None else residual.stride(0)
     precision = product_precision(a.dtype, "matmul")
 
-    plan = plan_product(a, b, n, precision)
+    finished = residual is not None or activation != 0
+    plan = plan_product(a, b, n, precision, "finished" if finished else "plain")
     if plan.splits == 1 and paired:
-        plan = plan_product(a, b, columns, precision, paired=True)
+        plan = plan_product(a, b, columns, precision, "paired")
     even_k = k == plan.splits * plan.steps * plan.config.constants["BLOCK_K"]
     m_unit = 16 if a.stride(0) == 1 and m % 16 == 0 else 1
     k_unit = 16 if 1 in (a.stride(1), b.stride(0)) and k % 16 == 0 else 1
