@@ -1,7 +1,8 @@
-"""Text to image, image to image: Stable Diffusion 1.x, 2.x, SDXL (Rombach et al. 2022, Podell et al. 2023).
+"""Text to image, image to image, inpainting: Stable Diffusion 1.x, 2.x, SDXL (Rombach et al. 2022, Podell et al. 2023).
 
     text to image:  x_T ~ N(0, I)               image to image:  x_s ~ q(x_s | E(image)), s = strength · T
     x_{t-1} = one reverse step with m = m(uncond) + g (m(text) - m(uncond)), down to x_0;    image = D(x_0)
+    inpainting, outpainting:  the same, and what is known is put back (`sdfast.inpainting`)
 
 Each image has a generator of its own, on the CPU, seeded by its own seed, and draws all its noise from
 it in the order in which diffusers draws: the same seed gives the same picture, whatever the device and
@@ -11,11 +12,10 @@ torch picks its algorithms by batch size, and the last bits of the latents follo
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -24,15 +24,30 @@ from torch import Tensor
 from sdfast import __version__
 from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, plan_from_config, sampler_name
-from sdfast.generation import GeneratedImages, Generation, OnStep, draw_noise
+from sdfast.generation import Beginning, GeneratedImages, Generation, OnStep, draw_noise
 from sdfast.graphs import BUDGET_BYTES, GraphCache
-from sdfast.images import as_tensor
+from sdfast.images import as_tensor, check_one_size
+from sdfast.inpainting import Canvas, Inpainting, choose_method
 from sdfast.loading import digits_folder, load_pipeline_parts
+from sdfast.masks import Images, images_and_masks
 from sdfast.memory import total_memory_bytes
-from sdfast.models import AutoencoderKL, CLIPTextEncoder, DiagonalGaussian, UNet2DCondition
+from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError
-from sdfast.request import SIZE_MULTIPLE, Request, as_prompts, check_strength, make_request
+from sdfast.outpainting import grown_canvas
+from sdfast.request import (
+    DRAW_DEFAULTS,
+    SIZE_MULTIPLE,
+    DrawOptions,
+    Request,
+    as_prompts,
+    check_strength,
+    make_request,
+)
+from sdfast.sources import SourceImages, match_prompts
 from sdfast.tokenizer import CLIPTokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["GeneratedImages", "StableDiffusion"]
 
@@ -89,10 +104,11 @@ class StableDiffusion:
                 f"text_encoders, tokenizers: got {len(self.text_encoders)} and {len(self.tokenizers)},"
                 f" expected {encoders} of each for this U-Net"
             )
-        if unet.config.in_channels != vae.config.latent_channels:
+        channels = vae.config.latent_channels
+        if unet.config.in_channels not in (channels, 2 * channels + 1):
             raise ValueError(
-                f"unet: takes {unet.config.in_channels} channels, but the VAE's latents have"
-                f" {vae.config.latent_channels}; an inpainting or upscaling model cannot draw from text alone"
+                f"unet: takes {unet.config.in_channels} channels, expected the {channels} of the VAE's latents, or"
+                f" {2 * channels + 1} for inpainting; an upscaling model cannot draw from text alone"
             )
 
     @classmethod
@@ -203,6 +219,7 @@ class StableDiffusion:
         Raises:
             TypeError, ValueError: an argument is out of its range; nothing was computed then.
         """
+        self._check_takes_latents("text_to_image")
         request = self._request(
             prompts=as_prompts("prompt", prompt), negative_prompt=negative_prompt,
             height=self.default_size[0] if height is None else height,
@@ -215,9 +232,9 @@ class StableDiffusion:
             raise ValueError(f"latents: got shape {tuple(latents.shape)}, expected {shape}")
         plan = plan_from_config(self.scheduler_config, request.steps, sampler=sampler)
 
-        def start(part: slice, generators: list[torch.Generator]) -> Tensor:
+        def start(part: slice, generators: list[torch.Generator]) -> Beginning:
             noise = self._noise(request, generators) if latents is None else latents[part]
-            return noise.to(self.device, self.dtype) * plan.initial_sigma
+            return Beginning(noise.to(self.device, self.dtype) * plan.initial_sigma)
 
         return self._generation(request, plan).run(start, on_step, self._settings(request, sampler))
 
@@ -254,39 +271,184 @@ class StableDiffusion:
         Raises:
             TypeError, ValueError: an argument is out of its range; nothing was computed then.
         """
+        self._check_takes_latents("image_to_image")
         check_strength(strength, steps)
-        prompts = as_prompts("prompt", prompt)
         sources = as_tensor(
             image, height=height, width=width, channels=self.vae.config.in_channels,
-            multiple=math.lcm(SIZE_MULTIPLE, self.vae.downsampling),
+            multiple=self._size_multiple,
         )  # fmt: skip
-        if len(prompts) == 1:
-            prompts *= sources.shape[0]
-        if sources.shape[0] not in (1, len(prompts)):
-            raise ValueError(f"image: got {sources.shape[0]} images for {len(prompts)} prompts")
         request = self._request(
-            prompts=prompts, negative_prompt=negative_prompt, height=sources.shape[2], width=sources.shape[3],
-            steps=steps, guidance_scale=guidance_scale, seed=seed, num_images=num_images,
-            batch_size=batch_size, time_ids=time_ids, output=output,
+            prompts=match_prompts(as_prompts("prompt", prompt), len(sources)), negative_prompt=negative_prompt,
+            height=sources.shape[2], width=sources.shape[3], steps=steps, guidance_scale=guidance_scale,
+            seed=seed, num_images=num_images, batch_size=batch_size, time_ids=time_ids, output=output,
         )  # fmt: skip
         plan = plan_from_config(self.scheduler_config, request.steps, sampler=sampler, strength=strength)
+        encoded = SourceImages(self.vae, sources, num_images, self.vae_memory_bytes)
 
-        @functools.cache
-        def posterior(index: int) -> DiagonalGaussian:
-            one = sources[index : index + 1].to(self.device, self._vae_dtype)
-            return self.vae.encode(one, memory_bytes=self.vae_memory_bytes)
-
-        def start(part: slice, generators: list[torch.Generator]) -> Tensor:
-            drawn = []
-            for i, generator in zip(range(part.start, part.stop), generators, strict=True):
-                q = posterior(0 if sources.shape[0] == 1 else i // num_images)
-                drawn.append(q.sample(draw_noise([generator], q.mean.shape[1:], q.mean.dtype, self.device)))
-            clean = torch.cat(drawn).float() * self.vae.config.scaling_factor
+        def start(part: slice, generators: list[torch.Generator]) -> Beginning:
+            clean = encoded.latents(part, generators)
             noise = self._noise(request, generators).float()
-            return plan.add_noise(clean, noise).to(self.dtype)
+            return Beginning(plan.add_noise(clean, noise).to(self.dtype))
 
         settings = self._settings(request, sampler, strength=float(strength))
         return self._generation(request, plan).run(start, on_step, settings)
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Images,
+        mask: Images | None = None,
+        *,
+        keep_original: bool = False,
+        height: int | None = None,
+        width: int | None = None,
+        method: str = "auto",
+        strength: float = 1.0,
+        sampler: str | None = None,
+        jump_length: int = 10,
+        resamplings: int = 10,
+        on_step: OnStep | None = None,
+        **options: Unpack[DrawOptions],
+    ) -> GeneratedImages:
+        """Paint anew what a mask shows white.
+
+        Args:
+            prompt: one, or P of them.
+            image: as for `image_to_image`.
+            mask: one, or one for each image, of the image's size: pictures, or a tensor (P or 1, 1, H, W) in [0, 1].
+                White is painted; grey, from the middle on. None: what the images have transparent is painted.
+            keep_original: put the image back where the mask is black, to the bit, in proportion where it is grey.
+                Otherwise all of it has gone through the VAE.
+            height, width: what pictures are resized to; not with keep_original.
+            method: "auto", the model's own way if it takes a mask as input, otherwise "blend": what is known
+                replaces the latents after every step; or "repaint", which repeats steps until the two fit
+                (Lugmayr et al. 2022), in some eight times the time. Those two are for models without such an input.
+            strength: how much of the schedule to run; 1 begins with noise where it paints, less with the image.
+            sampler: as for `text_to_image`; None is "ddpm" for "repaint".
+            jump_length, resamplings: of "repaint": after every so many steps it goes back as many, until
+                they were sampled so often. Fewer than 10 each are faster.
+            on_step: called as on_step(done, total) after each step; an exception in it ends the run.
+            options: `DrawOptions`: negative_prompt, steps, guidance_scale, seed, num_images, batch_size,
+                time_ids, output, as for `image_to_image`.
+
+        Raises:
+            TypeError, ValueError: an argument is out of its range; nothing was computed then.
+        """
+        if keep_original:
+            check_one_size(image, height, width, self._size_multiple)
+        images, masks = images_and_masks(
+            image, mask, height=height, width=width, channels=self.vae.config.in_channels,
+            multiple=self._size_multiple,
+        )  # fmt: skip
+        canvas = Canvas(images, masks, masks if keep_original else None)
+        return self._inpaint(
+            prompt, canvas, method=method, strength=strength, sampler=sampler, jump_length=jump_length,
+            resamplings=resamplings, on_step=on_step, options=options,
+            settings={"keep_original": bool(keep_original)},
+        )  # fmt: skip
+
+    def outpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Images,
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        feather: int = 8,
+        keep_original: bool = True,
+        method: str = "auto",
+        strength: float = 1.0,
+        sampler: str | None = None,
+        jump_length: int = 10,
+        resamplings: int = 10,
+        on_step: OnStep | None = None,
+        **options: Unpack[DrawOptions],
+    ) -> GeneratedImages:
+        """Let a picture grow.
+
+        Args:
+            prompt: one, or P of them.
+            image: one for all prompts, or P of one size: pictures, or a tensor (P, C, H, W) in [0, 1].
+            left, right, top, bottom: pixels to add. The result has exactly these; where its sides are no multiples
+                of 8, more is painted on the right and at the bottom, and cut off.
+            feather: over how many of its pixels the image fades at the sides that grow; 0 leaves a hard seam.
+            keep_original: put the image back, to the bit but where it fades.
+            method, strength, sampler, jump_length, resamplings, on_step, options: as for `inpaint`.
+
+        Raises:
+            TypeError, ValueError: an argument is out of its range; nothing was computed then.
+        """
+        check_one_size(image)
+        images = as_tensor(image, height=None, width=None, channels=self.vae.config.in_channels, multiple=1)
+        sides = {"left": left, "right": right, "top": top, "bottom": bottom, "feather": feather}
+        canvas = grown_canvas(
+            images, keep_original=keep_original, multiple=self._size_multiple, downsampling=self.vae.downsampling,
+            **sides,
+        )  # fmt: skip
+        if canvas.size is not None and options.get("output") == "latent":
+            height, width = canvas.size
+            raise ValueError(
+                f"output: 'latent' cannot be cut to {height}x{width}; grow to multiples of {self._size_multiple}"
+            )
+        return self._inpaint(
+            prompt, canvas, method=method, strength=strength, sampler=sampler, jump_length=jump_length,
+            resamplings=resamplings, on_step=on_step, options=options,
+            settings={**sides, "keep_original": bool(keep_original)},
+        )  # fmt: skip
+
+    def _inpaint(
+        self,
+        prompt: str | Sequence[str],
+        canvas: Canvas,
+        *,
+        method: str,
+        strength: float,
+        sampler: str | None,
+        jump_length: int,
+        resamplings: int,
+        on_step: OnStep | None,
+        options: DrawOptions,
+        settings: dict[str, Any],
+    ) -> GeneratedImages:
+        served_by = choose_method(method, self.unet.config.in_channels, self.vae.config.latent_channels)
+        drawn = {**DRAW_DEFAULTS, **options}
+        check_strength(strength, drawn["steps"])
+        height, width = canvas.images.shape[2:]
+        request = self._request(
+            prompts=match_prompts(as_prompts("prompt", prompt), len(canvas.images)), height=height, width=width,
+            **drawn,
+        )  # fmt: skip
+        if settings["keep_original"] and request.output == "latent":
+            raise ValueError("keep_original: puts pixels back, which output='latent' has none of")
+        if served_by == "repaint":
+            sampler = sampler or "ddpm"
+            settings |= {"jump_length": jump_length, "resamplings": resamplings}
+        run = Inpainting(
+            canvas, self.vae,
+            plan_from_config(self.scheduler_config, request.steps, sampler=sampler, strength=strength),
+            method=served_by, strength=strength, jump_length=jump_length, resamplings=resamplings,
+            num_images=drawn["num_images"], dtype=self.dtype, device=self.device,
+            vae_memory_bytes=self.vae_memory_bytes,
+        )  # fmt: skip
+        settings |= {"method": "auto" if served_by == "channels" else served_by, "strength": float(strength)}
+        if canvas.size is not None:
+            settings |= dict(zip(("height", "width"), canvas.size, strict=True))
+        return self._generation(request, run.plan).run(
+            run.start, on_step, self._settings(request, sampler, **settings)
+        )
+
+    def _check_takes_latents(self, what: str) -> None:
+        if self.unet.config.in_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"{what}: this U-Net takes {self.unet.config.in_channels} channels, a mask and a masked image beside the"
+                " latents: it is an inpainting model, which cannot draw from text alone; use inpaint or outpaint"
+            )
+
+    @property
+    def _size_multiple(self) -> int:
+        return math.lcm(SIZE_MULTIPLE, self.vae.downsampling)
 
     @property
     def _vae_dtype(self) -> torch.dtype:
@@ -297,7 +459,7 @@ class StableDiffusion:
         if arguments["time_ids"] is not None and not self.is_xl:
             raise ValueError("time_ids: only SDXL takes them")
         request = make_request(
-            latent_channels=self.unet.config.in_channels, downsampling=self.vae.downsampling, **arguments
+            latent_channels=self.vae.config.latent_channels, downsampling=self.vae.downsampling, **arguments
         )
         if self.vae_memory_bytes is not None:  # which the VAE holds against what it needs
             return request
