@@ -125,8 +125,10 @@ ALLOWED = {
         "sdfast.__version__", "sdfast._cuda_archs", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning",
     ),
     "sdfast.bench": ("sdfast",),
-    "sdfast.cli": ("sdfast._library", "sdfast.bench",
-        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
+    "sdfast.command_line": (*LEAVES, "sdfast._library", "sdfast.dispatch", "sdfast.pipelines"),
+    "sdfast.generate_command": (*LEAVES, "sdfast.command_line"),
+    "sdfast.cli": (
+        *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command", "sdfast.training",
     ),
 }  # fmt: skip
 
