@@ -92,7 +92,11 @@ def check_one_size(
     images = [image] if isinstance(image, Image.Image) else list(image)
     sizes = [one.size for one in images if isinstance(one, Image.Image)]
     for size in sizes:
-        if size != sizes[0] or (width or size[0], height or size[1]) != size or any(n % multiple for n in size):
+        if (
+            size != sizes[0]
+            or (width or size[0], height or size[1]) != size
+            or any(n % multiple for n in size)
+        ):
             raise ValueError(
                 f"keep_original: a picture of {size[0]}x{size[1]} would be resized; give pictures of one size"
                 f"{'' if multiple == 1 else f', multiples of {multiple}'}, and no other height and width"

@@ -1,7 +1,7 @@
 """Inpainting: what a mask shows white is painted anew, the rest is known.
 
     a model of 2c + 1 channels    reads latents, mask and the latents of the image without what is painted
-    blend                         after each step what is known is the image's latents, noised to that step's level
+    blend                         after each step the known latents are the image's, noised to that step's level
     RePaint                       the same, and steps are repeated (`sdfast.diffusion.repaint`)
 
 The first two are diffusers' `StableDiffusionInpaintPipeline`, with its draws of noise in its order.
@@ -31,8 +31,8 @@ class Canvas:
     Attributes:
         images: (P, C, H, W) in [-1, 1].
         masks: white, 1, where the model paints, (P or 1, 1, H, W) in [0, 1].
-        weights: how much of each pixel of the result is painted, the rest being the image's own, (P or 1, 1, H, W)
-            in [0, 1]; None for all of it.
+        weights: how much of each pixel of the result is painted, the rest being the image's own,
+            (P or 1, 1, H, W) in [0, 1]; None for all of it.
         size: height and width that are kept of the result, from its upper left corner; None for all of it.
     """
 
@@ -110,8 +110,8 @@ class Inpainting:
         clean = clean.to(self._dtype)
         draw = functools.partial(draw_like, generators)
         if self.repaint is not None:
-            draw, replace = self.repaint.callbacks(clean, mask, draw)
-            return Beginning(latents, draw_noise=draw, replace=replace, finish=finish)
+            noise_of_step, after_step = self.repaint.callbacks(clean, mask, draw)
+            return Beginning(latents, draw_noise=noise_of_step, replace=after_step, finish=finish)
         draw(latents)  # diffusers encodes the known part here, too, and leaves it unused
 
         def replace(i: int, _: int, latents: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def choose_method(method: str, unet_channels: int, latent_channels: int) -> str:
         return "blend" if method == "auto" else method
     if method != "auto":
         raise ValueError(
-            f"method: got {method!r}, but this U-Net takes the mask as an input ({unet_channels} channels), which "
-            "leaves no choice; expected 'auto'"
+            f"method: got {method!r}, but this U-Net takes the mask as an input ({unet_channels} channels),"
+            " which leaves no choice; expected 'auto'"
         )
     return "channels"

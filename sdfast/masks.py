@@ -1,4 +1,4 @@
-"""Masks: which part of an image is painted anew. White is painted; of an image's own alpha, what is transparent."""
+"""Masks: what of an image is painted anew. That is white; in the alpha of the image itself, transparent."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def images_and_masks(
 
     Args:
         image, height, width, channels, multiple: as for `sdfast.images.as_tensor`.
-        mask: one for all images or one for each, of the images' own size: pictures of any mode, or a tensor (P or
-            1, 1, H, W) in [0, 1]. White, 1, is painted, black is known. None: the images' alpha channel, where
-            transparent is painted. Resized as the images are.
+        mask: one for all images or one for each, of the images' own size: pictures of any mode, or a tensor
+            (P or 1, 1, H, W) in [0, 1]. White, 1, is painted, black is known. None: the images' alpha channel,
+            where transparent is painted. Resized as the images are.
 
     Returns:
         (P, channels, height, width) in [-1, 1] and (P or 1, 1, height, width) in [0, 1], float32.
@@ -51,9 +51,13 @@ def images_and_masks(
         masks = as_tensor(grey, height=size[0], width=size[1], channels=1, multiple=1, name="mask")
     masks = masks / 2 + 0.5
     if len(masks) not in (1, len(images)):
-        raise ValueError(f"mask: got {len(masks)} masks for {len(images)} images, expected 1 or {len(images)}")
+        raise ValueError(
+            f"mask: got {len(masks)} masks for {len(images)} images, expected 1 or {len(images)}"
+        )
     if (masks.amax(dim=(1, 2, 3)) < 0.5).any():
-        raise ValueError("mask: has nothing to paint; white is painted, or in an image's alpha what is transparent")
+        raise ValueError(
+            "mask: has nothing to paint; white is painted, or in an image's alpha what is transparent"
+        )
     return images, masks
 
 
@@ -62,8 +66,8 @@ def _split_alpha(image: Images) -> tuple[list[Image.Image], list[Image.Image]]:
     images = [] if isinstance(image, Tensor) else [image] if isinstance(image, Image.Image) else list(image)
     if not images or not all(isinstance(one, Image.Image) and one.has_transparency_data for one in images):
         raise ValueError(
-            "mask: got None, and the image has no alpha channel; give a mask, in which white is painted, or an "
-            "image that is transparent where it is to be painted"
+            "mask: got None, and the image has no alpha channel; give a mask, in which white is painted, or an"
+            " image that is transparent where it is to be painted"
         )
     opaque, masks = [], []
     for one in images:
@@ -89,17 +93,21 @@ def _check_sizes(images: list[tuple[int, int]], masks: list[tuple[int, int]]) ->
     """Raise ValueError unless each mask has its image's size."""
     if not masks:
         raise ValueError("mask: got none, expected a PIL image, a list of them, or a tensor (P, 1, H, W)")
-    pairs = zip(images, masks, strict=True) if len(images) == len(masks) else ((i, m) for i in images for m in masks)
+    pairs = (
+        zip(images, masks, strict=True)
+        if len(images) == len(masks)
+        else ((i, m) for i in images for m in masks)
+    )
     for size, mask_size in pairs:
         if size != mask_size:
             raise ValueError(
-                f"mask: is {mask_size[0]}x{mask_size[1]} (width x height), but the image is {size[0]}x{size[1]}; "
-                "make them one size"
+                f"mask: is {mask_size[0]}x{mask_size[1]} (width x height), but the image is {size[0]}x{size[1]};"
+                " make them one size"
             )
 
 
 def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which latents to paint, (P, 1, h, w), bool: those whose first pixel is at least half white, as in diffusers.
+    """Which latents to paint, (P, 1, h, w), bool: where the first pixel is at least half white, as in diffusers.
 
     Args:
         masks: (P, 1, H, W) in [0, 1].

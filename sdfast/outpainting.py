@@ -1,8 +1,8 @@
 """Outpainting: a picture grows on some of its sides, and inpainting fills what is new.
 
-The canvas is the picture, grown, with its borders' pixels repeated into what is new. The model paints every latent
-that has a new pixel. Then the picture is put back, fading into what was painted over `feather` pixels inside of it:
-there the painted image shows what the VAE makes of the picture itself, so that colours meet without a seam.
+The canvas is the picture, grown, with its borders' pixels repeated into what is new. The model paints every
+latent that has a new pixel. Then the picture is put back, fading into what was painted over `feather` pixels
+inside of it: what was painted shows there what the VAE makes of the picture itself, so that no seam is left.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def grown_canvas(
         left, right, top, bottom: how many pixels to add on each side, at least one of them more than 0.
         feather: over how many pixels the images fade at each side that grows; 0 to less than they have.
         keep_original: whether the images are put back at all.
-        multiple: what the canvas' sides have to be multiples of. Where they would not be, the canvas grows further,
-            to the right and down, and what was not asked for is cut off the result.
+        multiple: what the canvas' sides have to be multiples of. Where they would not be, the canvas grows
+            further, to the right and down, and what was not asked for is cut off the result.
         downsampling: pixels to a latent.
 
     Returns:

@@ -38,8 +38,8 @@ class DrawOptions(TypedDict, total=False):
 
 
 DRAW_DEFAULTS: DrawOptions = {
-    "negative_prompt": None, "steps": 50, "guidance_scale": 7.5, "seed": None, "num_images": 1, "batch_size": None,
-    "time_ids": None, "output": "pil",
+    "negative_prompt": None, "steps": 50, "guidance_scale": 7.5, "seed": None, "num_images": 1,
+    "batch_size": None, "time_ids": None, "output": "pil",
 }  # fmt: skip
 
 
@@ -190,9 +190,15 @@ def check_inpainting(method: str) -> None:
 
 
 def check_outpainting(
-    left: int, right: int, top: int, bottom: int, feather: int, height: int | None = None, width: int | None = None
+    left: int,
+    right: int,
+    top: int,
+    bottom: int,
+    feather: int,
+    height: int | None = None,
+    width: int | None = None,
 ) -> None:
-    """Raises TypeError or ValueError unless an image of this height and width can grow so, where they are known."""
+    """Raises TypeError or ValueError unless an image of this height and width, where known, can grow so."""
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     for name, value in (sides | {"feather": feather}).items():
         if not 0 <= _whole(name, value) <= MAX_SIDE:
@@ -203,8 +209,8 @@ def check_outpainting(
         growing = [end for end in ends if sides[end]]
         if length is not None and feather * len(growing) >= length and growing:
             raise ValueError(
-                f"feather: {feather} pixels from {' and '.join(growing)} leave nothing whole of {length} pixels; "
-                f"take at most {(length - 1) // len(growing)}"
+                f"feather: {feather} pixels from {' and '.join(growing)} leave nothing whole of {length} pixels;"
+                f" take at most {(length - 1) // len(growing)}"
             )
 
 

@@ -28,7 +28,7 @@ class SourceImages:
         self._posteriors: dict[int, DiagonalGaussian] = {}
 
     def latents(self, part: slice, generators: Sequence[torch.Generator]) -> Tensor:
-        """A sample z ~ q(z | image) for each picture of `part`, scaled as the U-Net takes it, (n, c, h, w), float32.
+        """A sample z ~ q(z|image) for each picture of `part`, scaled for the U-Net, (n, c, h, w), float32.
 
         Each generator draws once, noise of one image's latents.
         """

@@ -9,7 +9,7 @@ from on_device import OnTheDevice
 from test_graphs import Recorder
 
 import sdfast
-from sdfast import generation, graphs, pipelines
+from sdfast import generation, graphs, pipeline_base
 from sdfast.diffusion import plan_from_config, sample_on_device
 from sdfast.diffusion.device_loop import repeat_step
 from sdfast.dispatch import use_backend
@@ -189,6 +189,6 @@ def test_where_there_are_graphs(pipe, monkeypatch):
     assert pipe.graphs is None
     monkeypatch.setattr(sdfast.StableDiffusion, "device", torch.device("cuda"))
     for total, budget in ((None, 4 << 30), (8 << 30, 4 << 30), (80 << 30, 20 << 30)):
-        monkeypatch.setattr(pipelines, "total_memory_bytes", lambda device, total=total: total)
+        monkeypatch.setattr(pipeline_base, "total_memory_bytes", lambda device, total=total: total)
         assert sdfast.StableDiffusion(*parts).graphs.budget_bytes == budget
     assert sdfast.StableDiffusion(*parts, cuda_graphs=False).graphs is None
