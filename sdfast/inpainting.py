@@ -1,7 +1,7 @@
 """Inpainting: what a mask shows white is painted anew, the rest is known.
 
     a model of 2c + 1 channels    reads latents, mask and the latents of the image without what is painted
-    blend                         after each step the known latents are the image's, noised to that step's level
+    blend                         after each step the known latents are the image's, noised to that level
     RePaint                       the same, and steps are repeated (`sdfast.diffusion.repaint`)
 
 The first two are diffusers' `StableDiffusionInpaintPipeline`, with its draws of noise in its order.

@@ -28,8 +28,8 @@ def images_and_masks(
     Args:
         image, height, width, channels, multiple: as for `sdfast.images.as_tensor`.
         mask: one for all images or one for each, of the images' own size: pictures of any mode, or a tensor
-            (P or 1, 1, H, W) in [0, 1]. White, 1, is painted, black is known. None: the images' alpha channel,
-            where transparent is painted. Resized as the images are.
+            (P or 1, 1, H, W) in [0, 1]. White, 1, is painted, black is known. None: the images' alpha
+            channel, where transparent is painted. Resized as the images are.
 
     Returns:
         (P, channels, height, width) in [-1, 1] and (P or 1, 1, height, width) in [0, 1], float32.
@@ -66,8 +66,8 @@ def _split_alpha(image: Images) -> tuple[list[Image.Image], list[Image.Image]]:
     images = [] if isinstance(image, Tensor) else [image] if isinstance(image, Image.Image) else list(image)
     if not images or not all(isinstance(one, Image.Image) and one.has_transparency_data for one in images):
         raise ValueError(
-            "mask: got None, and the image has no alpha channel; give a mask, in which white is painted, or an"
-            " image that is transparent where it is to be painted"
+            "mask: got None, and the image has no alpha channel; give a mask, in which white is painted, or"
+            " an image that is transparent where it is to be painted"
         )
     opaque, masks = [], []
     for one in images:
@@ -101,13 +101,13 @@ def _check_sizes(images: list[tuple[int, int]], masks: list[tuple[int, int]]) ->
     for size, mask_size in pairs:
         if size != mask_size:
             raise ValueError(
-                f"mask: is {mask_size[0]}x{mask_size[1]} (width x height), but the image is {size[0]}x{size[1]};"
+                f"mask: is {mask_size[0]}x{mask_size[1]} (width x height), the image {size[0]}x{size[1]};"
                 " make them one size"
             )
 
 
 def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which latents to paint, (P, 1, h, w), bool: where the first pixel is at least half white, as in diffusers.
+    """Which latents to paint, (P, 1, h, w), bool: where the first pixel is half white or more, as in diffusers.
 
     Args:
         masks: (P, 1, H, W) in [0, 1].

@@ -43,7 +43,7 @@ __all__ = ["GeneratedImages", "StableDiffusion"]
 
 
 class StableDiffusion(PipelineBase):
-    """A latent diffusion model with its text encoder, ready to draw; `PipelineBase` says what it is made of."""
+    """A latent diffusion model with its text encoder, ready to draw: of what parts, `PipelineBase` says."""
 
     def text_to_image(
         self,
@@ -188,7 +188,7 @@ class StableDiffusion(PipelineBase):
             height, width: what pictures are resized to; not with keep_original.
             method: "auto", the model's own way if it takes a mask as input, otherwise "blend": what is known
                 replaces the latents after every step; or "repaint", which repeats steps until the two fit
-                (Lugmayr et al. 2022), in some eight times the time. Both are for models without such an input.
+                (Lugmayr et al. 2022), in some eight times the time. Both are for models without that input.
             strength: how much of the schedule to run; 1 begins with noise alone, less with the noised image.
             sampler: as for `text_to_image`; None is "ddpm" for "repaint".
             jump_length, resamplings: of "repaint": after every so many steps it goes back as many, until

@@ -209,7 +209,7 @@ def check_outpainting(
         growing = [end for end in ends if sides[end]]
         if length is not None and feather * len(growing) >= length and growing:
             raise ValueError(
-                f"feather: {feather} pixels from {' and '.join(growing)} leave nothing whole of {length} pixels;"
+                f"feather: {feather} pixels from {' and '.join(growing)} leave nothing whole of {length};"
                 f" take at most {(length - 1) // len(growing)}"
             )
 

@@ -32,7 +32,7 @@ class RePaint:
         base: the plan, n steps of it.
         jump_length: j, how many levels a jump goes back up; less than n.
         resamplings: r, how often the levels of a jump are sampled in all; 1 jumps never.
-        steps: of each reverse step in turn, m >= n of them, its row in `base` and the levels to jump afterwards.
+        steps: of each reverse step in turn, m >= n of them, its row in `base` and the levels to jump then.
         plan: what `sample` is to run: the rows of `base` in that order.
 
     Raises:
@@ -48,7 +48,7 @@ class RePaint:
     def __post_init__(self) -> None:
         if self.base.takes_previous_x0:
             raise ValueError(
-                "sampler: it remembers the step before, which a jump back breaks; take another, such as 'ddpm'"
+                "sampler: it remembers the step before, which jumps break; take another, such as 'ddpm'"
             )
         steps = resampled_steps(len(self.base), self.jump_length, self.resamplings)
         rows = torch.tensor([row for row, _ in steps])
@@ -92,7 +92,7 @@ class RePaint:
         return noise_of_step, on_step
 
     def _up(self, x: Tensor, noise: Tensor, level: int) -> Tensor:
-        """From the level at which step `level` begins to that of the step before: eq. 13, over several steps."""
+        """From the level at which step `level` begins to that of the step before: eq. 13, several at once."""
         alpha, sigma = (
             torch.cat([levels, levels.new_tensor([clean])])
             for levels, clean in ((self.base.noise_alpha, 1.0), (self.base.noise_sigma, 0.0))
@@ -123,8 +123,8 @@ def resampled_steps(steps: int, jump_length: int, resamplings: int) -> list[tupl
             raise ValueError(f"{name}: got {value!r}, expected a whole number >= 1")
     if resamplings > 1 and jump_length >= steps:
         raise ValueError(
-            f"jump_length: got {jump_length} for {steps} steps, expected less; take more steps, or resamplings=1"
-            " for no jumps"
+            f"jump_length: got {jump_length} for {steps} steps, expected less; take more steps, or"
+            " resamplings=1 for no jumps"
         )
     left = dict.fromkeys(range(0, steps - jump_length, jump_length), resamplings - 1)
     walk, level = [], steps  # counted upwards from the clean one
