@@ -1,4 +1,4 @@
-"""The command `sdfast`: generate | train | bench | doctor.
+"""The command `sdfast`: generate | inpaint | outpaint | train | bench | doctor.
 
 Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
 fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
@@ -22,6 +22,7 @@ from sdfast import __version__
 from sdfast.bench.command import add_parser as add_bench
 from sdfast.command_line import check_writable, one_line
 from sdfast.generate_command import add_parser as add_generate
+from sdfast.inpaint_command import add_parsers as add_inpaint_and_outpaint
 from sdfast.request import check_count
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sdfast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_generate(commands)
+    add_inpaint_and_outpaint(commands)
     _add_train(commands)
     add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what sdfast found on this machine, and what it lacks")

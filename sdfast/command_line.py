@@ -38,17 +38,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="CPU threads (torch's choice)")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What `sampling_options` reads, but for the seed, whose meaning is the command's."""
+def add_sampling_options(parser: argparse.ArgumentParser, *, size: bool = True) -> None:
+    """What `sampling_options` reads, but for the seed, whose meaning is the command's.
+
+    Args:
+        size: whether the command takes the size of the images.
+    """
     add = parser.add_argument
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--steps", type=int, default=50, help=f"reverse steps, 1 to {MAX_STEPS} (%(default)s)")
     add("--guidance-scale", type=float, default=7.5, metavar="G", help="how closely to follow (%(default)s)")
     add("--sampler", help=f"{', '.join(SAMPLER_NAMES)} (the model's own)")
+    add("--batch-size", type=int, help="images to run at once (by their size)")
+    if not size:
+        parser.set_defaults(size=None, height=None, width=None)
+        return
     add("--size", metavar="HxW", help="height x width, multiples of 8 (the model's own)")
     add("--height", type=int, help="instead of --size")
     add("--width", type=int, help="instead of --size")
-    add("--batch-size", type=int, help="images to run at once (by their size)")
 
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from sdfast.diffusion.repaint import RePaint
 from sdfast.generation import Beginning, draw_like, draw_noise
 from sdfast.masks import latent_mask
 from sdfast.models import AutoencoderKL
-from sdfast.request import check_inpainting
 from sdfast.sources import SourceImages, rows_of
 
 
@@ -138,9 +137,8 @@ def choose_method(method: str, unet_channels: int, latent_channels: int) -> str:
     """What serves a `method` of `StableDiffusion.inpaint`: "blend", "repaint" or "channels".
 
     Raises:
-        ValueError: an unknown method, or one that this U-Net leaves no choice of.
+        ValueError: a method that this U-Net leaves no choice of.
     """
-    check_inpainting(method)
     if unet_channels == latent_channels:
         return "blend" if method == "auto" else method
     if method != "auto":

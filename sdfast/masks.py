@@ -107,7 +107,7 @@ def _check_sizes(images: list[tuple[int, int]], masks: list[tuple[int, int]]) ->
 
 
 def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Which latents to paint, (P, 1, h, w), bool: where the first pixel is half white or more, as in diffusers.
+    """Which latents to paint, (P, 1, h, w), bool: whose first pixel is half white or more, as in diffusers.
 
     Args:
         masks: (P, 1, H, W) in [0, 1].

@@ -81,8 +81,8 @@ class PipelineBase:
         channels = vae.config.latent_channels
         if unet.config.in_channels not in (channels, 2 * channels + 1):
             raise ValueError(
-                f"unet: takes {unet.config.in_channels} channels, expected {channels} as the VAE's latents have,"
-                f" or {2 * channels + 1} for inpainting; an upscaling model cannot draw from text alone"
+                f"unet: takes {unet.config.in_channels} channels, expected the {channels} of the latents, or"
+                f" {2 * channels + 1} for inpainting; an upscaling model cannot draw from text alone"
             )
 
     @classmethod
@@ -157,8 +157,8 @@ class PipelineBase:
     def _check_takes_latents(self, what: str) -> None:
         if self.unet.config.in_channels != self.vae.config.latent_channels:
             raise ValueError(
-                f"{what}: this U-Net takes {self.unet.config.in_channels} channels, a mask's and an image's among"
-                " them: it is an inpainting model, which cannot draw without: use inpaint or outpaint"
+                f"{what}: this U-Net takes {self.unet.config.in_channels} channels, a mask's among them:"
+                " it is an inpainting model, which cannot draw without them; use inpaint or outpaint"
             )
 
     @property

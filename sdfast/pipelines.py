@@ -32,6 +32,7 @@ from sdfast.request import (
     DRAW_DEFAULTS,
     DrawOptions,
     as_prompts,
+    check_inpainting,
     check_strength,
 )
 from sdfast.sources import SourceImages, match_prompts
@@ -279,9 +280,10 @@ class StableDiffusion(PipelineBase):
         options: DrawOptions,
         settings: dict[str, Any],
     ) -> GeneratedImages:
-        served_by = choose_method(method, self.unet.config.in_channels, self.vae.config.latent_channels)
         drawn: dict[str, Any] = {**DRAW_DEFAULTS, **options}
         check_strength(strength, drawn["steps"])
+        check_inpainting(method, int(drawn["steps"] * strength), jump_length, resamplings)
+        served_by = choose_method(method, self.unet.config.in_channels, self.vae.config.latent_channels)
         height, width = canvas.images.shape[2:]
         request = self._request(
             prompts=match_prompts(as_prompts("prompt", prompt), len(canvas.images)), height=height,

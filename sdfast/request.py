@@ -183,10 +183,17 @@ def check_strength(strength: float, steps: int) -> None:
         raise ValueError(f"strength: {strength} of {steps} steps leaves none to run; raise strength or steps")
 
 
-def check_inpainting(method: str) -> None:
-    """Raises ValueError unless there is such a method."""
+def check_inpainting(method: str, steps: int, jump_length: int, resamplings: int) -> None:
+    """Raises ValueError unless there is such a method, and "repaint" can jump so within so many steps."""
     if method not in INPAINTING_METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(INPAINTING_METHODS)}")
+    check_count("jump_length", jump_length)
+    check_count("resamplings", resamplings)
+    if method == "repaint" and resamplings > 1 and jump_length >= steps:
+        raise ValueError(
+            f"jump_length: got {jump_length} for {steps} steps, expected less; take more steps, or"
+            " resamplings 1 for no jumps"
+        )
 
 
 def check_outpainting(

@@ -113,9 +113,19 @@ ALLOWED = {
     "sdfast.generation": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.graphs",
     ),
-    "sdfast.pipelines": (
+    "sdfast.masks": LEAVES,
+    "sdfast.sources": ("sdfast.models", "sdfast.generation"),
+    "sdfast.inpainting": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.generation", "sdfast.masks", "sdfast.sources",
+    ),
+    "sdfast.outpainting": (*LEAVES, "sdfast.inpainting"),
+    "sdfast.pipeline_base": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
         "sdfast.generation", "sdfast.graphs",
+    ),
+    "sdfast.pipelines": (
+        *LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.inpainting", "sdfast.masks",
+        "sdfast.outpainting", "sdfast.pipeline_base", "sdfast.sources",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
@@ -127,8 +137,10 @@ ALLOWED = {
     "sdfast.bench": ("sdfast",),
     "sdfast.command_line": (*LEAVES, "sdfast._library", "sdfast.dispatch", "sdfast.pipelines"),
     "sdfast.generate_command": (*LEAVES, "sdfast.command_line"),
+    "sdfast.inpaint_command": (*LEAVES, "sdfast.command_line"),
     "sdfast.cli": (
-        *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command", "sdfast.training",
+        *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command",
+        "sdfast.inpaint_command", "sdfast.training",
     ),
 }  # fmt: skip
 
