@@ -302,7 +302,9 @@ def test_unknown_options(pipes):
 
 def test_an_inpainting_model_cannot_draw_without_a_mask(pipes):
     for draw, image in (("text_to_image", ()), ("image_to_image", (picture(),))):
-        with pytest.raises(ValueError, match=f"{draw}: this U-Net takes 9 channels.* use inpaint or outpaint"):
+        with pytest.raises(
+            ValueError, match=f"{draw}: this U-Net takes 9 channels.* use inpaint or outpaint"
+        ):
             getattr(pipes["channels"], draw)("seven", *image)
     for method in ("blend", "repaint"):
         with pytest.raises(ValueError, match=f"method: got '{method}', but this U-Net takes the mask"):

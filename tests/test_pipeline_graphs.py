@@ -30,6 +30,7 @@ def folders(tmp_path_factory):
     return {
         "sd": tiny_pipelines.sd_pipeline(folder / "sd"),
         "sdxl": tiny_pipelines.sdxl_pipeline(folder / "sdxl"),
+        "inpainting": tiny_pipelines.inpainting_pipeline(folder / "inpainting"),
     }
 
 
@@ -157,6 +158,18 @@ def test_image_to_image_is_the_same(pipe):
     pipe.graphs = Recorder()
     assert torch.equal(pipe.image_to_image("seven", tiny_pipelines.picture(), **options).images, plain)
     assert (pipe.graphs.captured, pipe.graphs.replayed) == (2, 3 + 1)
+
+
+@pytest.mark.parametrize("kind", ["sd", "inpainting"])
+def test_inpainting_runs_the_unet_by_a_graph(folders, kind):
+    """What is known is put back between the steps, so that they are a loop on the host."""
+    pipe = sdfast.StableDiffusion.from_pretrained(folders[kind])
+    mask = tiny_pipelines.picture(mode="L")
+    options = {"steps": STEPS, "seed": 1, "sampler": "ddpm", "output": "tensor"}
+    plain = pipe.inpaint("seven", tiny_pipelines.picture(), mask, **options).images
+    pipe.graphs = Recorder()
+    assert torch.equal(pipe.inpaint("seven", tiny_pipelines.picture(), mask, **options).images, plain)
+    assert (pipe.graphs.captured, pipe.graphs.replayed) == (2, STEPS + 1)
 
 
 def test_a_step_of_the_unet_reads_nothing_on_the_host(pipe):
