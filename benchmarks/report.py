@@ -29,13 +29,13 @@ _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- en
 
 _ORDER = (
     "models", "peers", "tiled_vae", "training", "profile", "conv2d", "linear", "attention", "group_norm",
-    "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
+    "layer_norm", "diffusion_step", "digits_quality", "inpainting", "operations", "gpu_models",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "tiled_vae": "large images through the VAE",
+    "tiled_vae": "large images through the VAE", "inpainting": "inpainting and RePaint with the shipped model",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
@@ -98,6 +98,14 @@ def bandwidth_rows(record: Row) -> Iterator[Sequence[object]]:
             row["shape"], work, row["dtype"], f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}",
             f"{row['ratio']:.2f}x", f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}",
             f"{row['gb_per_s']:.1f}", f"{row['of_copy']:.0%}",
+        )  # fmt: skip
+
+
+def inpainting_rows(record: Row) -> Iterator[Sequence[object]]:
+    for row in record["rows"]:
+        yield (
+            f"{row['painted']} half", row["way"], f"{row['accuracy']:.1%} of {row['images']}",
+            f"{row['seam']:.2f}x",
         )  # fmt: skip
 
 
@@ -174,6 +182,10 @@ def results_md(records: dict[str, Row]) -> list[str]:
             lines += markdown_table(head, bandwidth_rows(record))
         elif kind == "digits_quality":
             lines += quality(record)
+        elif kind == "inpainting":
+            lines += markdown_table(
+                ("painted", "way", "read right", "seam of a whole one's"), inpainting_rows(record)
+            )
         elif kind == "operations":
             lines += operations_lines(record)
         elif kind == "gpu_models":
