@@ -1,13 +1,13 @@
 """Inpainting and outpainting with the shipped model: a sheet of pictures, and how many can be read.
 
 Of handwritten digits that the model has not seen the lower half, or the right one, is painted anew, with the
-digit's name as the prompt: by blending, and by RePaint; what is known is put back. A support vector machine that
-learned from real digits only reads what came of it; how it reads them whole, and with the half missing, stands
-beside. The seam is how far the two rows of pixels that meet at the edge of the mask differ, relative to those
-of the whole digits.
+digit's name as the prompt: by blending, and by RePaint; what is known is put back. A support vector machine
+that learned from real digits only reads what came of it; how it reads them whole, and with the half missing,
+stands beside. The seam is how far the two rows of pixels that meet at the edge of the mask differ, relative
+to those of the whole digits.
 
-The sheet has a row for each digit. Its columns: whole, what is known, blending, RePaint, for the lower half; the
-same for the right half; and outpainted with RePaint from the upper half alone.
+The sheet has a row for each digit. Its columns: whole, what is known, blending, RePaint, for the lower half;
+the same for the right half; and outpainted with RePaint from the upper half alone.
 
     python benchmarks/demo_inpaint.py [--per-digit 10] [--steps 50] [-o inpaint.png] [--no-record]
 """

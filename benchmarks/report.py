@@ -35,7 +35,7 @@ _ORDER = (
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "tiled_vae": "large images through the VAE", "inpainting": "inpainting and RePaint with the shipped model",
+    "tiled_vae": "large images through the VAE", "inpainting": "inpainting with the shipped model",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"

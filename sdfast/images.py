@@ -81,12 +81,13 @@ def as_tensor(
 
 
 def check_one_size(
+    what: str,
     image: Image.Image | Tensor | Sequence[Image.Image],
     height: int | None = None,
     width: int | None = None,
     multiple: int = 1,
 ) -> None:
-    """Raise ValueError if `as_tensor` would resize a picture."""
+    """Raise ValueError, naming `what` does not allow it, if `as_tensor` would resize a picture."""
     if isinstance(image, Tensor):
         return
     images = [image] if isinstance(image, Image.Image) else list(image)
@@ -97,9 +98,10 @@ def check_one_size(
             or (width or size[0], height or size[1]) != size
             or any(n % multiple for n in size)
         ):
+            others = f", of multiples of {multiple}" if multiple > 1 else ""
             raise ValueError(
-                f"keep_original: a picture of {size[0]}x{size[1]} would be resized; give pictures of one size"
-                f"{'' if multiple == 1 else f', multiples of {multiple}'}, and no other height and width"
+                f"image: a picture of {size[0]}x{size[1]} would be resized, which {what} does not allow; give"
+                f" pictures of one size{others}, and no other height and width"
             )
 
 

@@ -68,9 +68,12 @@ def _add_painting_options(parser: argparse.ArgumentParser, *, size: bool, keep_o
 def _inpaint(arguments: argparse.Namespace) -> int:
     options = _checked_options(arguments)
     from sdfast.images import read_image
+    from sdfast.masks import images_and_masks
 
     image = read_image(arguments.image)
     mask = None if arguments.mask is None else read_image(arguments.mask)
+    # What is wrong with them is told before a model is loaded.
+    images_and_masks(image, mask, height=None, width=None, channels=3, multiple=1)
     return _paint(arguments, lambda pipe: pipe.inpaint, image, mask=mask, **options)
 
 

@@ -15,8 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sdfast.diffusion import SamplingPlan
-from sdfast.diffusion.repaint import RePaint
+from sdfast.diffusion import RePaint, SamplingPlan
 from sdfast.generation import Beginning, draw_like, draw_noise
 from sdfast.masks import latent_mask
 from sdfast.models import AutoencoderKL

@@ -189,7 +189,7 @@ class StableDiffusion(PipelineBase):
             height, width: what pictures are resized to; not with keep_original.
             method: "auto", the model's own way if it takes a mask as input, otherwise "blend": what is known
                 replaces the latents after every step; or "repaint", which repeats steps until the two fit
-                (Lugmayr et al. 2022), in some eight times the time. Both are for models without that input.
+                (Lugmayr et al. 2022): by default to some eight times as many. Both for models without that.
             strength: how much of the schedule to run; 1 begins with noise alone, less with the noised image.
             sampler: as for `text_to_image`; None is "ddpm" for "repaint".
             jump_length, resamplings: of "repaint": after every so many steps it goes back as many, until
@@ -202,7 +202,7 @@ class StableDiffusion(PipelineBase):
             TypeError, ValueError: an argument is out of its range; nothing was computed then.
         """
         if keep_original:
-            check_one_size(image, height, width, self._size_multiple)
+            check_one_size("keep_original", image, height, width, self._size_multiple)
         images, masks = images_and_masks(
             image, mask, height=height, width=width, channels=self.vae.config.in_channels,
             multiple=self._size_multiple,
@@ -247,7 +247,7 @@ class StableDiffusion(PipelineBase):
         Raises:
             TypeError, ValueError: an argument is out of its range; nothing was computed then.
         """
-        check_one_size(image)
+        check_one_size("outpaint", image)
         images = as_tensor(image, height=None, width=None, channels=self.vae.config.in_channels, multiple=1)
         sides = {"left": left, "right": right, "top": top, "bottom": bottom, "feather": feather}
         canvas = grown_canvas(
@@ -280,6 +280,10 @@ class StableDiffusion(PipelineBase):
         options: DrawOptions,
         settings: dict[str, Any],
     ) -> GeneratedImages:
+        if unknown := options.keys() - DRAW_DEFAULTS.keys():
+            raise TypeError(
+                f"unexpected option {', '.join(sorted(unknown))}, expected {', '.join(DRAW_DEFAULTS)}"
+            )
         drawn: dict[str, Any] = {**DRAW_DEFAULTS, **options}
         check_strength(strength, drawn["steps"])
         check_inpainting(method, int(drawn["steps"] * strength), jump_length, resamplings)

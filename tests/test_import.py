@@ -137,7 +137,7 @@ ALLOWED = {
     "sdfast.bench": ("sdfast",),
     "sdfast.command_line": (*LEAVES, "sdfast._library", "sdfast.dispatch", "sdfast.pipelines"),
     "sdfast.generate_command": (*LEAVES, "sdfast.command_line"),
-    "sdfast.inpaint_command": (*LEAVES, "sdfast.command_line"),
+    "sdfast.inpaint_command": (*LEAVES, "sdfast.command_line", "sdfast.masks"),
     "sdfast.cli": (
         *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command",
         "sdfast.inpaint_command", "sdfast.training",

@@ -115,7 +115,7 @@ def test_repaint_and_several_images(pipe):
         ({"left": 8, "output": "latent"}, "keep_original: puts pixels back"),
         (
             {"left": 8, "image": [picture(), picture(8)]},
-            "a picture of 8x16 would be resized; give pictures of one",
+            "a picture of 8x16 would be resized, which outpaint",
         ),
         ({"left": 8, "method": "paint"}, "method: got 'paint'"),
     ],
