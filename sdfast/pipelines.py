@@ -188,8 +188,9 @@ class StableDiffusion(PipelineBase):
                 proportion. Otherwise all of it has gone through the VAE.
             height, width: what pictures are resized to; not with keep_original.
             method: "auto", the model's own way if it takes a mask as input, otherwise "blend": what is known
-                replaces the latents after every step; or "repaint", which repeats steps until the two fit
-                (Lugmayr et al. 2022): by default to some eight times as many. Both for models without that.
+                replaces the latents after every step; or "repaint", which goes back and repeats steps until
+                the two fit (Lugmayr et al. 2022): by default it takes some eight times as many. The last two
+                are for models that do not take the mask.
             strength: how much of the schedule to run; 1 begins with noise alone, less with the noised image.
             sampler: as for `text_to_image`; None is "ddpm" for "repaint".
             jump_length, resamplings: of "repaint": after every so many steps it goes back as many, until
@@ -263,7 +264,7 @@ class StableDiffusion(PipelineBase):
         return self._inpaint(
             prompt, canvas, method=method, strength=strength, sampler=sampler, jump_length=jump_length,
             resamplings=resamplings, on_step=on_step, options=options,
-            settings={**sides, "keep_original": bool(keep_original)},
+            settings={**{name: int(side) for name, side in sides.items()}, "keep_original": bool(keep_original)},
         )  # fmt: skip
 
     def _inpaint(
@@ -297,6 +298,7 @@ class StableDiffusion(PipelineBase):
             raise ValueError("keep_original: puts pixels back, which output='latent' has none of")
         if served_by == "repaint":
             sampler = sampler or "ddpm"
+            jump_length, resamplings = int(jump_length), int(resamplings)
             settings |= {"jump_length": jump_length, "resamplings": resamplings}
         run = Inpainting(
             canvas, self.vae,

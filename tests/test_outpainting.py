@@ -1,5 +1,7 @@
 """Outpainting: the canvas, the seam, what is kept."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -127,6 +129,15 @@ def test_bad_arguments(pipe, options, message):
     arguments = {"prompt": "seven", "image": picture(), "steps": 2, "on_step": nothing_is_computed} | options
     with pytest.raises(ValueError, match=message):
         pipe.outpaint(**arguments)
+
+
+def test_numbers_of_numpy(pipe):
+    numbers = {"left": 8, "feather": 2, "jump_length": 1, "resamplings": 2, "steps": 2, "seed": 3}
+    plain = pipe.outpaint("seven", picture(), method="repaint", **numbers).settings
+    numpy = {name: np.int64(value) for name, value in numbers.items()}
+    assert json.dumps(pipe.outpaint("seven", picture(), method="repaint", **numpy).settings) == json.dumps(
+        plain
+    )
 
 
 def test_sides_are_whole_numbers(pipe):
