@@ -87,7 +87,7 @@ def check_one_size(
     width: int | None = None,
     multiple: int = 1,
 ) -> None:
-    """Raise ValueError, naming `what` does not allow it, if `as_tensor` would resize a picture."""
+    """Raise ValueError, which says that `what` does not allow it, if `as_tensor` would resize a picture."""
     if isinstance(image, Tensor):
         return
     images = [image] if isinstance(image, Image.Image) else list(image)

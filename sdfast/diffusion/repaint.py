@@ -1,4 +1,4 @@
-"""RePaint (Lugmayr et al. 2022, algorithm 1): an unconditional model completes what is known of a sample.
+"""RePaint (Lugmayr et al. 2022, algorithm 1): a model of whole samples completes one that is known in part.
 
     x' = m · (a reverse step from x) + (1 - m) · (x_0 noised to the level of x'),    m = 1 where it is painted
     and now and then j levels back up, x_t ~ q(x_t | x_{t-1}), r times from the same level
@@ -92,7 +92,7 @@ class RePaint:
         return noise_of_step, on_step
 
     def _up(self, x: Tensor, noise: Tensor, level: int) -> Tensor:
-        """From the level at which step `level` begins to that of the step before: eq. 13, several at once."""
+        """From the level at which step `level` begins to that of the step before: eq. 13 over all between."""
         alpha, sigma = (
             torch.cat([levels, levels.new_tensor([clean])])
             for levels, clean in ((self.base.noise_alpha, 1.0), (self.base.noise_sigma, 0.0))
