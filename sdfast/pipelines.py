@@ -264,7 +264,7 @@ class StableDiffusion(PipelineBase):
         return self._inpaint(
             prompt, canvas, method=method, strength=strength, sampler=sampler, jump_length=jump_length,
             resamplings=resamplings, on_step=on_step, options=options,
-            settings={name: int(side) for name, side in sides.items()} | {"keep_original": bool(keep_original)},
+            settings={name: int(one) for name, one in sides.items()} | {"keep_original": bool(keep_original)},
         )  # fmt: skip
 
     def _inpaint(
