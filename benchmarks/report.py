@@ -29,13 +29,15 @@ _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- en
 
 _ORDER = (
     "models", "peers", "zoo", "tiled_vae", "training", "profile", "conv2d", "linear", "attention",
-    "group_norm", "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models", "build",
+    "group_norm", "layer_norm", "diffusion_step", "digits_quality", "inpainting", "operations", "gpu_models",
+    "build",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
     "build": "wheels", "tiled_vae": "large images through the VAE", "zoo": "diffusers' models, optimized",
+    "inpainting": "inpainting with the shipped model",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
@@ -98,6 +100,14 @@ def bandwidth_rows(record: Row) -> Iterator[Sequence[object]]:
             row["shape"], work, row["dtype"], f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}",
             f"{row['ratio']:.2f}x", f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}",
             f"{row['gb_per_s']:.1f}", f"{row['of_copy']:.0%}",
+        )  # fmt: skip
+
+
+def inpainting_rows(record: Row) -> Iterator[Sequence[object]]:
+    for row in record["rows"]:
+        yield (
+            f"{row['painted']} half", row["way"], f"{row['accuracy']:.1%} of {row['images']}",
+            f"{row['seam']:.2f}x",
         )  # fmt: skip
 
 
@@ -179,6 +189,10 @@ def results_md(records: dict[str, Row]) -> list[str]:
         elif kind == "build":
             head = ("`SDFAST_CUDA_ARCHS`", "wheel", "size", "time")
             lines += markdown_table(head, map(build_row, record["rows"]))
+        elif kind == "inpainting":
+            lines += markdown_table(
+                ("painted", "way", "read right", "seam of a whole one's"), inpainting_rows(record)
+            )
         elif kind == "operations":
             lines += operations_lines(record)
         elif kind == "gpu_models":

@@ -32,8 +32,34 @@ _MOST_PIXELS_BY_GRAPH = 1024 * 1024
 _MOST_NOISE_BYTES = 256 << 20
 
 OnStep = Callable[[int, int], None]
-# (which images, their generators) -> their first latents, (n, c, h, w)
-Start = Callable[[slice, list[torch.Generator]], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What one batch of n images starts from.
+
+    Attributes:
+        latents: the first ones, (n, c, h, w).
+        condition: channels that the U-Net reads after the latents, (n, k, h, w), or None.
+        draw_noise: what the steps draw from, as `sample` takes it; None: the images' generators.
+        replace: the `on_step` of `sample`, which may return other latents, or None.
+        finish: decoded images (n, C, H, W) in [0, 1] -> what becomes of them, or None.
+    """
+
+    latents: Tensor
+    condition: Tensor | None = None
+    draw_noise: Callable[[Tensor], Tensor] | None = None
+    replace: Callable[[int, int, Tensor], Tensor] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the steps need nothing but the latents, so that the device can run them alone."""
+        return self.condition is None and self.replace is None
+
+
+# (which images, their generators) -> what they start from
+Start = Callable[[slice, list[torch.Generator]], Beginning]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +106,7 @@ class Generation:
         """Algorithm 2 for every batch, then the decoder.
 
         Args:
-            start: makes the first latents of some of the images.
+            start: makes what some of the images start from.
             on_step: called as on_step(done, total) after each step of each batch.
             settings: for the result.
         """
@@ -96,12 +122,16 @@ class Generation:
         outputs = []
         for part in batches:
             generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[part]]
-            latents = start(part, generators)
+            beginning = start(part, generators)
             context, timesteps = encoded(self._texts(part))
             before = self._now()
-            latents = self._sample(latents, context, timesteps, generators, tell)
+            latents = self._sample(beginning, context, timesteps, generators, tell)
             stepping += self._now() - before
-            outputs.append(latents if request.output == "latent" else self._decode(latents))
+            if request.output == "latent":
+                outputs.append(latents)
+                continue
+            images = self._decode(latents)
+            outputs.append(images if beginning.finish is None else beginning.finish(images))
         result = torch.cat(outputs)
         return GeneratedImages(
             images=to_pil(result) if request.output == "pil" else result,
@@ -119,7 +149,9 @@ class Generation:
         runs = [(text, len(list(same))) for text, same in itertools.groupby(texts)]
         return tuple(text for text, _ in runs) if len({length for _, length in runs}) == 1 else texts
 
-    def _encoded(self, texts: tuple[tuple[str, str | None], ...]) -> tuple[Context, TimeTable]:
+    def _encoded(
+        self, texts: tuple[tuple[str, str | None], ...]
+    ) -> tuple[Context, TimeTable | list[TimeEmbedding]]:
         """What the U-Net is told in place of the text and, step by step, of the timestep."""
         prompts, negatives = zip(*texts, strict=True)
         condition = self.text.batch(prompts, negatives, guided=self.request.guided)
@@ -128,35 +160,53 @@ class Generation:
             time_ids = torch.tensor([self.request.time_ids], dtype=torch.float32, device=self._device)
             added = {"text_embeds": condition.pooled, "time_ids": time_ids.expand(len(condition.pooled), -1)}
         context = self.unet.encode_context(condition.hidden_states)
-        return context, self.unet.encode_time(self.plan.timesteps, added)
+        if len(self.plan) <= self.request.steps:
+            return context, self.unet.encode_time(self.plan.timesteps, added)
+        # Resampling visits each timestep many times.
+        distinct, places = self.plan.timesteps.unique(return_inverse=True)
+        table = self.unet.encode_time(distinct, added)
+        return context, [table[place] for place in places.tolist()]
 
     def _sample(
         self,
-        latents: Tensor,
+        beginning: Beginning,
         context: Context,
-        timesteps: TimeTable,
+        timesteps: TimeTable | list[TimeEmbedding],
         generators: list[torch.Generator],
         on_step: Callable[[int, int, Tensor], None] | None,
     ) -> Tensor:
         """The reverse steps of one batch: one graph for all of them, if their noise fits on the device."""
+        latents = beginning.latents
         options: dict[str, Any] = {
             "timesteps": timesteps,
             "guidance_scale": self.request.guidance_scale if self.request.guided else None,
-            "on_step": on_step,
         }
         drawn = len(self.plan) * latents.nbytes if self.plan.draws_noise.any() else 0
-        if self.cache is not None and drawn <= _MOST_NOISE_BYTES:
+        if self.cache is not None and drawn <= _MOST_NOISE_BYTES and beginning.plain:
             replayed = functools.partial(repeat, model=self.unet, cache=self.cache)
             return sample_on_device(
                 self.plan, self.unet, latents, conditioning=[context], repeat=replayed,
-                noise=_noise_of_all_steps(self.plan, generators, latents) if drawn else None, **options,
+                noise=_noise_of_all_steps(self.plan, generators, latents) if drawn else None,
+                on_step=on_step, **options,
             )  # fmt: skip
-        denoiser = functools.partial(self._denoise, context)
-        noise = functools.partial(_draw_like, generators)
-        return sample(self.plan, denoiser, latents, draw_noise=noise, **options)
 
-    def _denoise(self, context: Context, x: Tensor, timestep: TimeEmbedding) -> Tensor:
+        def after_step(i: int, n: int, latents: Tensor) -> Tensor:
+            if beginning.replace is not None:
+                latents = beginning.replace(i, n, latents)
+            if on_step is not None:
+                on_step(i, n, latents)
+            return latents
+
+        denoiser = functools.partial(self._denoise, context, beginning.condition)
+        noise = beginning.draw_noise or functools.partial(draw_like, generators)
+        return sample(self.plan, denoiser, latents, draw_noise=noise, on_step=after_step, **options)
+
+    def _denoise(
+        self, context: Context, condition: Tensor | None, x: Tensor, timestep: TimeEmbedding
+    ) -> Tensor:
         """The U-Net's output for latents (N, c, h, w); if guided for both texts, unconditional first."""
+        if condition is not None:
+            x = torch.cat([x, condition], dim=1)
         unet = self._graphed(self.unet, self.unet)
         return unet(torch.cat([x, x]) if self.request.guided else x, timestep, context)
 
@@ -217,5 +267,6 @@ def _noise_of_all_steps(plan: SamplingPlan, generators: Sequence[torch.Generator
     return table.to(latents.device, non_blocking=True)
 
 
-def _draw_like(generators: Sequence[torch.Generator], latents: Tensor) -> Tensor:
+def draw_like(generators: Sequence[torch.Generator], latents: Tensor) -> Tensor:
+    """`draw_noise` of the shape and dtype of `latents`, on their device."""
     return draw_noise(generators, latents.shape[1:], latents.dtype, latents.device)

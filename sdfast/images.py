@@ -40,6 +40,7 @@ def as_tensor(
     width: int | None,
     channels: int,
     multiple: int,
+    name: str = "image",
 ) -> Tensor:
     """Images as the VAE reads them.
 
@@ -48,6 +49,7 @@ def as_tensor(
         height, width: what pictures are resized to, with Lanczos as in diffusers. None: the first one's own,
             cut down to a multiple of `multiple`, with a warning if that changes it.
         channels: 1 or 3; pictures are converted first, what is transparent becoming white.
+        name: what errors call it.
 
     Returns:
         (P, channels, height, width) float32 in [-1, 1].
@@ -56,17 +58,17 @@ def as_tensor(
         TypeError, ValueError: not images, or a tensor of another shape or range.
     """
     if isinstance(image, Tensor):
-        return _check_tensor(image, height, width, channels)
+        return _check_tensor(name, image, height, width, channels)
     images = [image] if isinstance(image, Image.Image) else list(image)
     if not images or not all(isinstance(one, Image.Image) for one in images):
-        raise TypeError("image: expected a PIL image, a list of them, or a tensor (P, C, H, W)")
+        raise TypeError(f"{name}: expected a PIL image, a list of them, or a tensor (P, C, H, W)")
     own_width, own_height = images[0].size
     size = (
         own_width - own_width % multiple if width is None else width,
         own_height - own_height % multiple if height is None else height,
     )
     if (width is None and size[0] != own_width) or (height is None and size[1] != own_height):
-        warnings.warn(f"the image is {own_width}x{own_height}; it is resized to {size[0]}x{size[1]}")
+        warnings.warn(f"the {name} is {own_width}x{own_height}; it is resized to {size[0]}x{size[1]}")
     check_size(size[1], size[0], multiple)
     # Converted first: a palette's numbers cannot be averaged, nor colours that nobody sees.
     resized = [
@@ -78,26 +80,57 @@ def as_tensor(
     return torch.from_numpy(2 * (array / 255) - 1).permute(0, 3, 1, 2)
 
 
+def check_one_size(
+    what: str,
+    image: Image.Image | Tensor | Sequence[Image.Image],
+    height: int | None = None,
+    width: int | None = None,
+    multiple: int = 1,
+) -> None:
+    """Raise ValueError, which says that `what` does not allow it, if `as_tensor` would resize a picture."""
+    if isinstance(image, Tensor):
+        return
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    sizes = [one.size for one in images if isinstance(one, Image.Image)]
+    for size in sizes:
+        if (
+            size != sizes[0]
+            or (width or size[0], height or size[1]) != size
+            or any(n % multiple for n in size)
+        ):
+            others = f", of multiples of {multiple}" if multiple > 1 else ""
+            raise ValueError(
+                f"image: a picture of {size[0]}x{size[1]} would be resized, which {what} does not allow; give"
+                f" pictures of one size{others}, and no other height and width"
+            )
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The picture, or its 16 bits of grey, which Pillow would clip at 255, as eight."""
+    if not image.mode.startswith("I"):
+        return image
+    grey = (np.asarray(image) / 257).round().clip(0, 255)  # 65535 becomes 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
 def _opaque(image: Image.Image) -> Image.Image:
     """The picture with eight bits a channel, on white."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        grey = (np.asarray(image) / 257).round().clip(0, 255)  # 65535 becomes 255
-        return Image.fromarray(grey.astype(np.uint8))
+    image = eight_bit(image)
     if not image.has_transparency_data:
         return image
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA"))
 
 
-def _check_tensor(image: Tensor, height: int | None, width: int | None, channels: int) -> Tensor:
+def _check_tensor(name: str, image: Tensor, height: int | None, width: int | None, channels: int) -> Tensor:
     expected = (channels, height or image.shape[-2], width or image.shape[-1])
     if image.dim() != 4 or tuple(image.shape[1:]) != expected or not image.is_floating_point():
         raise ValueError(
-            f"image: got {image.dtype} of shape {tuple(image.shape)}, expected floating point (P, "
+            f"{name}: got {image.dtype} of shape {tuple(image.shape)}, expected floating point (P, "
             f"{', '.join(map(str, expected))})"
         )
     if image.numel() and not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError("image: has values outside [0, 1]")
+        raise ValueError(f"{name}: has values outside [0, 1]")
     return 2 * image.float() - 1
 
 

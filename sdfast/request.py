@@ -10,7 +10,7 @@ import math
 import operator
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 SIZE_MULTIPLE = 8  # what Stable Diffusion asks of an image's sides
 MAX_STEPS = 1000
@@ -18,9 +18,29 @@ MAX_SIDE = 2**16
 OUTPUTS = ("pil", "tensor", "latent")
 # The keys of `sdfast.diffusion.SAMPLERS`, which cannot be asked without torch; a test holds them equal.
 SAMPLER_NAMES = ("ddpm", "ddim", "euler", "euler_a", "dpm++2m")
+INPAINTING_METHODS = ("auto", "blend", "repaint")
 _MAX_SEED = 2**63 - 1  # a signed 64-bit number, for programs that read our settings
 # Latent pixels in one batch by default: four images of Stable Diffusion 1.5, or 256 digits.
 _LATENT_PIXELS_PER_BATCH = 4 * 64 * 64
+
+
+class DrawOptions(TypedDict, total=False):
+    """What inpainting and outpainting take as `StableDiffusion.image_to_image` does, with its defaults."""
+
+    negative_prompt: str | Sequence[str] | None
+    steps: int
+    guidance_scale: float
+    seed: int | Sequence[int] | None
+    num_images: int
+    batch_size: int | None
+    time_ids: Sequence[float] | None
+    output: str
+
+
+DRAW_DEFAULTS: DrawOptions = {
+    "negative_prompt": None, "steps": 50, "guidance_scale": 7.5, "seed": None, "num_images": 1,
+    "batch_size": None, "time_ids": None, "output": "pil",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +181,44 @@ def check_strength(strength: float, steps: int) -> None:
     check_count("steps", steps, MAX_STEPS)
     if int(steps * strength) < 1:
         raise ValueError(f"strength: {strength} of {steps} steps leaves none to run; raise strength or steps")
+
+
+def check_inpainting(method: str, steps: int, jump_length: int, resamplings: int) -> None:
+    """Raises ValueError unless there is such a method, and "repaint" can jump so within so many steps."""
+    if method not in INPAINTING_METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(INPAINTING_METHODS)}")
+    check_count("jump_length", jump_length)
+    check_count("resamplings", resamplings)
+    if method == "repaint" and resamplings > 1 and jump_length >= steps:
+        raise ValueError(
+            f"jump_length: got {jump_length} for {steps} steps, expected less; take more steps, or"
+            " resamplings 1 for no jumps"
+        )
+
+
+def check_outpainting(
+    left: int,
+    right: int,
+    top: int,
+    bottom: int,
+    feather: int,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Raises TypeError or ValueError unless an image of this height and width, where known, can grow so."""
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for name, value in (sides | {"feather": feather}).items():
+        if not 0 <= _whole(name, value) <= MAX_SIDE:
+            raise ValueError(f"{name}: got {value}, expected 0 to {MAX_SIDE} pixels")
+    if not any(sides.values()):
+        raise ValueError("left, right, top, bottom: all are 0; at least one side has to grow")
+    for ends, length in ((("left", "right"), width), (("top", "bottom"), height)):
+        growing = [end for end in ends if sides[end]]
+        if length is not None and feather * len(growing) >= length and growing:
+            raise ValueError(
+                f"feather: {feather} pixels from {' and '.join(growing)} leave nothing whole of {length};"
+                f" take at most {(length - 1) // len(growing)}"
+            )
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bench_records
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -31,6 +32,18 @@ def test_the_zoo_beside_itself():
     assert done.returncode == 0, done.stderr[-3000:]
     *rows, last = done.stdout.splitlines()
     assert len(rows) == 2 * 2 * 2 * 2 and all(row.endswith("x") for row in rows) and "median" in last
+
+
+def test_a_sheet_of_inpainted_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    sheet = tmp_path / "sheet.png"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "demo_inpaint.py", "--per-digit", "1", "--steps", "6", "--no-record", "-o", sheet],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of 10 read right") == 8
+    assert Image.open(sheet).size == (9 * 34 + 2, 10 * 34 + 2)
 
 
 def test_operations_of_a_gpu_run_in_the_interpreter():

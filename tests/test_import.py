@@ -113,9 +113,19 @@ ALLOWED = {
     "sdfast.generation": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.graphs",
     ),
-    "sdfast.pipelines": (
+    "sdfast.masks": LEAVES,
+    "sdfast.sources": ("sdfast.models", "sdfast.generation"),
+    "sdfast.inpainting": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.generation", "sdfast.masks", "sdfast.sources",
+    ),
+    "sdfast.outpainting": (*LEAVES, "sdfast.inpainting"),
+    "sdfast.pipeline_base": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
         "sdfast.generation", "sdfast.graphs",
+    ),
+    "sdfast.pipelines": (
+        *LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.inpainting", "sdfast.masks",
+        "sdfast.outpainting", "sdfast.pipeline_base", "sdfast.sources",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
@@ -125,8 +135,12 @@ ALLOWED = {
         "sdfast.__version__", "sdfast._cuda_archs", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning",
     ),
     "sdfast.bench": ("sdfast",),
-    "sdfast.cli": ("sdfast._library", "sdfast.bench",
-        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
+    "sdfast.command_line": (*LEAVES, "sdfast._library", "sdfast.dispatch", "sdfast.pipelines"),
+    "sdfast.generate_command": (*LEAVES, "sdfast.command_line"),
+    "sdfast.inpaint_command": (*LEAVES, "sdfast.command_line", "sdfast.masks"),
+    "sdfast.cli": (
+        *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command",
+        "sdfast.inpaint_command", "sdfast.training",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from on_device import OnTheDevice
 from test_graphs import Recorder
 
 import sdfast
-from sdfast import generation, graphs, pipelines
+from sdfast import generation, graphs, pipeline_base
 from sdfast.diffusion import plan_from_config, sample_on_device
 from sdfast.diffusion.device_loop import repeat_step
 from sdfast.dispatch import use_backend
@@ -30,6 +30,7 @@ def folders(tmp_path_factory):
     return {
         "sd": tiny_pipelines.sd_pipeline(folder / "sd"),
         "sdxl": tiny_pipelines.sdxl_pipeline(folder / "sdxl"),
+        "inpainting": tiny_pipelines.inpainting_pipeline(folder / "inpainting"),
     }
 
 
@@ -159,6 +160,18 @@ def test_image_to_image_is_the_same(pipe):
     assert (pipe.graphs.captured, pipe.graphs.replayed) == (2, 3 + 1)
 
 
+@pytest.mark.parametrize("kind", ["sd", "inpainting"])
+def test_inpainting_runs_the_unet_by_a_graph(folders, kind):
+    """What is known is put back between the steps, so that they are a loop on the host."""
+    pipe = sdfast.StableDiffusion.from_pretrained(folders[kind])
+    mask = tiny_pipelines.picture(mode="L")
+    options = {"steps": STEPS, "seed": 1, "sampler": "ddpm", "output": "tensor"}
+    plain = pipe.inpaint("seven", tiny_pipelines.picture(), mask, **options).images
+    pipe.graphs = Recorder()
+    assert torch.equal(pipe.inpaint("seven", tiny_pipelines.picture(), mask, **options).images, plain)
+    assert (pipe.graphs.captured, pipe.graphs.replayed) == (2, STEPS + 1)
+
+
 def test_a_step_of_the_unet_reads_nothing_on_the_host(pipe):
     plan = plan_from_config(pipe.scheduler_config, 3)
 
@@ -189,6 +202,6 @@ def test_where_there_are_graphs(pipe, monkeypatch):
     assert pipe.graphs is None
     monkeypatch.setattr(sdfast.StableDiffusion, "device", torch.device("cuda"))
     for total, budget in ((None, 4 << 30), (8 << 30, 4 << 30), (80 << 30, 20 << 30)):
-        monkeypatch.setattr(pipelines, "total_memory_bytes", lambda device, total=total: total)
+        monkeypatch.setattr(pipeline_base, "total_memory_bytes", lambda device, total=total: total)
         assert sdfast.StableDiffusion(*parts).graphs.budget_bytes == budget
     assert sdfast.StableDiffusion(*parts, cuda_graphs=False).graphs is None

@@ -60,7 +60,17 @@ def sd_pipeline(folder: Path, *, prediction_type: str = "epsilon", channels: int
     return _save(pipe, folder)
 
 
-def sdxl_pipeline(folder: Path) -> Path:
+def inpainting_pipeline(folder: Path, *, in_channels: int = 9) -> Path:
+    """A Stable Diffusion 1.x for inpainting, whose U-Net takes mask and masked image, in small."""
+    torch.manual_seed(0)
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+        sd_pipeline(folder), unet=_unet(TEXT_WIDTH, in_channels=in_channels), safety_checker=None
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sdxl_pipeline(folder: Path, *, inpainting: bool = False) -> Path:
     """An SDXL in small, saved by diffusers."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(folder / "scratch"))
@@ -72,8 +82,10 @@ def sdxl_pipeline(folder: Path) -> Path:
         "transformer_layers_per_block": (1, 2),
         "use_linear_projection": True,
     }
-    pipe = diffusers.StableDiffusionXLPipeline(
-        unet=_unet(2 * TEXT_WIDTH, **added),
+    unet_channels = {"in_channels": 9, "out_channels": 4} if inpainting else {}
+    kind = diffusers.StableDiffusionXLInpaintPipeline if inpainting else diffusers.StableDiffusionXLPipeline
+    pipe = kind(
+        unet=_unet(2 * TEXT_WIDTH, **added, **unet_channels),
         vae=_vae(3),
         text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer_2, hidden_act="gelu")).eval(),

@@ -18,6 +18,7 @@ from sdfast.diffusion.losses import (
     weighted_loss,
 )
 from sdfast.diffusion.plan import SamplingPlan, sample
+from sdfast.diffusion.repaint import RePaint
 from sdfast.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, euler_ancestral
 from sdfast.diffusion.schedule import NoiseSchedule
 from sdfast.diffusion.scheduler_config import plan_from_config, sampler_name
@@ -25,6 +26,7 @@ from sdfast.diffusion.scheduler_config import plan_from_config, sampler_name
 __all__ = [
     "SAMPLERS",
     "NoiseSchedule",
+    "RePaint",
     "SamplingPlan",
     "VaeLoss",
     "ddim",

@@ -1,0 +1,223 @@
+"""What the commands that make images have in common: options, checks, progress, how files are written.
+
+Nothing here imports torch before the arguments have been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sdfast.dispatch import BACKENDS, ORDER
+from sdfast.request import (
+    MAX_STEPS,
+    SAMPLER_NAMES,
+    check_count,
+    check_guidance_scale,
+    check_sampler,
+    check_seed,
+    check_size,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where and how it runs: what `load_pipeline` reads."""
+    add = parser.add_argument
+    model_help = "diffusers folder, .safetensors or .ckpt file, or Hugging Face id (the shipped digits)"
+    add("--model", metavar="DIR|FILE|ID", help=model_help)
+    add("--tokenizer", metavar="DIR|ID", help="CLIP's tokenizer, for a single-file model")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    add("--backend", choices=BACKENDS, help="whose kernels to use (the fastest that can run)")
+    add("--threads", type=int, help="CPU threads (torch's choice)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, size: bool = True) -> None:
+    """What `sampling_options` reads, but for the seed, whose meaning is the command's.
+
+    Args:
+        size: whether the command takes the size of the images.
+    """
+    add = parser.add_argument
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--steps", type=int, default=50, help=f"reverse steps, 1 to {MAX_STEPS} (%(default)s)")
+    add("--guidance-scale", type=float, default=7.5, metavar="G", help="how closely to follow (%(default)s)")
+    add("--sampler", help=f"{', '.join(SAMPLER_NAMES)} (the model's own)")
+    add("--batch-size", type=int, help="images to run at once (by their size)")
+    if not size:
+        parser.set_defaults(size=None, height=None, width=None)
+        return
+    add("--size", metavar="HxW", help="height x width, multiples of 8 (the model's own)")
+    add("--height", type=int, help="instead of --size")
+    add("--width", type=int, help="instead of --size")
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a pipeline's call; all that can be checked without the model is.
+
+    Raises:
+        ValueError: an option is out of its range; says what is allowed.
+    """
+    check_count("--steps", arguments.steps, MAX_STEPS)
+    for name in ("batch_size", "threads"):
+        if getattr(arguments, name) is not None:
+            check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    if arguments.seed is not None:
+        check_seed("--seed", arguments.seed)
+    if arguments.sampler is not None:
+        check_sampler("--sampler", arguments.sampler)
+    check_guidance_scale("--guidance-scale", arguments.guidance_scale)
+    height, width = arguments.height, arguments.width
+    if arguments.size is not None:
+        if height is not None or width is not None:
+            raise ValueError("--size: give it, or --height and --width, not both")
+        height, width = _parse_size(arguments.size)
+    check_size(8 if height is None else height, 8 if width is None else width)
+    return {
+        "negative_prompt": arguments.negative_prompt,
+        "height": height,
+        "width": width,
+        "steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "sampler": arguments.sampler,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+    }
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--size: got {text!r}, expected HxW such as 512x768")
+    return int(height), int(width)
+
+
+def load_pipeline(arguments: argparse.Namespace) -> Any:
+    """The `StableDiffusion` that `add_model_options` asked for.
+
+    Raises:
+        ValueError: a device, backend or model that cannot be used.
+    """
+    import torch
+
+    from sdfast.memory import keep_freed_memory
+    from sdfast.pipelines import StableDiffusion
+
+    keep_freed_memory()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = _device(arguments.device)
+    _check_backend(arguments.backend, device.type)
+    options = {
+        "dtype": getattr(torch, arguments.dtype),
+        "device": device,
+        "tokenizer": arguments.tokenizer,
+    }
+    if arguments.model is None:
+        return StableDiffusion.digits(**options)
+    return StableDiffusion.from_pretrained(arguments.model, **options)
+
+
+def forced_backend(backend: str | None) -> contextlib.AbstractContextManager[Any]:
+    """`use_backend` for the kernels that --backend names, if any."""
+    from sdfast.dispatch import use_backend
+
+    return contextlib.nullcontext() if backend is None else use_backend(backend)
+
+
+def _check_backend(backend: str | None, device_type: str) -> None:
+    """Refuse kernels that could serve no operation at all: `use_backend` would quietly fall back to torch."""
+    allowed = dict.fromkeys(("reference", "torch", *ORDER.get(device_type, ())))
+    if backend is not None and backend not in allowed:
+        raise ValueError(
+            f"--backend: {backend!r} does not run on {device_type}, expected one of {', '.join(allowed)}"
+        )
+    if backend == "cpu":
+        from sdfast._library import load_cpu_library
+
+        library = load_cpu_library()
+        if not library.loaded:
+            raise ValueError(f"--backend: 'cpu' cannot run: {library.detail}")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used: {one_line(error)}") from error
+    return device
+
+
+def check_png_output(path: Path) -> None:
+    """Refuse a path that could not be written when the images are done."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output: got {path}, expected a name that ends in .png")
+    if path.is_dir():
+        raise ValueError(f"--output: {path} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output: the folder {path.parent} cannot be written to")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Refuse a folder that could not be written to, nor made."""
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{option}: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{option}: the folder {existing} cannot be written to")
+
+
+@contextlib.contextmanager
+def step_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over steps, and the `on_step` that moves it. Silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_step
+
+
+def save_images(result: Any, path: Path, *, separate: bool) -> list[Path]:
+    """Write a pipeline's `GeneratedImages`, as one sheet or as NAME-0000.png and so on; returns the files."""
+    from sdfast.images import grid, save_png
+
+    if len(result.images) == 1 or not separate:
+        picture = result.images[0] if len(result.images) == 1 else grid(result.images)
+        save_png(picture, path, result.settings)
+        return [path]
+    paths = [path.with_name(f"{path.stem}-{i:04d}{path.suffix}") for i in range(len(result.images))]
+    for one, seed, image in zip(paths, result.seeds, result.images, strict=True):
+        save_png(image, one, result.settings | {"seeds": [seed]})
+    return paths
+
+
+def summary(result: Any, written: list[Path]) -> str:
+    """One line: what was written where, and what it took."""
+    count = len(result.images)
+    where = written[0] if len(written) == 1 else f"{written[0]} to {written[-1].name}"
+    made = f"{count} image{'s' if count > 1 else ''}, seed {result.seeds[0]}"
+    memory = ""
+    if result.peak_memory_bytes is not None:
+        memory = f", peak memory {result.peak_memory_bytes / 2**20:.0f} MiB"
+    times = f"{1000 * result.seconds_per_step:.1f} ms per step, {result.seconds:.2f} s in all"
+    return f"{where}: {made}; {times}{memory}"
+
+
+def one_line(error: object) -> str:
+    """An error's text without line breaks; the name of its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,233 @@
+"""What all ways of a pipeline to draw share: its parts, how they are loaded, the check of what is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdfast import __version__
+from sdfast.conditioning import TextConditioner
+from sdfast.diffusion import SamplingPlan, sampler_name
+from sdfast.generation import Generation, draw_noise
+from sdfast.graphs import BUDGET_BYTES, GraphCache
+from sdfast.loading import digits_folder, load_pipeline_parts
+from sdfast.memory import total_memory_bytes
+from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2DCondition
+from sdfast.models.checkpoint import CheckpointError
+from sdfast.request import SIZE_MULTIPLE, Request, make_request
+from sdfast.tokenizer import CLIPTokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PipelineBase:
+    """A latent diffusion model with its text encoder, ready to draw.
+
+    Attributes:
+        unet, vae, text_encoders, tokenizers: the parts; SDXL has two of each of the last two.
+        scheduler_config: the noise schedule and the kind of prediction it was trained with.
+        graphs: where the CUDA graphs of U-Net and VAE are kept, within its budget: 4 GiB, or a quarter of the
+            device's memory where that is more. None runs both without. A new size of image costs a capture
+            and compiles nothing; for what graphs do not see of a change of weights see `sdfast.graphs`.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DCondition,
+        vae: AutoencoderKL,
+        text_encoders: Sequence[CLIPTextEncoder],
+        tokenizers: Sequence[CLIPTokenizer],
+        scheduler_config: Mapping[str, Any],
+        *,
+        name: str = "",
+        zero_empty_negative: bool = False,
+        cuda_graphs: bool = True,
+        vae_memory_bytes: int | None = None,
+    ) -> None:
+        """
+        Args:
+            unet, vae, text_encoders, tokenizers: all on one device; the VAE may have a wider dtype.
+            scheduler_config: diffusers' scheduler_config.json.
+            name: what the settings of a picture call the model.
+            zero_empty_negative: without a negative prompt, condition on zeros instead of on the empty
+                text, as SDXL base was trained.
+            cuda_graphs: whether the steps of the U-Net and the VAE's decoder run by CUDA graphs (`graphs`),
+                where the parts are on such a device.
+            vae_memory_bytes: what the VAE may take for an image beside the weights, see `sdfast.tiled_vae`;
+                the picture is the same to rounding. None sets no limit.
+
+        Raises:
+            ValueError: parts that do not fit each other.
+        """
+        self.unet, self.vae = unet, vae
+        self.text_encoders, self.tokenizers = list(text_encoders), list(tokenizers)
+        self.scheduler_config = dict(scheduler_config)
+        self.name = name
+        self.zero_empty_negative = zero_empty_negative
+        self.graphs = _graph_cache(self.device) if cuda_graphs else None
+        self.vae_memory_bytes = vae_memory_bytes
+        encoders = 2 if self.is_xl else 1
+        if not len(self.text_encoders) == len(self.tokenizers) == encoders:
+            raise ValueError(
+                f"text_encoders, tokenizers: got {len(self.text_encoders)} and {len(self.tokenizers)},"
+                f" expected {encoders} of each for this U-Net"
+            )
+        channels = vae.config.latent_channels
+        if unet.config.in_channels not in (channels, 2 * channels + 1):
+            raise ValueError(
+                f"unet: takes {unet.config.in_channels} channels, expected the {channels} of the latents, or"
+                f" {2 * channels + 1} for inpainting; an upscaling model cannot draw from text alone"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        tokenizer: str | Path | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cuda_graphs: bool = True,
+        vae_memory_bytes: int | None = None,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            path_or_id: a diffusers folder; a single .safetensors or .ckpt file in Stability AI's layout;
+                a Hugging Face hub id; or the text "digits", the small model that ships with sdfast, which is
+                refused where it could also mean a file or folder here: see `digits`.
+            dtype: of weights and activations. The VAE of SDXL keeps float32 where its config asks for it.
+            device: where it runs.
+            tokenizer: of CLIP, for a single file, which holds none: its folder or hub id. When None, it is
+                taken from the hub or its cache.
+            variant: "fp16" reads the weight files of that name in a folder.
+            revision: branch, tag or commit on the hub.
+            cuda_graphs: False launches every kernel of every step from Python; changes nothing on CPU.
+            vae_memory_bytes: what the VAE may take for an image; None sets no limit.
+
+        Raises:
+            ValueError: a tokenizer for a folder, or a variant of a single file.
+            sdfast.models.checkpoint.CheckpointError: it is missing, damaged, unsafe, or not a
+                text-to-image model; the message says which.
+        """
+        parts = load_pipeline_parts(
+            path_or_id, dtype=dtype, device=torch.device(device), tokenizer=tokenizer, variant=variant,
+            revision=revision,
+        )  # fmt: skip
+        try:
+            return cls(**parts, cuda_graphs=cuda_graphs, vae_memory_bytes=vae_memory_bytes)
+        except ValueError as error:
+            raise CheckpointError(f"{path_or_id}: {error}") from error
+
+    @classmethod
+    def digits(cls, **options: Any) -> Self:
+        """The small model of handwritten digits that ships with sdfast. `options`: as `from_pretrained`."""
+        return cls.from_pretrained(digits_folder(), **options)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether this is SDXL: two text encoders, and the picture's sizes as conditioning."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latents."""
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width that it was trained at."""
+        size = self.unet.config.sample_size or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
+    def _check_takes_latents(self, what: str) -> None:
+        if self.unet.config.in_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"{what}: this U-Net takes {self.unet.config.in_channels} channels, a mask's among them:"
+                " it is an inpainting model, which cannot draw without them; use inpaint or outpaint"
+            )
+
+    @property
+    def _size_multiple(self) -> int:
+        return math.lcm(SIZE_MULTIPLE, self.vae.downsampling)
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return self.vae.decoder.conv_in.weight.dtype
+
+    def _request(self, **arguments: Any) -> Request:
+        """Check everything that can be wrong before anything is computed."""
+        if arguments["time_ids"] is not None and not self.is_xl:
+            raise ValueError("time_ids: only SDXL takes them")
+        request = make_request(
+            latent_channels=self.vae.config.latent_channels, downsampling=self.vae.downsampling, **arguments
+        )
+        if self.vae_memory_bytes is not None:  # which the VAE holds against what it needs
+            return request
+        # The two largest tensors that the decoder's last level holds at once.
+        widths = self.vae.config.block_out_channels
+        needed = (
+            2 * request.height * request.width * widths[min(1, len(widths) - 1)] * self._vae_dtype.itemsize
+        )
+        available = total_memory_bytes(self.device)
+        if available is not None and needed > available:
+            raise ValueError(
+                f"size: {request.height}x{request.width} needs more than {needed / 2**30:.0f} GiB,"
+                f" this device has {available / 2**30:.0f} GiB"
+            )
+        return request
+
+    def _generation(self, request: Request, plan: SamplingPlan) -> Generation:
+        text = TextConditioner(
+            self.text_encoders,
+            self.tokenizers,
+            is_xl=self.is_xl,
+            zero_empty_negative=self.zero_empty_negative,
+        )
+        return Generation(request, plan, self.unet, self.vae, text, self.graphs, self.vae_memory_bytes)
+
+    def _noise(self, request: Request, generators: Sequence[torch.Generator]) -> Tensor:
+        return draw_noise(generators, request.latent_shape, self.dtype, self.device)
+
+    def _settings(self, request: Request, sampler: str | None, **more: Any) -> dict[str, Any]:
+        """What it takes to make the same images again. A list where the images differ, else one value."""
+        values = {
+            "prompt": _same(request.prompts),
+            "negative_prompt": _same(request.negative_prompts),
+            "steps": request.steps,
+            "sampler": sampler_name(self.scheduler_config, sampler),
+            "guidance_scale": request.guidance_scale,
+            "seeds": request.seeds,
+            "height": request.height,
+            "width": request.width,
+            "model": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "version": f"sdfast {__version__}",
+        }
+        return values | more
+
+
+def _graph_cache(device: torch.device) -> GraphCache | None:
+    """A cache for the graphs of U-Net and VAE; the decoder's keep all that it holds at once."""
+    if device.type != "cuda":
+        return None
+    return GraphCache(max(BUDGET_BYTES, (total_memory_bytes(device) or 0) // 4))
+
+
+def _same(values: Sequence[Any]) -> Any:
+    """The one value that all have, or all of them."""
+    return values[0] if len(set(values)) == 1 else list(values)
