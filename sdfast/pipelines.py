@@ -27,6 +27,7 @@ from sdfast.diffusion import SamplingPlan, plan_from_config, sampler_name
 from sdfast.generation import GeneratedImages, Generation, OnStep, draw_noise
 from sdfast.graphs import BUDGET_BYTES, GraphCache
 from sdfast.images import as_tensor
+from sdfast.loaded_loras import LoadedLoras
 from sdfast.loading import digits_folder, load_pipeline_parts
 from sdfast.memory import total_memory_bytes
 from sdfast.models import AutoencoderKL, CLIPTextEncoder, DiagonalGaussian, UNet2DCondition
@@ -89,6 +90,8 @@ class StableDiffusion:
                 f"text_encoders, tokenizers: got {len(self.text_encoders)} and {len(self.tokenizers)},"
                 f" expected {encoders} of each for this U-Net"
             )
+        names = ("text_encoder", "text_encoder_2")[:encoders]
+        self._loras = LoadedLoras({"unet": unet, **dict(zip(names, self.text_encoders, strict=True))})
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
                 f"unet: takes {unet.config.in_channels} channels, but the VAE's latents have"
@@ -141,6 +144,37 @@ class StableDiffusion:
     def digits(cls, **options: Any) -> StableDiffusion:
         """The small model of handwritten digits that ships with sdfast. `options`: as `from_pretrained`."""
         return cls.from_pretrained(digits_folder(), **options)
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, *, name: str | None = None) -> str:
+        """Merge a LoRA into the weights of U-Net and text encoders. Several add up.
+
+        Args:
+            path: a file as diffusers, peft or kohya's scripts write it, or the folder of the first two.
+            scale: how strongly it counts.
+            name: what to call it; the file's or folder's own name when None.
+
+        Returns:
+            Its name, for `unload_lora`; `loras` has them all.
+
+        Raises:
+            ValueError: the name is taken, or the scale is not finite.
+            sdfast.models.checkpoint.CheckpointError: the file is missing, damaged, of another kind of adapter
+                or for another model; the message names what does not fit. Nothing was changed then.
+        """
+        return self._loras.load(path, scale, name)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA, or all of them, out again: without any the weights are what they were, bit for bit.
+
+        Raises:
+            ValueError: none of that name is loaded.
+        """
+        self._loras.unload(name)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that are loaded, and their scales."""
+        return dict(self._loras.scales)
 
     @property
     def is_xl(self) -> bool:
@@ -341,6 +375,8 @@ class StableDiffusion:
             "dtype": str(self.dtype).removeprefix("torch."),
             "version": f"sdfast {__version__}",
         }
+        if self.loras:
+            more["loras"] = self.loras
         return values | more
 
 

@@ -110,12 +110,16 @@ ALLOWED = {
     "sdfast.diffusion": ("sdfast.ops", "sdfast.diffusion"),
     "sdfast.conditioning": (*LEAVES, "sdfast.models"),
     "sdfast.loading": (*LEAVES, "sdfast.models"),
+    "sdfast.lora": (*LEAVES, "sdfast.models", "sdfast.lora_files"),
+    "sdfast.lora_files": (*LEAVES, "sdfast.models", "sdfast.lora_names"),
+    "sdfast.lora_names": ("sdfast.models",),
+    "sdfast.loaded_loras": ("sdfast.models", "sdfast.lora_files", "sdfast.lora_names"),
     "sdfast.generation": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.graphs",
     ),
     "sdfast.pipelines": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
-        "sdfast.generation", "sdfast.graphs",
+        "sdfast.generation", "sdfast.graphs", "sdfast.loaded_loras",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
