@@ -130,7 +130,9 @@ ALLOWED = {
     ),
     "sdfast.bench": ("sdfast",),
     "sdfast.command_line": (*LEAVES, "sdfast._library", "sdfast.dispatch", "sdfast.pipelines"),
-    "sdfast.generate_command": (*LEAVES, "sdfast.command_line"),
+    "sdfast.prompt_lines": (),
+    "sdfast.prompt_list": (*LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.pipelines", "sdfast.prompt_lines"),
+    "sdfast.generate_command": (*LEAVES, "sdfast.command_line", "sdfast.prompt_lines", "sdfast.prompt_list"),
     "sdfast.cli": (
         *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command", "sdfast.training",
     ),

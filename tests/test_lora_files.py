@@ -300,7 +300,7 @@ def rename_first(tensors, old, new):
 
 
 BAD_FILES = {
-    "another model's name": (lambda t: rename_first(t, "down_blocks.0", "down_blocks.7"), r"1 of its .* down_blocks\.7"),
+    "another model's name": (lambda t: rename_first(t, "down_blocks.0", "down_blocks.7"), r"1 of its .*: unet\.down_blocks\.7"),
     "an unknown name": (lambda t: t.update(emb_params=torch.zeros(2)), "of no layer here: emb_params"),
     "a lost factor": (lambda t: t.pop(next(k for k in t if "lora_B" in k)), r"incomplete: .*\(up\)"),
     "another width": (
