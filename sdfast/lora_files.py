@@ -47,6 +47,12 @@ class LayerUpdate:
     up: Tensor  # B, (M, r, ...)
     factor: float  # α / r
 
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return all(bool(t.float().isfinite().all()) for t in (self.down, self.up)) and math.isfinite(
+            self.factor
+        )
+
     def of(self, weight: Tensor) -> Tensor:
         """The update in fp32 (fp64 for fp64), where the weight is and in its shape."""
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -103,15 +109,13 @@ def read_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> d
     misfits = []
     for place, one in found.items():
         down, up, weight = one["down"].shape, one["up"].shape, names.layers[place].weight.shape
-        if not _fits(down, up, weight):
+        if not _fits(down, up, weight) or ("alpha" in one and math.prod(one["alpha"].shape) != 1):
             misfits.append(f"{place} ({up} times {down} for a weight of {tuple(weight)})")
     if misfits:
         raise CheckpointError(f"{path}: is for another model: shapes differ at {_some(misfits)}")
     configs = _configs(path)
     updates = {place: _update(path, place, one, configs.get(place.part, {})) for place, one in found.items()}
-    broken = [
-        str(place) for place, u in updates.items() if not (u.down.isfinite().all() and u.up.isfinite().all())
-    ]
+    broken = [str(place) for place, update in updates.items() if not update.is_finite()]
     if broken:
         raise CheckpointError(f"{path}: has values that are not numbers at {_some(broken)}")
     return updates
@@ -150,18 +154,29 @@ def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _update(
     path: Path, place: Place, one: Mapping[str, LazyTensor], config: Mapping[str, Any]
 ) -> LayerUpdate:
-    down, up = one["down"].read(), one["up"].read()
+    # Copies: the file may be gone when they are needed again.
+    down, up = one["down"].read().clone(), one["up"].read().clone()
     rank = down.shape[0]
-    alpha = float(rank)
-    if "alpha" in one:
-        alpha = float(one["alpha"].read())
-    elif config.get("lora_alpha") is not None:
-        patterns = config.get("alpha_pattern") or {}
-        matching = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", place.layer))  # as peft
-        alpha = float(next(matching, config["lora_alpha"]))
     if config.get("use_dora") or config.get("use_qalora"):
         raise CheckpointError(f"{path}: is no plain LoRA (DoRA or QALoRA), which sdfast does not know")
+    if "alpha" in one:
+        return LayerUpdate(down, up, float(one["alpha"].read()) / rank)
+    try:
+        alpha = _configured_alpha(config, place.layer)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(f"{path}: its configuration of peft cannot be read: {error}") from error
+    if alpha is None:
+        return LayerUpdate(down, up, 1.0)
     return LayerUpdate(down, up, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _configured_alpha(config: Mapping[str, Any], layer: str) -> float | None:
+    """α of a layer as peft finds it."""
+    if config.get("lora_alpha") is None:
+        return None
+    patterns = config.get("alpha_pattern") or {}
+    matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+    return float(next(matching, config["lora_alpha"]))
 
 
 def _configs(path: Path) -> dict[str, dict[str, Any]]:
@@ -178,6 +193,8 @@ def _configs(path: Path) -> dict[str, dict[str, Any]]:
         flat = json.loads(text) if text else {}
     except ValueError as error:
         raise CheckpointError(f"{path}: its {_DIFFUSERS_METADATA} is no JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise CheckpointError(f"{path}: its {_DIFFUSERS_METADATA} is no JSON object")
     configs: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for key, value in flat.items():
         part, _, name = key.partition(".")

@@ -26,8 +26,6 @@ from sdfast.pipelines import StableDiffusion
 from sdfast.prompt_lines import Line, Share
 from sdfast.request import default_batch_size
 
-_SETTINGS = "settings.json"
-
 
 @dataclasses.dataclass
 class Progress:
@@ -81,7 +79,8 @@ class PromptList:
                 other settings or prompts. Nothing was computed then.
             OSError: the folder cannot be written to; the pictures that are there are whole.
         """
-        self._claim_folder()
+        if self._settings_path.exists():
+            self._compare_settings()
         batches = [
             (batch, missing)
             for batch in self._batches()
@@ -96,6 +95,8 @@ class PromptList:
                 [line.prompt for line in batch], seed=[self.seed + line.number for line in batch],
                 batch_size=len(batch), on_step=tell, **self.options,
             )  # fmt: skip
+            if i == 0:  # not before: an argument that was refused must not bind the folder
+                self._claim_folder()
             for line, image in zip(batch, result.images, strict=True):
                 if line in missing:
                     own = {"prompt": line.prompt, "seeds": [self.seed + line.number]}
@@ -143,10 +144,10 @@ class PromptList:
             )
         return True
 
-    def _claim_folder(self) -> None:
-        """Note the settings in the folder, or compare with those that are noted there."""
+    def _settings(self) -> dict[str, Any]:
+        """What all pictures of the folder are made with."""
         height, width = self._size()
-        settings = {
+        return {
             "model": self.pipe.name,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "loras": self.pipe.loras,
@@ -156,17 +157,30 @@ class PromptList:
             "height": height,
             "width": width,
         }
+
+    @property
+    def _settings_path(self) -> Path:
+        return self.folder / "settings.json"
+
+    def _claim_folder(self) -> None:
+        """Note the settings in the folder, or compare with what another process has noted meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / _SETTINGS
-        _write_if_absent(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(self._settings(), indent=2, ensure_ascii=False) + "\n"
+        _write_if_absent(self._settings_path, text)
+        self._compare_settings()
+
+    def _compare_settings(self) -> None:
+        path, ours = self._settings_path, self._settings()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"--output: {path} is no JSON ({error}); choose another folder") from error
+            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"--output: {path} holds no settings ({error}); choose another folder"
+            ) from error
         differ = [
-            f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here"
-            for name in {**settings, **found}
-            if found.get(name) != settings.get(name)
+            f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+            for name in {**ours, **theirs}
+            if theirs.get(name) != ours.get(name)
         ]
         if differ:
             raise ValueError(

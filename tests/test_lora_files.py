@@ -313,6 +313,9 @@ BAD_FILES = {
     "not a number": (lambda t: next(iter(t.values())).fill_(float("nan")), "not numbers at unet"),
     "LoHa": (lambda t: rename_first(t, "lora_A.weight", "hada_w1_a"), "is a LoHa"),
     "DoRA": (lambda t: t.update({"unet.conv_in.dora_scale": torch.ones(1)}), "is a DoRA"),
+    "an alpha for each row": (
+        lambda t: t.update({f"{min(t).split('.lora')[0]}.alpha": torch.ones(2)}), "shapes differ at"
+    ),
     "twice": (
         lambda t: t.update({k.replace(".lora_A.", ".lora_down."): v.clone() for k, v in t.items()}), "of no layer here"
     ),
@@ -342,6 +345,14 @@ def test_other_refusals(folders, files, tmp_path):
         (tmp_path, "holds none of pytorch_lora_weights.safetensors"),
         (folders["sd"] / "unet" / "diffusion_pytorch_model.safetensors", "for another model, or no LoRA"),
         (edited(files["style"], tmp_path / "m.safetensors", lambda t: None, {"lora_adapter_metadata": "{"}), "no JSON"),
+        (edited(files["style"], tmp_path / "l.safetensors", lambda t: None, {"lora_adapter_metadata": "[]"}), "no JSON"),
+        (
+            edited(
+                files["style"], tmp_path / "p.safetensors", lambda t: None,
+                {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}})},
+            ),
+            "configuration of peft cannot be read",
+        ),
         (
             edited(
                 files["style"], tmp_path / "d.safetensors", lambda t: None,

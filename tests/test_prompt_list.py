@@ -201,7 +201,7 @@ def test_pictures_of_other_lines_and_other_hands(generate, prompts):
     refused(generate(), "000001.png was not made here; move it away")
     assert len(pictures(folder)) == 7
     (folder / "settings.json").write_text("{")
-    refused(generate(), "settings.json is no JSON")
+    refused(generate(), "settings.json holds no settings")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,12 @@ def test_bad_input(generate, tmp_path, monkeypatch, arguments, message):
 def test_files_without_prompts(generate, prompts, content, message):
     prompts.write_bytes(content)
     refused(generate(), message)
+
+
+def test_what_was_refused_does_not_bind_the_folder(generate):
+    refused(generate("--size", "65536x65536"), "GiB")
+    status, _, _, folder = generate()
+    assert status == 0 and len(pictures(folder)) == 7
 
 
 def test_an_output_is_needed(prompts, capsys):
