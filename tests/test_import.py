@@ -121,7 +121,7 @@ ALLOWED = {
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
         "sdfast.generation", "sdfast.graphs", "sdfast.loaded_loras",
     ),
-    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
+    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
     ),
