@@ -87,6 +87,7 @@ def _draw_list(arguments: argparse.Namespace) -> int:
 
     job = PromptList(pipe, lines, arguments.output, seed, share, batch_size, options)
     progress = Progress()
+    process = f", process {share.rank + 1} of {share.processes}" if share.processes > 1 else ""
     with (
         command_line.forced_backend(arguments.backend),
         command_line.step_bar(shown=share.rank == 0) as on_step,
@@ -95,10 +96,9 @@ def _draw_list(arguments: argparse.Namespace) -> int:
             job.draw(progress, on_step)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"interrupted: {progress.found + progress.made} images are there, {progress.missing} to go;"
-                " the same command goes on from here"
+                f"interrupted{process}: {progress.found + progress.made} images are there, {progress.missing}"
+                " to go; the same command goes on from here"
             ) from None
-    process = f", process {share.rank + 1} of {share.processes}" if share.processes > 1 else ""
     times = f"; {1000 * progress.seconds / progress.steps:.1f} ms per step" if progress.steps else ""
     made = f"{progress.made} image{'' if progress.made == 1 else 's'} made"
     print(f"{arguments.output}: {made}, {progress.found} there before{process}{times}")

@@ -21,28 +21,33 @@ class LoadedLoras:
     What they were is kept, on the CPU, for each weight that is changed: it comes back bit for bit.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
-        """
-        Args:
-            parts: "unet", "text_encoder", "text_encoder_2", those that there are.
-        """
-        self._parts = dict(parts)
+    def __init__(self) -> None:
+        self._parts: dict[str, nn.Module] = {}
         self._updates: dict[str, dict[Place, LayerUpdate]] = {}
         self._before: dict[Place, Tensor] = {}
         self.scales: dict[str, float] = {}
 
-    def load(self, path: str | os.PathLike[str], scale: float, name: str | None) -> str:
-        """As `StableDiffusion.load_lora`."""
+    def load(
+        self, parts: Mapping[str, nn.Module], path: str | os.PathLike[str], scale: float, name: str | None
+    ) -> str:
+        """As `StableDiffusion.load_lora`.
+
+        Args:
+            parts: the pipeline's "unet", "text_encoder", "text_encoder_2", those that there are.
+        """
         if not math.isfinite(scale):
             raise ValueError(f"scale: got {scale}, expected a finite number")
         given = Path(path).expanduser()
         name = name or (given.name if given.is_dir() else given.stem)
         if name in self.scales:
             raise ValueError(f"name: a LoRA {name!r} is loaded already; unload_lora it, or give another name")
-        updates = read_lora(given, self._parts)
-        trained = [place for place in updates if isinstance(self._layer(place), LoraLayer)]
+        if self.scales and any(self._parts[part] is not model for part, model in parts.items()):
+            raise ValueError("model: a part was replaced while a LoRA is in the old one; unload_lora first")
+        updates = read_lora(given, parts)
+        trained = [place for place in updates if isinstance(_layer(parts, place), LoraLayer)]
         if trained:
             raise ValueError(f"model: {trained[0]} has LoRA of add_lora; remove_lora it first")
+        self._parts = dict(parts)
         self._updates[name], self.scales[name] = updates, float(scale)
         try:
             self._write(updates)
@@ -63,7 +68,7 @@ class LoadedLoras:
     def _write(self, places: Iterable[Place]) -> None:
         """Set these weights to what the loaded LoRAs make of them."""
         for place in places:
-            weight = self._layer(place).weight
+            weight = _layer(self._parts, place).weight
             assert isinstance(weight, Tensor)
             updates = [
                 self.scales[name] * lora[place].of(weight)
@@ -77,5 +82,6 @@ class LoadedLoras:
             elif place in self._before:
                 weight.copy_(self._before.pop(place))
 
-    def _layer(self, place: Place) -> nn.Module:
-        return self._parts[place.part].get_submodule(place.layer)
+
+def _layer(parts: Mapping[str, nn.Module], place: Place) -> nn.Module:
+    return parts[place.part].get_submodule(place.layer)

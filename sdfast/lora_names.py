@@ -37,7 +37,7 @@ _KOHYA_PREFIXES = {
     "text_encoder": ("lora_te", "lora_te1"),
     "text_encoder_2": ("lora_te2",),
 }
-PARTS = tuple(_KOHYA_PREFIXES)
+PARTS = tuple(_KOHYA_PREFIXES)  # of a pipeline, its second text encoder last
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 

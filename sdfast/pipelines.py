@@ -29,6 +29,7 @@ from sdfast.graphs import BUDGET_BYTES, GraphCache
 from sdfast.images import as_tensor
 from sdfast.loaded_loras import LoadedLoras
 from sdfast.loading import digits_folder, load_pipeline_parts
+from sdfast.lora_names import PARTS
 from sdfast.memory import total_memory_bytes
 from sdfast.models import AutoencoderKL, CLIPTextEncoder, DiagonalGaussian, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError
@@ -84,14 +85,13 @@ class StableDiffusion:
         self.zero_empty_negative = zero_empty_negative
         self.graphs = _graph_cache(self.device) if cuda_graphs else None
         self.vae_memory_bytes = vae_memory_bytes
+        self._loras = LoadedLoras()
         encoders = 2 if self.is_xl else 1
         if not len(self.text_encoders) == len(self.tokenizers) == encoders:
             raise ValueError(
                 f"text_encoders, tokenizers: got {len(self.text_encoders)} and {len(self.tokenizers)},"
                 f" expected {encoders} of each for this U-Net"
             )
-        names = ("text_encoder", "text_encoder_2")[:encoders]
-        self._loras = LoadedLoras({"unet": unet, **dict(zip(names, self.text_encoders, strict=True))})
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
                 f"unet: takes {unet.config.in_channels} channels, but the VAE's latents have"
@@ -161,7 +161,8 @@ class StableDiffusion:
             sdfast.models.checkpoint.CheckpointError: the file is missing, damaged, of another kind of adapter
                 or for another model; the message names what does not fit. Nothing was changed then.
         """
-        return self._loras.load(path, scale, name)
+        parts = dict(zip(PARTS, (self.unet, *self.text_encoders), strict=False))
+        return self._loras.load(parts, path, scale, name)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA, or all of them, out again: without any the weights are what they were, bit for bit.

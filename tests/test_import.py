@@ -119,7 +119,7 @@ ALLOWED = {
     ),
     "sdfast.pipelines": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
-        "sdfast.generation", "sdfast.graphs", "sdfast.loaded_loras",
+        "sdfast.generation", "sdfast.graphs", "sdfast.loaded_loras", "sdfast.lora_names",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (

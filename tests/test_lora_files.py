@@ -379,6 +379,20 @@ def test_other_refusals(folders, files, tmp_path):
     assert not (tmp_path / "none.safetensors").exists()
 
 
+def test_a_part_that_was_replaced(folders, files):
+    pipe, other = our_pipeline(folders["sd"]), our_pipeline(folders["sd"])
+    plain = weights(pipe)
+    old, pipe.unet = pipe.unet, other.unet
+    pipe.load_lora(files["style"])
+    assert any(not torch.equal(tensor, plain[name]) for name, tensor in weights(pipe).items())
+    pipe.unet = old
+    with pytest.raises(ValueError, match="replaced while a LoRA is in the old one"):
+        pipe.load_lora(files["hero"])
+    pipe.unload_lora()
+    assert_same(weights(pipe), plain)
+    assert_same(weights(other), plain)
+
+
 def test_interrupted_while_merging(folders, files, monkeypatch):
     """Weights that were written already are taken back."""
     from sdfast import loaded_loras
