@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdfast import diffusion, models, ops, tiled_vae, training
+    from sdfast import diffusion, lora, models, ops, tiled_vae, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
     from sdfast.drop_in import disabled, explain, optimize, restore
     from sdfast.drop_in.processor import SdfastAttnProcessor
@@ -36,6 +36,7 @@ __all__ = [
     "diffusion",
     "disabled",
     "explain",
+    "lora",
     "models",
     "ops",
     "optimize",
@@ -62,6 +63,7 @@ _HOMES = {
     "diffusion": "sdfast.diffusion",
     "disabled": "sdfast.drop_in",
     "explain": "sdfast.drop_in",
+    "lora": "sdfast.lora",
     "models": "sdfast.models",
     "ops": "sdfast.ops",
     "optimize": "sdfast.drop_in",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     model_help = "diffusers folder, .safetensors or .ckpt file, or Hugging Face id (the shipped digits)"
     add("--model", metavar="DIR|FILE|ID", help=model_help)
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="LoRA to merge; may be repeated")
     add("--tokenizer", metavar="DIR|ID", help="CLIP's tokenizer, for a single-file model")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and arithmetic (%(default)s)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
@@ -104,6 +106,7 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: a device, backend or model that cannot be used.
     """
+    loras = [_lora(text) for text in arguments.lora]
     import torch
 
     from sdfast.memory import keep_freed_memory
@@ -120,8 +123,26 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
         "tokenizer": arguments.tokenizer,
     }
     if arguments.model is None:
-        return StableDiffusion.digits(**options)
-    return StableDiffusion.from_pretrained(arguments.model, **options)
+        pipe = StableDiffusion.digits(**options)
+    else:
+        pipe = StableDiffusion.from_pretrained(arguments.model, **options)
+    for path, scale in loras:
+        pipe.load_lora(path, scale, name=str(path))
+    return pipe
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE:SCALE, or FILE, whose name may hold a colon itself."""
+    name, _, number = text.rpartition(":")
+    path, scale = Path(text), 1.0
+    if name and not path.exists():
+        with contextlib.suppress(ValueError):
+            path, scale = Path(name), float(number)
+    if not math.isfinite(scale):
+        raise ValueError(f"--lora: got a scale of {scale}, expected a finite number")
+    if not path.exists():
+        raise ValueError(f"--lora: {path}: no such file or folder")
+    return path, scale
 
 
 def forced_backend(backend: str | None) -> contextlib.AbstractContextManager[Any]:
@@ -179,11 +200,11 @@ def check_writable(option: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def step_bar() -> Iterator[Callable[[int, int], None]]:
+def step_bar(*, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over steps, and the `on_step` that moves it. Silent where stderr is no terminal."""
     from tqdm import tqdm
 
-    with tqdm(unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(unit="step", disable=None if shown else True, dynamic_ncols=True, leave=False) as bar:
 
         def on_step(done: int, total: int) -> None:
             bar.total = total

@@ -15,7 +15,9 @@ from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, sampler_name
 from sdfast.generation import Generation, draw_noise
 from sdfast.graphs import BUDGET_BYTES, GraphCache
+from sdfast.loaded_loras import LoadedLoras
 from sdfast.loading import digits_folder, load_pipeline_parts
+from sdfast.lora_names import PARTS
 from sdfast.memory import total_memory_bytes
 from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError
@@ -72,6 +74,7 @@ class PipelineBase:
         self.zero_empty_negative = zero_empty_negative
         self.graphs = _graph_cache(self.device) if cuda_graphs else None
         self.vae_memory_bytes = vae_memory_bytes
+        self._loras = LoadedLoras()
         encoders = 2 if self.is_xl else 1
         if not len(self.text_encoders) == len(self.tokenizers) == encoders:
             raise ValueError(
@@ -131,6 +134,38 @@ class PipelineBase:
     def digits(cls, **options: Any) -> Self:
         """The small model of handwritten digits that ships with sdfast. `options`: as `from_pretrained`."""
         return cls.from_pretrained(digits_folder(), **options)
+
+    def load_lora(self, path: str | Path, scale: float = 1.0, *, name: str | None = None) -> str:
+        """Merge a LoRA into the weights of U-Net and text encoders. Several add up.
+
+        Args:
+            path: a file as diffusers, peft or kohya's scripts write it, or the folder of the first two.
+            scale: how strongly it counts.
+            name: what to call it; the file's or folder's own name when None.
+
+        Returns:
+            Its name, for `unload_lora`; `loras` has them all.
+
+        Raises:
+            ValueError: the name is taken, or the scale is not finite.
+            sdfast.models.checkpoint.CheckpointError: the file is missing, damaged, of another kind of adapter
+                or for another model; the message names what does not fit. Nothing was changed then.
+        """
+        parts = dict(zip(PARTS, (self.unet, *self.text_encoders), strict=False))
+        return self._loras.load(parts, path, scale, name)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA, or all of them, out again: without any the weights are what they were, bit for bit.
+
+        Raises:
+            ValueError: none of that name is loaded.
+        """
+        self._loras.unload(name)
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that are loaded, and their scales."""
+        return dict(self._loras.scales)
 
     @property
     def is_xl(self) -> bool:
@@ -218,6 +253,8 @@ class PipelineBase:
             "dtype": str(self.dtype).removeprefix("torch."),
             "version": f"sdfast {__version__}",
         }
+        if self.loras:
+            more["loras"] = self.loras
         return values | more
 
 

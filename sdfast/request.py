@@ -120,10 +120,15 @@ def make_request(
         latent_shape=(latent_channels, *latent_size),
         steps=int(steps),
         guidance_scale=float(guidance_scale),
-        batch_size=batch_size or max(1, _LATENT_PIXELS_PER_BATCH // math.prod(latent_size)),
+        batch_size=batch_size or default_batch_size(*latent_size),
         time_ids=tuple(time_ids or (height, width, 0, 0, height, width)),
         output=output,
     )
+
+
+def default_batch_size(height: int, width: int) -> int:
+    """How many images with latents of this size run at once where nobody says."""
+    return max(1, _LATENT_PIXELS_PER_BATCH // (height * width))
 
 
 def as_prompts(name: str, prompt: str | Sequence[str]) -> list[str]:

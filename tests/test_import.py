@@ -110,6 +110,10 @@ ALLOWED = {
     "sdfast.diffusion": ("sdfast.ops", "sdfast.diffusion"),
     "sdfast.conditioning": (*LEAVES, "sdfast.models"),
     "sdfast.loading": (*LEAVES, "sdfast.models"),
+    "sdfast.lora": (*LEAVES, "sdfast.models", "sdfast.lora_files"),
+    "sdfast.lora_files": (*LEAVES, "sdfast.models", "sdfast.lora_names"),
+    "sdfast.lora_names": ("sdfast.models",),
+    "sdfast.loaded_loras": ("sdfast.models", "sdfast.lora_files", "sdfast.lora_names"),
     "sdfast.generation": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.graphs",
     ),
@@ -121,23 +125,26 @@ ALLOWED = {
     "sdfast.outpainting": (*LEAVES, "sdfast.inpainting"),
     "sdfast.pipeline_base": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
-        "sdfast.generation", "sdfast.graphs",
+        "sdfast.generation", "sdfast.graphs", "sdfast.loaded_loras", "sdfast.lora_names",
     ),
     "sdfast.pipelines": (
         *LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.inpainting", "sdfast.masks",
         "sdfast.outpainting", "sdfast.pipeline_base", "sdfast.sources",
     ),
-    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
+    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
-        "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
+        "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs",
+        "sdfast._graph_keys", "sdfast.drop_in",
     ),
     "sdfast.doctor": (
         "sdfast.__version__", "sdfast._cuda_archs", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning",
     ),
     "sdfast.bench": ("sdfast",),
     "sdfast.command_line": (*LEAVES, "sdfast._library", "sdfast.dispatch", "sdfast.pipelines"),
-    "sdfast.generate_command": (*LEAVES, "sdfast.command_line"),
     "sdfast.inpaint_command": (*LEAVES, "sdfast.command_line", "sdfast.masks"),
+    "sdfast.prompt_lines": (),
+    "sdfast.prompt_list": (*LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.pipelines", "sdfast.prompt_lines"),
+    "sdfast.generate_command": (*LEAVES, "sdfast.command_line", "sdfast.prompt_lines", "sdfast.prompt_list"),
     "sdfast.cli": (
         *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command",
         "sdfast.inpaint_command", "sdfast.training",

@@ -46,7 +46,12 @@ class Conv2d(nn.Conv2d):
         return y
 
     def with_statistics(
-        self, x: Tensor, norm: nn.GroupNorm, *, time_embedding: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        *,
+        time_embedding: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The result, and its mean and rstd as `norm` would find them."""
         vertical, horizontal = int(self.padding[0]), int(self.padding[1])
@@ -57,6 +62,7 @@ class Conv2d(nn.Conv2d):
             self.stride[0],
             (vertical, horizontal),
             time_embedding=time_embedding,
+            residual=residual,
             stats_groups=norm.num_groups,
             stats_eps=norm.eps,
         )

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -139,6 +139,36 @@ def _split_module(name: str, modules: dict[str, str]) -> tuple[str, str]:
     while module and module not in modules:
         module = module.rpartition(".")[0]
     return (module, name[len(module) :]) if module else (name, "")
+
+
+def ldm_names(unet: Any) -> dict[str, str]:
+    """Module of a `UNet2DCondition` -> its name in a single file: the other direction."""
+    blocks = {ours: theirs for theirs, ours in _UNET_OUTSIDE_BLOCKS.items()}
+    number = 0  # input_blocks.0 is conv_in
+    for i, down in enumerate(unet.down_blocks):
+        for j in range(len(down.resnets)):
+            number += 1
+            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
+            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
+        number += 1
+        blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+    number = -1
+    for i, up in enumerate(unet.up_blocks):
+        for j in range(len(up.resnets)):
+            number += 1
+            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
+            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
+        position = 1 if up.attentions is None else 2
+        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{position}.conv"
+    inside_resnet = {ours: theirs for theirs, ours in _UNET_RESNET.items()}
+    names = {}
+    for name, _ in unet.named_modules():
+        block, rest = _split_module(name, blocks)
+        inner = rest.removeprefix(".")
+        if ".resnets." in name and inner in inside_resnet:
+            rest = f".{inside_resnet[inner]}"
+        names[name] = blocks.get(block, block) + rest
+    return names
 
 
 def vae_mapping(keys: Iterable[str]) -> Mapping:

@@ -1,0 +1,87 @@
+"""The LoRAs that are merged into a pipeline's weights: any number, each taken out again without a trace."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.lora_files import LayerUpdate, read_lora
+from sdfast.lora_names import Place
+from sdfast.models.lora_layers import LoraLayer, write_weight
+
+
+class LoadedLoras:
+    """Weights = what they were + the updates of every loaded LoRA, rounded once, in the order of loading.
+
+    What they were is kept, on the CPU, for each weight that is changed: it comes back bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, nn.Module] = {}
+        self._updates: dict[str, dict[Place, LayerUpdate]] = {}
+        self._before: dict[Place, Tensor] = {}
+        self.scales: dict[str, float] = {}
+
+    def load(
+        self, parts: Mapping[str, nn.Module], path: str | os.PathLike[str], scale: float, name: str | None
+    ) -> str:
+        """As `StableDiffusion.load_lora`.
+
+        Args:
+            parts: the pipeline's "unet", "text_encoder", "text_encoder_2", those that there are.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: got {scale}, expected a finite number")
+        given = Path(path).expanduser()
+        name = name or (given.name if given.is_dir() else given.stem)
+        if name in self.scales:
+            raise ValueError(f"name: a LoRA {name!r} is loaded already; unload_lora it, or give another name")
+        if self.scales and any(self._parts[part] is not model for part, model in parts.items()):
+            raise ValueError("model: a part was replaced while a LoRA is in the old one; unload_lora first")
+        updates = read_lora(given, parts)
+        trained = [place for place in updates if isinstance(_layer(parts, place), LoraLayer)]
+        if trained:
+            raise ValueError(f"model: {trained[0]} has LoRA of add_lora; remove_lora it first")
+        self._parts = dict(parts)
+        self._updates[name], self.scales[name] = updates, float(scale)
+        try:
+            self._write(updates)
+        except BaseException:
+            self.unload(name)
+            raise
+        return name
+
+    def unload(self, name: str | None) -> None:
+        """As `StableDiffusion.unload_lora`."""
+        if name is not None and name not in self.scales:
+            raise ValueError(f"name: no LoRA {name!r} is loaded, only: {', '.join(self.scales) or 'none'}")
+        for one in [name] if name is not None else list(self.scales):
+            del self.scales[one]
+            self._write(self._updates.pop(one))
+
+    @torch.no_grad()
+    def _write(self, places: Iterable[Place]) -> None:
+        """Set these weights to what the loaded LoRAs make of them."""
+        for place in places:
+            weight = _layer(self._parts, place).weight
+            assert isinstance(weight, Tensor)
+            updates = [
+                self.scales[name] * lora[place].of(weight)
+                for name, lora in self._updates.items()
+                if place in lora
+            ]
+            if updates:
+                if place not in self._before:
+                    self._before[place] = weight.detach().to("cpu", copy=True)
+                write_weight(weight, self._before[place], sum(updates[1:], updates[0]))
+            elif place in self._before:
+                weight.copy_(self._before.pop(place))
+
+
+def _layer(parts: Mapping[str, nn.Module], place: Place) -> nn.Module:
+    return parts[place.part].get_submodule(place.layer)
