@@ -29,13 +29,13 @@ _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- en
 
 _ORDER = (
     "models", "peers", "tiled_vae", "training", "profile", "conv2d", "linear", "attention", "group_norm",
-    "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
+    "layer_norm", "diffusion_step", "digits_quality", "lora", "operations", "gpu_models",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "tiled_vae": "large images through the VAE",
+    "tiled_vae": "large images through the VAE", "lora": "LoRA",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
@@ -174,6 +174,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
             lines += markdown_table(head, bandwidth_rows(record))
         elif kind == "digits_quality":
             lines += quality(record)
+        elif kind == "lora":
+            lines += lora_lines(record)
         elif kind == "operations":
             lines += operations_lines(record)
         elif kind == "gpu_models":
@@ -218,6 +220,21 @@ def quality(record: Row) -> list[str]:
     ]  # fmt: skip
     rows.append(("real", "", f"{record['real']['accuracy']:.1%}", f"{record['real']['spread']:.3f}"))
     return lines + markdown_table(("pictures", "count", "read as asked", "spread"), rows)
+
+
+def lora_lines(record: Row) -> list[str]:
+    """A LoRA of mirror writing: how many digits are read as asked with it and without."""
+    training = record["training"]
+    lines = [
+        f"A LoRA of rank {training['rank']} for the digits' U-Net, trained for {training['steps']} steps on mirrored"
+        f" digits, {training['file_bytes'] / 2**20:.1f} MiB. Unloaded, the old pictures came back"
+        f" {'bit for bit' if record['unloaded_bit_for_bit'] else 'changed'}.",
+        "",
+    ]
+    rows = [
+        (r["model"], r["images"], f"{r['as drawn']:.1%}", f"{r['mirrored back']:.1%}") for r in record["rows"]
+    ]
+    return lines + markdown_table(("model", "pictures", "read as asked", "mirrored back"), rows)
 
 
 def kernel_summaries(records: dict[str, Row], device: str) -> list[Sequence[object]]:
