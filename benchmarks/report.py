@@ -226,8 +226,8 @@ def lora_lines(record: Row) -> list[str]:
     """A LoRA of mirror writing: how many digits are read as asked with it and without."""
     training = record["training"]
     lines = [
-        f"A LoRA of rank {training['rank']} for the digits' U-Net, trained for {training['steps']} steps on mirrored"
-        f" digits, {training['file_bytes'] / 2**20:.1f} MiB. Unloaded, the old pictures came back"
+        f"A LoRA of rank {training['rank']} for the digits' U-Net, trained for {training['steps']} steps on"
+        f" mirrored digits, {training['file_bytes'] / 2**20:.1f} MiB. Unloaded, the old pictures came back"
         f" {'bit for bit' if record['unloaded_bit_for_bit'] else 'changed'}.",
         "",
     ]
