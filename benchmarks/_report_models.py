@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sdfast.bench.tables import markdown_table
@@ -24,7 +24,12 @@ TITLES = {
 }
 
 
-def models_rows(record: Row) -> Iterator[tuple[object, ...]]:
+def models_lines(record: Row) -> list[str]:
+    """Whole models, or their training, beside eager."""
+    return markdown_table(("work", "dtype", "diffusers, eager", "sdfast", "ratio"), _models_rows(record))
+
+
+def _models_rows(record: Row) -> Iterator[tuple[object, ...]]:
     for row in record["rows"]:
         yield (
             row["work"], row["dtype"], f"{row['best_eager_ms']:.0f} ms ({row['eager_layout']})",
@@ -35,7 +40,7 @@ def models_rows(record: Row) -> Iterator[tuple[object, ...]]:
 def models_table(record: Row, peers: Row | None) -> list[str]:
     """The README's: beside eager, and the ratio to OpenVINO where that was recorded."""
     head: tuple[str, ...] = ("work", "dtype", "eager", "sdfast", "speed")
-    rows = list(models_rows(record))
+    rows = list(_models_rows(record))
     ratios = {
         (row["work"], row["dtype"]): f"{row['peers']['openvino']['ratio']:.2f}x"
         for row in (peers["rows"] if peers else ())
@@ -196,3 +201,15 @@ def _rates(operation: Row) -> tuple[str, str, str]:
     return (
         f"{operation['gflop']:.0f}", f"{operation['gflop_per_s']:.0f}", f"{operation['of_peak']:.0%}"
     )  # fmt: skip
+
+
+def build_lines(record: Row) -> list[str]:
+    """The wheels of `bench_build.py`."""
+    head = ("`SDFAST_CUDA_ARCHS`", "wheel", "size", "time")
+    return markdown_table(head, map(_build_row, record["rows"]))
+
+
+def _build_row(row: Row) -> Sequence[object]:
+    """One wheel of `bench_build.py`."""
+    archs = f"`{row['archs']}`" if row["archs"] else "none"
+    return archs, f"`{row['wheel']}`", f"{row['bytes'] / 1e6:.1f} MB", f"{row['seconds'] / 60:.1f} min"

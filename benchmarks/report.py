@@ -10,15 +10,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from _report_bench import expand
 from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
-from _report_models import models_rows, models_table, peers_lines, profile_lines, tiled_vae_lines, zoo_lines
+from _report_kernels import bandwidth_lines, conv2d_lines, group_norm_lines, kernel_summaries, products_lines
+from _report_models import (
+    build_lines,
+    models_lines,
+    models_table,
+    peers_lines,
+    profile_lines,
+    tiled_vae_lines,
+    zoo_lines,
+)
+from _report_quality import digits_lines, inpainting_lines, lora_lines
 
 from sdfast.bench.tables import markdown_table
 
@@ -27,22 +36,31 @@ README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- end of gpu -->"
 
-_ORDER = (
-    "models", "peers", "zoo", "tiled_vae", "training", "profile", "conv2d", "linear", "attention",
-    "group_norm", "layer_norm", "diffusion_step", "digits_quality", "inpainting", "operations", "gpu_models",
-    "build",
-)  # fmt: skip
+Row = dict[str, Any]
 
-_PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
-_HEADINGS = {
-    "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "build": "wheels", "tiled_vae": "large images through the VAE", "zoo": "diffusers' models, optimized",
-    "inpainting": "inpainting with the shipped model",
-}  # fmt: skip
+# By kind of record, in the order of RESULTS.md: the heading, and what makes lines of a record.
+_SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
+    "models": ("models", models_lines),
+    "peers": ("models beside other engines", peers_lines),
+    "zoo": ("diffusers' models, optimized", zoo_lines),
+    "tiled_vae": ("large images through the VAE", tiled_vae_lines),
+    "training": ("training", models_lines),
+    "profile": ("a profile of one step", profile_lines),
+    "conv2d": ("conv2d", conv2d_lines),
+    "linear": ("linear", products_lines),
+    "attention": ("attention", products_lines),
+    "group_norm": ("group_norm", group_norm_lines),
+    "layer_norm": ("layer_norm", bandwidth_lines),
+    "diffusion_step": ("diffusion_step", bandwidth_lines),
+    "digits_quality": ("digits_quality", digits_lines),
+    "inpainting": ("inpainting with the shipped model", inpainting_lines),
+    "lora": ("LoRA", lora_lines),
+    "operations": ("operations", operations_lines),
+    "gpu_models": ("models", gpu_models_lines),
+    "build": ("wheels", build_lines),
+}
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
-
-Row = dict[str, Any]
 
 
 def provenance(name: str, record: Row) -> str:
@@ -68,72 +86,6 @@ def _model_rows(records: dict[str, Row], device: str) -> Row:
     return {**record, "rows": [*record["rows"], *training["rows"]]}
 
 
-def group_norm_rows(record: Row) -> Iterator[Sequence[object]]:
-    for row in record["rows"]:
-        name = "GroupNorm + SiLU" if row["silu"] else "GroupNorm"
-        yield (
-            name + (", forward and backward" if row["training"] else ""), row["shape"], row["dtype"],
-            f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}", f"{row['ratio']:.2f}x",
-            f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}", f"{row['gb_per_s']:.1f}",
-            f"{row['of_copy']:.0%}",
-        )  # fmt: skip
-
-
-def product_rows(record: Row) -> Iterator[Sequence[object]]:
-    """conv2d, linear, attention: rates and shares of the peak."""
-    for row in record["rows"]:
-        details = [row[key] for key in ("kernel", "activation") if row.get(key)]
-        flags = [key for key in ("upsample", "residual", "is_causal", "training") if row.get(key)]
-        yield (
-            row["shape"], ", ".join(map(str, details + flags)), row["dtype"],
-            f"{row['eager_ms']:.2f}", f"{row['sdfast_ms']:.2f}", f"{row['ratio']:.2f}x",
-            f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}", f"{row['eager_gflop_per_s']:.0f}",
-            f"{row['gflop_per_s']:.0f}", f"{row['of_peak']:.0%}",
-        )  # fmt: skip
-
-
-def bandwidth_rows(record: Row) -> Iterator[Sequence[object]]:
-    """layer_norm, diffusion_step: rates and shares of a copy's."""
-    for row in record["rows"]:
-        work = row.get("work") or ("forward and backward" if row.get("training") else "forward")
-        yield (
-            row["shape"], work, row["dtype"], f"{row['eager_ms']:.3f}", f"{row['sdfast_ms']:.3f}",
-            f"{row['ratio']:.2f}x", f"{row['ratio_p20']:.2f}–{row['ratio_p80']:.2f}",
-            f"{row['gb_per_s']:.1f}", f"{row['of_copy']:.0%}",
-        )  # fmt: skip
-
-
-def inpainting_rows(record: Row) -> Iterator[Sequence[object]]:
-    for row in record["rows"]:
-        yield (
-            f"{row['painted']} half", row["way"], f"{row['accuracy']:.1%} of {row['images']}",
-            f"{row['seam']:.2f}x",
-        )  # fmt: skip
-
-
-def products_summary(kind: str, record: Row) -> Iterator[Sequence[object]]:
-    """For the README: the ratios of each dtype."""
-    for dtype in ("float32", "bfloat16"):
-        ratios = [row["ratio"] for row in record["rows"] if row["dtype"] == dtype]
-        yield (
-            kind, dtype, len(ratios), f"{min(ratios):.2f}x", f"**{statistics.median(ratios):.2f}x**",
-            f"{max(ratios):.2f}x",
-        )  # fmt: skip
-
-
-def group_norm_summary(record: Row) -> Iterator[Sequence[object]]:
-    """For the README: the ratios of each model and dtype."""
-    for model in ("U-Net", "VAE", "training"):
-        for dtype in ("float32", "bfloat16"):
-            rows = [r for r in record["rows"] if (r["model"], r["dtype"], r["silu"]) == (model, dtype, True)]
-            ratios = [r["ratio"] for r in rows]
-            work = f"all of the {model}" if model != "training" else "forward and backward"
-            yield (
-                f"GroupNorm + SiLU, {work}", dtype, len(rows), f"{min(ratios):.2f}x",
-                f"**{statistics.median(ratios):.2f}x**", f"{max(ratios):.2f}x",
-            )  # fmt: skip
-
-
 def results_md(records: dict[str, Row]) -> list[str]:
     """RESULTS.md, device by device."""
     lines = [
@@ -146,57 +98,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
     ]
     for name, record in records.items():
         device, kind = name.removesuffix(".json").split("/")
-        lines += ["", f"## {_HEADINGS.get(kind, kind)} on {device}", "", provenance(name, record), ""]
-        if kind in ("models", "training"):
-            lines += markdown_table(
-                ("work", "dtype", "diffusers, eager", "sdfast", "ratio"), models_rows(record)
-            )
-        elif kind == "peers":
-            lines += peers_lines(record)
-        elif kind == "zoo":
-            lines += zoo_lines(record)
-        elif kind == "tiled_vae":
-            lines += tiled_vae_lines(record)
-        elif kind == "profile":
-            lines += profile_lines(record)
-        elif kind == "group_norm":
-            head = ("work", "shape", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
-            lines += [f"Copy bandwidth in the same run: {record['copy_gb_per_s']:.1f} GB/s (128 MiB).", ""]
-            lines += markdown_table(head, group_norm_rows(record))
-        elif kind in _PRODUCTS:
-            head = (
-                "shape",
-                "",
-                "dtype",
-                "eager ms",
-                "sdfast ms",
-                "ratio",
-                "p20–p80",
-                "eager GFLOP/s",
-                "GFLOP/s",
-            )
-            if kind == "conv2d":
-                lines += [
-                    "Rates count the direct algorithm's operations; Winograd does a quarter of them.",
-                    "",
-                ]
-            lines += markdown_table((*head, "of peak"), product_rows(record))
-        elif kind in ("layer_norm", "diffusion_step"):
-            head = ("shape", "work", "dtype", "eager ms", "sdfast ms", "ratio", "p20–p80", "GB/s", "of copy")
-            lines += markdown_table(head, bandwidth_rows(record))
-        elif kind == "digits_quality":
-            lines += quality(record)
-        elif kind == "build":
-            head = ("`SDFAST_CUDA_ARCHS`", "wheel", "size", "time")
-            lines += markdown_table(head, map(build_row, record["rows"]))
-        elif kind == "inpainting":
-            lines += markdown_table(
-                ("painted", "way", "read right", "seam of a whole one's"), inpainting_rows(record)
-            )
-        elif kind == "operations":
-            lines += operations_lines(record)
-        elif kind == "gpu_models":
-            lines += gpu_models_lines(record)
+        lines += ["", f"## {_SECTIONS[kind][0]} on {device}", "", provenance(name, record), ""]
+        lines += _SECTIONS[kind][1](record)
     lines += goals_lines([r for name, r in records.items() if name.endswith("/gpu_models.json")])
     if _CUDA_CODE.exists():
         lines += cuda_code_lines(json.loads(_CUDA_CODE.read_text()))
@@ -215,45 +118,6 @@ def _gpu_line(records: dict[str, Row]) -> str:
     if not runs:
         return "No kernel has run on a GPU yet, and nothing here was measured on one."
     return f"Last run on a GPU: {', '.join(f'{gpu}, {date}' for gpu, date in runs.items())}."
-
-
-def build_row(row: Row) -> Sequence[object]:
-    """One wheel of `bench_build.py`."""
-    archs = f"`{row['archs']}`" if row["archs"] else "none"
-    return archs, f"`{row['wheel']}`", f"{row['bytes'] / 1e6:.1f} MB", f"{row['seconds'] / 60:.1f} min"
-
-
-def quality(record: Row) -> list[str]:
-    """The digits: how many are read as asked."""
-    training = record["training"]
-    lines = [
-        f"Real digits that were held out: {record['real']['accuracy']:.1%} read as labelled. The model was"
-        f" trained in {training['seconds'] / 60:.0f} minutes (`{training['command']}`). Spread: the standard"
-        " deviation of a pixel among pictures of one digit.",
-        "",
-    ]
-    rows = [
-        (
-            f"guidance {r['guidance_scale']}, {r['steps']} steps",
-            r["images"],
-            f"{r['accuracy']:.1%}",
-            f"{r['spread']:.3f}",
-        )
-        for r in record["rows"]
-    ]  # fmt: skip
-    rows.append(("real", "", f"{record['real']['accuracy']:.1%}", f"{record['real']['spread']:.3f}"))
-    return lines + markdown_table(("pictures", "count", "read as asked", "spread"), rows)
-
-
-def kernel_summaries(records: dict[str, Row], device: str) -> list[Sequence[object]]:
-    """The kernels recorded on a device, a line for each dtype."""
-    rows: list[Sequence[object]] = []
-    for kind, title in _PRODUCTS.items():
-        if record := records.get(f"{device}/{kind}.json"):
-            rows += products_summary(title, record)
-    if record := records.get(f"{device}/group_norm.json"):
-        rows += group_norm_summary(record)
-    return rows
 
 
 def readme_block(records: dict[str, Row]) -> list[str]:
@@ -296,7 +160,7 @@ def read_records(results: Path) -> dict[str, Row]:
 
 def _place(item: tuple[str, Row]) -> tuple[str, int]:
     device, file = item[0].split("/")
-    return device, _ORDER.index(file.removesuffix(".json"))
+    return device, list(_SECTIONS).index(file.removesuffix(".json"))
 
 
 def written(records: dict[str, Row]) -> dict[Path, str]:

@@ -36,8 +36,8 @@ def product(up: Tensor, down: Tensor, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def write_weight(weight: Tensor, before: Tensor, update: Tensor) -> None:
-    """weight = before + update in place, summed in the dtype of `update` and rounded once."""
-    weight.copy_(before.to(update) + update)
+    """weight = before + update in place, summed in the wider dtype of these and rounded once."""
+    weight.copy_(before.to(update.device) + update)
 
 
 class LoraLayer(nn.Module):
