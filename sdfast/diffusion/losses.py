@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdfast.diffusion.elbo import distortion
 from sdfast.diffusion.gaussian import gaussian_kl, kl_to_standard_normal, sum_per_sample, widen
 from sdfast.diffusion.schedule import NoiseSchedule
 from sdfast.ops._checks import check_tensor
-
-LIKELIHOODS = ("gaussian", "bernoulli")
 
 
 def simple_loss(model_output: Tensor, target: Tensor) -> Tensor:
@@ -181,15 +180,9 @@ def vae_loss(
         raise ValueError(f"mean: got a batch of {tuple(mean.shape[:1])}, expected {x.shape[0]} as x")
     if not kl_weight >= 0:
         raise ValueError(f"kl_weight: got {kl_weight}, expected a number >= 0")
-    if likelihood == "gaussian":
-        error = 0.5 * (widen(x) - widen(reconstruction)) ** 2
-    elif likelihood == "bernoulli":
-        error = F.binary_cross_entropy_with_logits(widen(reconstruction), widen(x), reduction="none")
-    else:
-        raise ValueError(f"likelihood: got {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
+    error = distortion(x, reconstruction, likelihood).mean()
     kl = kl_to_standard_normal(mean, logvar).mean()
-    distortion = sum_per_sample(error).mean()
-    return VaeLoss(distortion + kl_weight * kl, distortion, kl)
+    return VaeLoss(error + kl_weight * kl, error, kl)
 
 
 def _reverse(
