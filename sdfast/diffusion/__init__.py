@@ -1,5 +1,6 @@
 """The diffusion process: noise schedules, samplers, and the losses of training."""
 
+from sdfast.diffusion.bound import Bound, bound
 from sdfast.diffusion.device_loop import sample_on_device
 from sdfast.diffusion.elbo import Elbo, elbo, importance_weighted, log_likelihood, log_weights
 from sdfast.diffusion.gaussian import (
@@ -27,6 +28,7 @@ from sdfast.diffusion.scheduler_config import plan_from_config, sampler_name
 
 __all__ = [
     "SAMPLERS",
+    "Bound",
     "DiagonalPosterior",
     "Elbo",
     "FullPosterior",
@@ -35,6 +37,7 @@ __all__ = [
     "SamplingPlan",
     "VaeLoss",
     "as_posterior",
+    "bound",
     "ddim",
     "ddpm",
     "dpm_solver_pp_2m",
