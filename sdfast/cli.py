@@ -1,4 +1,4 @@
-"""The command `sdfast`: generate | train | bench | doctor.
+"""The command `sdfast`: generate | train | bound | bench | doctor.
 
 Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
 fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from sdfast import __version__
 from sdfast.bench.command import add_parser as add_bench
+from sdfast.bound_command import add_parser as add_bound
 from sdfast.dispatch import BACKENDS, ORDER
 from sdfast.request import (
     MAX_STEPS,
@@ -31,6 +32,7 @@ from sdfast.request import (
     check_size,
     check_strength,
 )
+from sdfast.training.vae_command import add_parser as add_vae
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
+    add_bound(commands)
     add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what sdfast found on this machine, and what it lacks")
     doctor.set_defaults(run=_doctor)
@@ -131,6 +134,7 @@ def _add_train(commands: Any) -> None:
     add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     add("--restart", action="store_true", help="forget the checkpoints in --run-dir and start anew")
     parser.set_defaults(run=_train_digits)
+    add_vae(models)
 
 
 def _doctor(_: argparse.Namespace) -> int:

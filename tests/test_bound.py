@@ -110,7 +110,9 @@ def pictures(n, size=8):
     return levels.float() / 127.5 - 1
 
 
-@pytest.mark.parametrize(("prediction", "clip"), [("epsilon", False), ("v_prediction", True), ("sample", False)])
+@pytest.mark.parametrize(
+    ("prediction", "clip"), [("epsilon", False), ("v_prediction", True), ("sample", False)]
+)
 def test_a_unet_against_equation_16_written_out(prediction, clip):
     unet, schedule = tiny_unet(prediction)
     unet = unet.double()
@@ -119,13 +121,17 @@ def test_a_unet_against_equation_16_written_out(prediction, clip):
         return x_t + 0.02 * unet(x_t, t) if prediction == "sample" else unet(x_t, t)
 
     x0 = pictures(2).double()
-    noise = torch.randn(schedule.T, 2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(
+        schedule.T, 2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     found = diffusion.bound(
         schedule, lambda x_t, _, t: model(x_t, t), x0, variance=VARIANCES, clip=clip, dtype=torch.float64,
         draw_noise=lambda t, part: noise[t, part],
     )  # fmt: skip
 
-    bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - schedule.betas).cumprod(0)])  # ᾱ of the paper's t
+    bar = torch.cat(
+        [torch.ones(1, dtype=torch.float64), (1 - schedule.betas).cumprod(0)]
+    )  # ᾱ of the paper's t
     bits = 3 * 64 * math.log(2)
 
     def standard(mean, variance):
@@ -166,7 +172,9 @@ def test_a_unet_against_equation_16_written_out(prediction, clip):
             else:
                 term = distributions.kl_divergence(standard(mean_of(x0), small(t)), p)
             ours = found[variance].terms[:, t - 1]
-            torch.testing.assert_close(ours, term.sum((1, 2, 3)) / bits, rtol=1e-6 if t == 1 else 1e-9, atol=1e-10)
+            torch.testing.assert_close(
+                ours, term.sum((1, 2, 3)) / bits, rtol=1e-6 if t == 1 else 1e-9, atol=1e-10
+            )
         torch.testing.assert_close(
             found["fixed_large"].x0_mse[:, t - 1], ((guess - x0) ** 2).mean((1, 2, 3)), rtol=1e-9, atol=0
         )
@@ -218,7 +226,10 @@ def test_a_sample_has_its_noise_whatever_the_batch():
     [
         ({"x0": torch.full((2, 3), 0.3)}, "x0: has values that are none of 256 levels"),
         ({"x0": torch.full((2, 3), 3.0)}, "x0: has values that are none of 256 levels"),
-        ({"x0": torch.zeros(0, 3), "discrete": False}, r"x0: got shape \(0, 3\), expected \(N, ...\) with N >= 1"),
+        (
+            {"x0": torch.zeros(0, 3), "discrete": False},
+            r"x0: got shape \(0, 3\), expected \(N, ...\) with N >= 1",
+        ),
         ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
         ({"variance": "learned"}, "variance: got 'learned', expected one of fixed_large, fixed_small"),
         ({"prediction": "noise"}, "prediction: got 'noise'"),

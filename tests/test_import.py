@@ -78,7 +78,9 @@ def test_works_without_the_native_library(tmp_path):
 # Who may import whom: DESIGN.md's arrows. A prefix allows the module and what is below it.
 
 # What everybody may use: no layer of its own, and it imports nothing of ours but these.
-LEAVES = ("sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.tokenizer")
+LEAVES = (
+    "sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.figures", "sdfast.tokenizer",
+)  # fmt: skip
 ALLOWED = {
     "sdfast.__init__": ("sdfast",),
     "sdfast.__main__": ("sdfast.cli",),
@@ -89,6 +91,7 @@ ALLOWED = {
     "sdfast.request": (),
     "sdfast.memory": (),
     "sdfast.images": LEAVES,
+    "sdfast.figures": LEAVES,
     "sdfast.tokenizer": (),
     "sdfast.ops._conv2d_tuning": ("sdfast.dispatch", "sdfast.tuning", "sdfast.testing", "sdfast.ops"),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.tuning", "sdfast.ops"),
@@ -117,6 +120,11 @@ ALLOWED = {
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
         "sdfast.generation", "sdfast.graphs",
     ),
+    "sdfast.bound": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
+        "sdfast.training.captions",
+    ),
+    "sdfast.bound_command": ("sdfast.bound", "sdfast.request", "sdfast.figures", "sdfast.models.weights"),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
@@ -126,7 +134,7 @@ ALLOWED = {
     ),
     "sdfast.bench": ("sdfast",),
     "sdfast.cli": ("sdfast._library", "sdfast.bench",
-        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
+        *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.bound_command", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
     ),
 }  # fmt: skip
 

@@ -53,7 +53,6 @@ __all__ = [
     "log_likelihood",
     "log_weights",
     "plan_from_config",
-
     "prior_term",
     "reconstruction_term",
     "sample",

@@ -55,9 +55,7 @@ def distortion(x: Tensor, decoded: Tensor, likelihood: str = "gaussian") -> Tens
     if likelihood == "gaussian":
         return sum_per_sample(0.5 * (widen(x) - widen(decoded)) ** 2)
     if likelihood == "bernoulli":
-        return sum_per_sample(
-            F.binary_cross_entropy_with_logits(widen(decoded), widen(x), reduction="none")
-        )
+        return sum_per_sample(F.binary_cross_entropy_with_logits(widen(decoded), widen(x), reduction="none"))
     raise ValueError(f"likelihood: got {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
 
 
