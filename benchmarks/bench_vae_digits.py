@@ -82,12 +82,10 @@ def main() -> int:
         row = measure(kind, likelihood, covariance, options)
         rows.append(row)
         nats = row["nats_per_picture"]
-        print(
-            f"{kind:4} {likelihood:9} {covariance:8}  ELBO {nats['elbo']:8.3f} = {nats['reconstruction']:8.3f}"
-            f" - {nats['kl']:6.3f}   ln p(x) >= {nats['importance_weighted']:8.3f}"
-            f" ± {nats['importance_weighted_stderr']:.3f}   {row['seconds']} s",
-            flush=True,
-        )
+        terms = f"ELBO {nats['elbo']:8.3f} = {nats['reconstruction']:8.3f} - {nats['kl']:6.3f}"
+        evidence = f"{nats['importance_weighted']:8.3f} ± {nats['importance_weighted_stderr']:.3f}"
+        name = f"{kind:4} {likelihood:9} {covariance:8}"
+        print(f"{name}  {terms}   ln p(x) >= {evidence}   {row['seconds']} s", flush=True)
     bound = latent_bound(options.images)
     for name, part in bound["bits_per_dimension"].items():
         print(f"latents of the shipped model, {name}: {part['total']:.4f} ± {part['stderr']:.4f} bits/dim")

@@ -106,7 +106,7 @@ def bound_of_data(
 
     Args:
         model: a diffusers folder, file or hub id; "digits" for the model that ships.
-        data: a folder of pictures, searched with its sub-folders, or "digits" for scikit-learn's held-out ones.
+        data: a folder of pictures, searched with its sub-folders; "digits" for scikit-learn's held-out ones.
         images: how many of them, the first by name; None for all.
         prompt: what a text model is told of every picture; None says nothing, but of a digit its name.
         clip: clamp the predicted x_0 to [-1, 1]; None does so for pixel models, whose data lie there.
@@ -121,11 +121,7 @@ def bound_of_data(
         FloatingPointError: a term is not finite.
     """
     device = torch.device(device)
-    if _is_pixel_model(model):
-        load = _pixel_subject
-    else:
-        load = _latent_subject
-    subject = load(model, device)
+    subject = (_pixel_subject if _is_pixel_model(model) else _latent_subject)(model, device)
     if subject.latent and clip:
         raise ValueError("clip: is for pixel models; latents go beyond [-1, 1]")
     pictures = read_pictures(data, subject.channels, subject.size, images=images, prompt=prompt)

@@ -9,9 +9,9 @@ from typing import Any
 from sdfast.request import check_count, check_file, check_seed
 
 _DESCRIPTION = """\
--ln p(x) of a diffusion model is bounded by L_T + L_{T-1} + ... + L_0 (Ho et al. 2020). This evaluates every term
-on every picture and prints their sum in bits per dimension, with both fixed variances of the reverse process.
-Of a latent model it is the bound of its latents' density, not of pictures."""
+-ln p(x) of a diffusion model is bounded by L_T + L_{T-1} + ... + L_0 (Ho et al. 2020). This evaluates every
+term on every picture and prints their sum in bits per dimension, with both fixed variances of the reverse
+process. Of a latent model it is the bound of its latents' density, not of pictures."""
 
 
 def add_parser(commands: Any) -> None:
@@ -94,10 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{record['samples']} {record['of']} of {shape}, bits per dimension:")
     for name, part in record["bits_per_dimension"].items():
         error = "" if part["stderr"] is None else f" ± {part['stderr']:.4f}"
-        print(
-            f"  {name}: {part['total']:.4f}{error}"
-            f"  =  L_T {part['prior']:.2e} + transitions {part['transitions']:.4f} + L_0 {part['reconstruction']:.4f}"
-        )
+        terms = f"L_T {part['prior']:.2e} + transitions {part['transitions']:.4f}"
+        print(f"  {name}: {part['total']:.4f}{error}  =  {terms} + L_0 {part['reconstruction']:.4f}")
     if arguments.output is not None:
         settings = {key: getattr(arguments, key) for key in ("model", "data", "prompt", "seed", "no_clip")}
         write_json(arguments.output, settings | record)
