@@ -12,8 +12,9 @@ def vae_digits_lines(record: dict[str, Any]) -> list[str]:
     first = record["rows"][0]["nats_per_picture"]
     lines = [
         f"Nats a picture, means over {first['pictures']} held-out digits; ln p(x) by {first['samples']}"
-        " importance-weighted samples, with its standard error. Of the Gaussian likelihood they are densities"
-        " of grey values, of the Bernoulli one probabilities of black and white pictures: not to be compared.",
+        " importance-weighted samples, with its standard error. Of the Gaussian likelihood these are"
+        " densities of grey values, of the Bernoulli one probabilities of pictures in black and white, and the two are"
+        " not to be compared.",
         "",
     ]
     rows = []

@@ -120,7 +120,7 @@ def bound_of_data(
         ValueError: an argument is out of range, or no picture can be read.
         FloatingPointError: a term is not finite.
     """
-    device = torch.device(device)
+    device = _usable(device)
     subject = (_pixel_subject if _is_pixel_model(model) else _latent_subject)(model, device)
     if subject.latent and clip:
         raise ValueError("clip: is for pixel models; latents go beyond [-1, 1]")
@@ -275,6 +275,15 @@ def _latent_subject(model: str | Path, device: torch.device) -> _Subject:
 
     side = _side(model, unet.config.sample_size) * vae.downsampling
     return _Subject(schedule, True, vae.config.in_channels, side, encode, denoiser)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device: {str(device)!r} cannot be used: {reason}") from error
+    return torch.device(device)
 
 
 def _check_channels(model: str | Path, reads: int, gives: int, expected: int) -> None:
