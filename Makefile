@@ -22,6 +22,7 @@ bench: $(VENV)/.installed-dev
 	    --against eager,eager-contiguous,sdfast-low,sdfast-optimize,compile,openvino,onnxruntime
 	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_digits_quality.py
+	$(RUN) benchmarks/bench_vae_digits.py
 	$(RUN) benchmarks/report.py
 
 lint: $(VENV)/.installed-dev

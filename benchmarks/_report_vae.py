@@ -13,8 +13,8 @@ def vae_digits_lines(record: dict[str, Any]) -> list[str]:
     lines = [
         f"Nats a picture, means over {first['pictures']} held-out digits; ln p(x) by {first['samples']}"
         " importance-weighted samples, with its standard error. Of the Gaussian likelihood these are"
-        " densities of grey values, of the Bernoulli one probabilities of pictures in black and white, and the two are"
-        " not to be compared.",
+        " densities of grey values, of the Bernoulli one probabilities of pictures in black and white:"
+        " the two are not to be compared.",
         "",
     ]
     rows = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sdfast.conditioning import TextConditioner
@@ -90,6 +90,7 @@ class DataBound:
         }
 
 
+@torch.no_grad()
 def bound_of_data(
     model: str | Path,
     data: str | Path,
@@ -161,16 +162,23 @@ def read_pictures(
         if images is not None and len(found) == images:
             break
         try:
-            image = ImageOps.fit(read_image(path), (size, size), Image.Resampling.LANCZOS)
-            found.append(as_tensor(image, height=size, width=size, channels=channels, multiple=1))
-        except (OSError, ValueError):
+            image = _square(read_image(path))
+        except OSError:
             skipped.append(path)
+            continue
+        found.append(as_tensor(image, height=size, width=size, channels=channels, multiple=1))
     if skipped:
         names = ", ".join(map(str, skipped[:_NAMED])) + (", ..." if len(skipped) > _NAMED else "")
         warnings.warn(f"data: {len(skipped)} of {len(paths)} files cannot be read and are left out: {names}")
     if not found:
         raise ValueError(f"data: {folder} holds no picture that can be read ({len(skipped)} cannot)")
     return Pictures(torch.cat(found), [prompt or ""] * len(found), skipped)
+
+
+def _square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def plot(result: DataBound, path: str | Path) -> None:
@@ -255,7 +263,6 @@ def _latent_subject(model: str | Path, device: torch.device) -> _Subject:
     schedule = NoiseSchedule.from_config(parts["scheduler_config"])
     steps = unet.encode_time(torch.arange(schedule.T))
 
-    @torch.no_grad()
     def encode(images: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         codes = []

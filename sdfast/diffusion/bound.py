@@ -1,10 +1,11 @@
 """The variational bound of a diffusion model over a data set, in bits per dimension, term by term.
 
-    -ln p_θ(x_0) <= L_T + Σ_{t=1}^{T-1} L_t' + L_0        eq. 16 (Ho et al. 2020, eq. 5)
+    -ln p_θ(x_0) <= E_q[L_T + Σ_{t=1}^{T-1} L_t + L_0]        eq. 16 (Ho et al. 2020, eq. 5)
 
-L_T does not depend on the model; index t >= 1 is the KL of two Gaussians, in closed form given x_t; index 0
-the discretised Gaussian. Every term is estimated from one x_t of each sample, as improved-diffusion's
-`calc_bpd_loop` does (Nichol & Dhariwal 2021). 1 bit per dimension is D ln 2 nats, D the elements of x_0.
+L_T does not depend on the model; L_t, that of index t, is the KL of two Gaussians, in closed form given the
+noised sample; L_0 is the discretised Gaussian. Every term is estimated from one draw for each sample, as
+improved-diffusion's `calc_bpd_loop` does (Nichol & Dhariwal 2021). 1 bit per dimension is D ln 2 nats, D the
+number of elements of x_0.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def bound(
     result = {name: Bound(prior.cpu(), terms[name], x0_mse, epsilon_mse) for name in variances}
     for one in result.values():
         if not one.total.isfinite().all():
-            t = int((~one.terms.isfinite()).any(dim=0).nonzero()[0]) if one.prior.isfinite().all() else T
+            t = int((~one.terms.isfinite()).any(dim=0).nonzero()[0])
             raise FloatingPointError(f"the bound's term of index {t} is not finite")
     return result
 
@@ -135,12 +136,12 @@ def bound(
 def _term(
     schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: int, guess: Tensor, variance: str, discrete: bool
 ) -> Tensor:
-    """L_0 or L_{t-1} of eq. 16 for a predicted x_0, in nats: (N,)."""
+    """The term of index t for a predicted x_0, in nats: (N,)."""
     if t == 0:
         return reconstruction_term(
             schedule, x0, x_t, guess, variance=variance, prediction="sample", discrete=discrete
         )
-    index = torch.full((len(x0),), t, dtype=torch.int64)
+    index = torch.full((len(x0),), t, dtype=torch.int64, device=x0.device)
     return transition_term(schedule, x0, x_t, index, guess, variance=variance, prediction="sample")
 
 
@@ -149,7 +150,7 @@ def _mean_square(x: Tensor) -> Tensor:
 
 
 def _noise_by_sample(x0: Tensor, seed: int) -> DrawNoise:
-    seeds = torch.arange(seed, seed + len(x0), device=x0.device)
+    seeds = torch.arange(len(x0), device=x0.device) + seed
     return lambda t, part: philox_normals(seeds[part], x0[part].shape, t)
 
 

@@ -138,8 +138,8 @@ def _convolutional(config: SimpleVAEConfig, width: int) -> tuple[nn.Module, nn.M
     decoder = nn.Sequential(
         Linear(config.latent_dim, wide * small**2), nn.SiLU(), nn.Unflatten(1, (wide, small, small)),
         Upsample2D(wide), nn.SiLU(),
-        Upsample2D(wide), nn.SiLU(),
         Conv2d(wide, width, 3, padding=1), nn.SiLU(),
+        Upsample2D(width), nn.SiLU(),
         Conv2d(width, config.channels, 3, padding=1),
     )  # fmt: skip
     return encoder, decoder
