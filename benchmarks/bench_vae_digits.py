@@ -7,7 +7,7 @@ are densities of grey values, of the Bernoulli one probabilities of black and wh
 
 Then the bound of the shipped model's latents of held-out digits, in bits per dimension of a latent.
 
-    python benchmarks/bench_vae_digits.py [--latent-dim 8] [--samples 500] [--images 100] [--no-record]
+    python benchmarks/bench_vae_digits.py [--latent-dim 8] [--samples 500] [--images 50] [--no-record]
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--latent-dim", type=int, default=8, help="numbers in a latent (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training (%(default)s)")
     parser.add_argument("--samples", type=int, default=500, help="of z for each picture (%(default)s)")
-    parser.add_argument("--images", type=int, default=100, help="digits for the bound (%(default)s)")
+    parser.add_argument("--images", type=int, default=50, help="digits for the bound (%(default)s)")
     parser.add_argument("--no-record", action="store_true", help="write no file")
     options = parser.parse_args()
     torch.set_num_threads(1)
