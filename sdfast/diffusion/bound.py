@@ -6,6 +6,9 @@ L_T does not depend on the model; L_t, that of index t, is the KL of two Gaussia
 noised sample; L_0 is the discretised Gaussian. Every term is estimated from one draw for each sample, as
 improved-diffusion's `calc_bpd_loop` does (Nichol & Dhariwal 2021). 1 bit per dimension is D ln 2 nats, D the
 number of elements of x_0.
+
+σ_0² of "fixed_large" is β of index 0, as the report has it (§3.2.2). improved-diffusion takes the smaller
+variance for L_0 there: its number is L_0 of "fixed_small" with all other terms of "fixed_large".
 """
 
 from __future__ import annotations
