@@ -23,6 +23,7 @@ bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_zoo.py
 	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_digits_quality.py
+	$(RUN) benchmarks/bench_vae_digits.py
 	$(RUN) benchmarks/report.py
 
 lint: $(VENV)/.installed-dev

@@ -28,6 +28,7 @@ from _report_models import (
     zoo_lines,
 )
 from _report_quality import digits_lines, inpainting_lines, lora_lines
+from _report_vae import vae_digits_lines
 
 from sdfast.bench.tables import markdown_table
 
@@ -55,6 +56,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "digits_quality": ("digits_quality", digits_lines),
     "inpainting": ("inpainting with the shipped model", inpainting_lines),
     "lora": ("LoRA", lora_lines),
+    "vae_digits": ("VAEs and the bound, of digits", vae_digits_lines),
     "operations": ("operations", operations_lines),
     "gpu_models": ("models", gpu_models_lines),
     "build": ("wheels", build_lines),

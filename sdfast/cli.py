@@ -1,4 +1,4 @@
-"""The command `sdfast`: generate | inpaint | outpaint | train | bench | doctor.
+"""The command `sdfast`: generate | inpaint | outpaint | train | bound | bench | doctor.
 
 Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
 fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
@@ -20,10 +20,12 @@ from typing import Any, NoReturn
 
 from sdfast import __version__
 from sdfast.bench.command import add_parser as add_bench
+from sdfast.bound_command import add_parser as add_bound
 from sdfast.command_line import check_writable, one_line
 from sdfast.generate_command import add_parser as add_generate
 from sdfast.inpaint_command import add_parsers as add_inpaint_and_outpaint
 from sdfast.request import check_count
+from sdfast.training.vae_command import add_parser as add_vae
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BAD_INPUT = 2
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_inpaint_and_outpaint(commands)
     _add_train(commands)
+    add_bound(commands)
     add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what sdfast found on this machine, and what it lacks")
     doctor.set_defaults(run=_doctor)
@@ -92,6 +95,7 @@ def _add_train(commands: Any) -> None:
     add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     add("--restart", action="store_true", help="forget the checkpoints in --run-dir and start anew")
     parser.set_defaults(run=_train_digits)
+    add_vae(models)
 
 
 def _doctor(_: argparse.Namespace) -> int:

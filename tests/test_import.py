@@ -78,7 +78,9 @@ def test_works_without_the_native_library(tmp_path):
 # Who may import whom: DESIGN.md's arrows. A prefix allows the module and what is below it.
 
 # What everybody may use: no layer of its own, and it imports nothing of ours but these.
-LEAVES = ("sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.tokenizer")
+LEAVES = (
+    "sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.figures", "sdfast.tokenizer",
+)  # fmt: skip
 ALLOWED = {
     "sdfast.__init__": ("sdfast",),
     "sdfast.__main__": ("sdfast.cli",),
@@ -89,6 +91,7 @@ ALLOWED = {
     "sdfast.request": (),
     "sdfast.memory": (),
     "sdfast.images": LEAVES,
+    "sdfast.figures": LEAVES,
     "sdfast.tokenizer": (),
     "sdfast.ops._conv2d_tuning": ("sdfast.dispatch", "sdfast.tuning", "sdfast.testing", "sdfast.ops"),
     "sdfast.ops": ("sdfast._library", "sdfast.dispatch", "sdfast.packing", "sdfast.tuning", "sdfast.ops"),
@@ -132,6 +135,11 @@ ALLOWED = {
         "sdfast.outpainting", "sdfast.pipeline_base", "sdfast.sources",
     ),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training"),
+    "sdfast.bound": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
+        "sdfast.training.captions",
+    ),
+    "sdfast.bound_command": ("sdfast.bound", "sdfast.request", "sdfast.figures", "sdfast.models.weights"),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs",
         "sdfast._graph_keys", "sdfast.drop_in",
@@ -147,7 +155,7 @@ ALLOWED = {
     "sdfast.generate_command": (*LEAVES, "sdfast.command_line", "sdfast.prompt_lines", "sdfast.prompt_list"),
     "sdfast.cli": (
         *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command",
-        "sdfast.inpaint_command", "sdfast.training",
+        "sdfast.inpaint_command", "sdfast.bound_command", "sdfast.training",
     ),
 }  # fmt: skip
 

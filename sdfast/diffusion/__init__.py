@@ -1,8 +1,11 @@
 """The diffusion process: noise schedules, samplers, and the losses of training."""
 
+from sdfast.diffusion.bound import Bound, bound
 from sdfast.diffusion.device_loop import sample_on_device
+from sdfast.diffusion.elbo import Elbo, elbo, importance_weighted, log_likelihood, log_weights
 from sdfast.diffusion.gaussian import (
     gaussian_kl,
+    kl_full_to_standard_normal,
     kl_to_standard_normal,
     log_density,
     log_density_full,
@@ -18,6 +21,7 @@ from sdfast.diffusion.losses import (
     weighted_loss,
 )
 from sdfast.diffusion.plan import SamplingPlan, sample
+from sdfast.diffusion.posterior import DiagonalPosterior, FullPosterior, Posterior, as_posterior
 from sdfast.diffusion.repaint import RePaint
 from sdfast.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, euler_ancestral
 from sdfast.diffusion.schedule import NoiseSchedule
@@ -25,19 +29,31 @@ from sdfast.diffusion.scheduler_config import plan_from_config, sampler_name
 
 __all__ = [
     "SAMPLERS",
+    "Bound",
+    "DiagonalPosterior",
+    "Elbo",
+    "FullPosterior",
     "NoiseSchedule",
     "RePaint",
+    "Posterior",
     "SamplingPlan",
     "VaeLoss",
+    "as_posterior",
+    "bound",
     "ddim",
     "ddpm",
     "dpm_solver_pp_2m",
+    "elbo",
     "euler",
     "euler_ancestral",
     "gaussian_kl",
+    "importance_weighted",
+    "kl_full_to_standard_normal",
     "kl_to_standard_normal",
     "log_density",
     "log_density_full",
+    "log_likelihood",
+    "log_weights",
     "plan_from_config",
     "prior_term",
     "reconstruction_term",

@@ -45,6 +45,25 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     return sum_per_sample(-0.5 * (1 + lv - mu**2 - lv.exp()))
 
 
+def kl_full_to_standard_normal(mean: Tensor, cholesky: Tensor) -> Tensor:
+    """D_KL(N(mean, L Lᵀ) || N(0, I)) = ½ (‖L‖² + ‖μ‖² - n) - ln |det L|: eq. 9's term with a full covariance.
+
+    ‖L‖² is the sum of all of its squares, the trace of L Lᵀ.
+
+    Args:
+        mean: μ, (N, D).
+        cholesky: L, (N, D, D), lower triangular with a non-zero diagonal, the same dtype; what lies above the
+            diagonal is not read.
+
+    Returns:
+        nats, (N,), fp32 or fp64.
+    """
+    _check_full("mean", mean, cholesky)
+    L = widen(cholesky).tril()
+    trace = sum_per_sample(L**2)
+    return 0.5 * (trace + sum_per_sample(widen(mean) ** 2) - mean.shape[1]) - _log_det(L)
+
+
 def sample_full(mean: Tensor, cholesky: Tensor, noise: Tensor) -> Tensor:
     """z = μ + L ε: a sample of N(μ, L Lᵀ), eq. 10, differentiable.
 
@@ -94,8 +113,7 @@ def log_density_full(z: Tensor, mean: Tensor, cholesky: Tensor) -> Tensor:
     L = widen(cholesky)
     difference = (widen(z) - widen(mean)).unsqueeze(-1)
     epsilon = torch.linalg.solve_triangular(L, difference, upper=False).squeeze(-1)
-    log_det = L.diagonal(dim1=-2, dim2=-1).abs().log()
-    return sum_per_sample(-0.5 * (epsilon**2 + math.log(2 * math.pi)) - log_det)
+    return sum_per_sample(-0.5 * (epsilon**2 + math.log(2 * math.pi))) - _log_det(L)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -106,6 +124,11 @@ def widen(x: Tensor) -> Tensor:
 def sum_per_sample(x: Tensor) -> Tensor:
     """Sum over all dimensions but the first: (N, ...) -> (N,)."""
     return x if x.dim() == 1 else x.flatten(1).sum(1)
+
+
+def _log_det(L: Tensor) -> Tensor:
+    """ln |det L| of triangular matrices (N, D, D): (N,)."""
+    return L.diagonal(dim1=-2, dim2=-1).abs().log().sum(1)
 
 
 def _check_full(name: str, vector: Tensor, cholesky: Tensor) -> None:

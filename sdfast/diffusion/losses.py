@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdfast.diffusion.gaussian import gaussian_kl, kl_to_standard_normal, sum_per_sample, widen
+from sdfast.diffusion.elbo import distortion
+from sdfast.diffusion.gaussian import gaussian_kl, kl_to_standard_normal, log_density, sum_per_sample, widen
 from sdfast.diffusion.schedule import NoiseSchedule
 from sdfast.ops._checks import check_tensor
-
-LIKELIHOODS = ("gaussian", "bernoulli")
 
 
 def simple_loss(model_output: Tensor, target: Tensor) -> Tensor:
@@ -113,6 +112,7 @@ def reconstruction_term(
     *,
     variance: str = "fixed_large",
     prediction: str | None = None,
+    discrete: bool = True,
 ) -> Tensor:
     """L_0 = -ln p_θ(x_0|x_1) of eq. 16 for 8-bit images: the discretised Gaussian of Ho et al. 2020, eq. 13.
 
@@ -120,10 +120,11 @@ def reconstruction_term(
     highest take all that lies beyond.
 
     Args:
-        x0: (N, ...), floating, 256 levels scaled to [-1, 1].
+        x0: (N, ...), floating, 256 levels scaled to [-1, 1]; any values where `discrete` is False.
         x_1: (N, ...), the same dtype: x0 noised to index 0.
         model_output: (N, ...), the same dtype, for x_1 at index 0.
         variance, prediction: as in `transition_term`.
+        discrete: False takes the Gaussian's density in place of its mass, for latents, which have no levels.
 
     Returns:
         nats, (N,), fp32 or fp64.
@@ -132,6 +133,8 @@ def reconstruction_term(
     t = torch.zeros(x0.shape[0], dtype=torch.int64, device=x0.device)
     mean, sigma2 = _reverse(schedule, x_1, t, model_output, variance, prediction)
     x, std = widen(x0), sigma2.sqrt()
+    if not discrete:
+        return -log_density(x, mean, sigma2.log().expand_as(x))
     # Far enough for all of the mass, finite so that its gradient is 0 and not NaN.
     infinity = torch.full_like(x, 1e4)
     low = torch.where(x < -0.999, -infinity, (x - 1 / 255 - mean) / std)
@@ -181,15 +184,9 @@ def vae_loss(
         raise ValueError(f"mean: got a batch of {tuple(mean.shape[:1])}, expected {x.shape[0]} as x")
     if not kl_weight >= 0:
         raise ValueError(f"kl_weight: got {kl_weight}, expected a number >= 0")
-    if likelihood == "gaussian":
-        error = 0.5 * (widen(x) - widen(reconstruction)) ** 2
-    elif likelihood == "bernoulli":
-        error = F.binary_cross_entropy_with_logits(widen(reconstruction), widen(x), reduction="none")
-    else:
-        raise ValueError(f"likelihood: got {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
+    error = distortion(x, reconstruction, likelihood).mean()
     kl = kl_to_standard_normal(mean, logvar).mean()
-    distortion = sum_per_sample(error).mean()
-    return VaeLoss(distortion + kl_weight * kl, distortion, kl)
+    return VaeLoss(error + kl_weight * kl, error, kl)
 
 
 def _reverse(
