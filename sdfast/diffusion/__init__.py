@@ -10,6 +10,7 @@ from sdfast.diffusion.gaussian import (
 )
 from sdfast.diffusion.losses import (
     VaeLoss,
+    min_snr_weight,
     prior_term,
     reconstruction_term,
     simple_loss,
@@ -36,6 +37,7 @@ __all__ = [
     "kl_to_standard_normal",
     "log_density",
     "log_density_full",
+    "min_snr_weight",
     "plan_from_config",
     "prior_term",
     "reconstruction_term",
