@@ -31,6 +31,7 @@ from sdfast.request import (
     check_size,
     check_strength,
 )
+from sdfast.training.command import add_parser as add_ldm
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -131,6 +132,7 @@ def _add_train(commands: Any) -> None:
     add("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     add("--restart", action="store_true", help="forget the checkpoints in --run-dir and start anew")
     parser.set_defaults(run=_train_digits)
+    add_ldm(models)
 
 
 def _doctor(_: argparse.Namespace) -> int:

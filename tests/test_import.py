@@ -117,7 +117,10 @@ ALLOWED = {
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
         "sdfast.generation", "sdfast.graphs",
     ),
-    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
+    "sdfast.training": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training", "sdfast.conditioning",
+        "sdfast.loading", "sdfast.pipelines",
+    ),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
     ),

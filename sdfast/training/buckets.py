@@ -1,7 +1,7 @@
 """Aspect buckets, and which images make up each batch.
 
-Images are cut to the bucket whose shape is nearest to theirs, so that little is lost, and a batch has images of
-one bucket, so that it is one tensor (NovelAI 2022; Podell et al. 2023, §2.3).
+Images are cut to the bucket whose shape is nearest to theirs, so that little is lost, and a batch has images
+of one bucket, so that it is one tensor (NovelAI 2022; Podell et al. 2023, §2.3).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     checkpoint-00000100/  shard-00001-….safetensors, one of each process, and state.json, which is written last
 
-torch.distributed.checkpoint writes and reads the tensors, each process what it has, so that a model that is
-sharded over four loads into two, or into one. The folder is written under another name, forced to the disk
-and renamed when it is whole; the one before it is kept.
+torch.distributed.checkpoint writes and reads the tensors, each process what it has, so that a model that
+is sharded over four loads into two, or into one. The folder is written under another name, forced to the
+disk and renamed when it is whole; the one before it is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,9 +41,7 @@ class ShardedRunFolder(RunFolder):
         processes: who takes part; each method is called by all of them.
     """
 
-    def __init__(
-        self, folder: str | Path, settings: Mapping[str, Any], processes: Processes = ALONE
-    ) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], processes: Processes = ALONE) -> None:
         super().__init__(folder, settings)
         self.processes = processes
 
@@ -54,7 +53,8 @@ class ShardedRunFolder(RunFolder):
         """
         path = self.folder / f"checkpoint-{step:08d}"
         temporary = path.with_suffix(".tmp")
-        tensors, numbers = _split(state)
+        live, numbers = _split(state)
+        tensors = {name: tensor.contiguous() for name, tensor in live.items()}  # safetensors knows no other
         self.processes.main_first(lambda: _make_anew(temporary))
         try:
             try:
@@ -62,7 +62,10 @@ class ShardedRunFolder(RunFolder):
                     writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
                     dcp.save(tensors, storage_writer=writer, no_dist=self.processes.world == 1)
             except CheckpointException as error:
-                raise OSError("; ".join(str(reason) for reason, _ in error.failures.values())) from error
+                reasons = [reason for reason, _ in error.failures.values()]
+                if not all(isinstance(reason, OSError) for reason in reasons):
+                    raise
+                raise OSError("; ".join(map(str, reasons))) from error
             self.processes.main_first(lambda: self._finish(temporary, path, {"step": step, **numbers}))
         except OSError:
             self.processes.main_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -78,14 +81,29 @@ class ShardedRunFolder(RunFolder):
             return None
         path, numbers = found
         self._check_settings(path, json.loads(numbers["settings"]))
-        tensors, _ = _split(into)
+        live, _ = _split(into)
+        tensors = {
+            name: torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for name, tensor in live.items()
+        }
         try:
             with self._quietly():
                 reader = HuggingFaceStorageReader(str(path))
-                dcp.load(dict(tensors), storage_reader=reader, no_dist=self.processes.world == 1)
+                dcp.load(tensors, storage_reader=reader, no_dist=self.processes.world == 1)
         except (CheckpointException, RuntimeError) as error:
             raise ValueError(f"{path}: does not fit this model: {' '.join(str(error).split())}") from error
+        for name, tensor in live.items():
+            tensor.copy_(tensors[name])
         return _joined(into, numbers) | {"step": numbers["step"]}
+
+    def refuse_other_settings(self) -> None:
+        """Before any work: ValueError where the newest checkpoint was written under other settings."""
+        for path in self._newest_first()[:1]:
+            try:
+                settings = json.loads(json.loads((path / _STATE).read_text())["settings"])
+            except (OSError, ValueError, KeyError):
+                return  # damaged: `latest` says so
+            self._check_settings(path, settings)
 
     def clear(self) -> None:
         """Delete the checkpoints, and nothing else."""

@@ -14,7 +14,7 @@ import datetime
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -130,7 +130,7 @@ class Parallel:
         self.module = module
         self.precision = precision
         self._device = processes.device
-        self._call: nn.Module = module
+        self._call: Callable[..., Any] = module
         if recompute:
             _recompute_blocks(module, lent=precision == "bf16" and kind != "fsdp")
         if kind == "fsdp":
@@ -157,7 +157,7 @@ class Parallel:
                 yield
             return
         if hasattr(self.module, "set_requires_gradient_sync"):
-            self.module.set_requires_gradient_sync(shared)
+            cast(Any, self.module).set_requires_gradient_sync(shared)
         yield
 
 
@@ -168,7 +168,8 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(module, options=options))  # type: ignore[arg-type]
 
 
 class _InBF16(nn.Module):
@@ -204,11 +205,11 @@ def _in_dtype_of_input(block: nn.Module, forward: Callable[..., Any], x: Tensor,
 @contextlib.contextmanager
 def _forward_of(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     wrapped = block.forward
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
     try:
         yield
     finally:
-        block.forward = wrapped  # type: ignore[method-assign]
+        block.forward = wrapped
 
 
 def _shard(module: nn.Module, processes: Processes, dtype: torch.dtype | None) -> None:

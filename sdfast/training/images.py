@@ -1,7 +1,7 @@
 """Images with captions: a folder of files, each with its text, in one fixed order.
 
-    folder/cat.jpg + folder/cat.txt                            a text file beside each image, or
-    folder/metadata.jsonl: {"file_name": "cat.jpg", "text": …}   Hugging Face's "imagefolder"
+folder/cat.jpg + folder/cat.txt                            a text file beside each image, or
+folder/metadata.jsonl: {"file_name": "cat.jpg", "text": …}   Hugging Face's "imagefolder"
 """
 
 from __future__ import annotations
@@ -58,13 +58,15 @@ def read_folder(folder: str | Path, *, allow_missing_captions: bool = False) -> 
     absent = [name for name in listed if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder / _METADATA}: names files that are not there: {listing(absent)}")
-    images = [CaptionedImage(folder / name, name, _caption(folder / name, listed.get(name))) for name in names]
+    images = [
+        CaptionedImage(folder / name, name, _caption(folder / name, listed.get(name))) for name in names
+    ]
     without = [image.name for image in images if not image.caption]
     if without and not allow_missing_captions:
         raise ValueError(
-            f"{folder}: {len(without)} of {len(images)} images have no caption: {listing(without)}. Put a .txt"
-            f" beside each or a line into {_METADATA}, or allow them (--allow-missing-captions): they are then"
-            " trained with the empty caption"
+            f"{folder}: {len(without)} of {len(images)} images have no caption: {listing(without)}. Put a"
+            f" .txt beside each or a line into {_METADATA}, or allow them (--allow-missing-captions): they are"
+            " then trained with the empty caption"
         )
     return images
 
@@ -85,7 +87,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_pixels(path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    """An image, resized with Lanczos to cover (H, W) and cut to it about its centre.
+    """An image, cut about its centre to the shape of (H, W) and resized to it with Lanczos.
 
     Returns:
         (channels, H, W) float32 in [-1, 1].
@@ -95,17 +97,22 @@ def read_pixels(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     """
     image = read_image(path)
     height, width = size
-    scale = max(height / image.height, width / image.width)
-    covering = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    pixels = as_tensor(image, height=covering[0], width=covering[1], channels=channels, multiple=1)[0]
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return pixels[:, top : top + height, left : left + width].contiguous()
+    top, left = cut_away((image.height, image.width), size)
+    part = image.crop((left, top, image.width - left, image.height - top))
+    return as_tensor(part, height=height, width=width, channels=channels, multiple=1)[0]
+
+
+def cut_away(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Rows above and columns to the left that an image of size `own` loses to get the shape of `size`."""
+    scale = min(own[0] / size[0], own[1] / size[1])
+    kept = [max(1, round(side * scale)) for side in size]
+    return (own[0] - kept[0]) // 2, (own[1] - kept[1]) // 2
 
 
 def fingerprint(images: Sequence[CaptionedImage]) -> str:
     """What tells these images and captions from others, by name."""
     text = json.dumps([(image.name, image.caption) for image in images])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def listing(names: Sequence[str]) -> str:

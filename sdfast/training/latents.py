@@ -2,8 +2,9 @@
 
     cache/3f/3fa0….safetensors   {"moments": (2C, h, w) fp32}, mean and log-variance of q_φ(z|x)
 
-A file is named after all that decides its content: image (path, size, time of change), bucket and VAE. Images
-are encoded one by one, so that no bit depends on which others were, nor on how many processes shared the work.
+A file is named after all that decides its content: image (path, size, time of change), bucket and VAE.
+Images are encoded one by one, so that no bit depends on which others were, nor on how many processes shared
+the work.
 """
 
 from __future__ import annotations

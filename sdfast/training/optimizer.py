@@ -1,4 +1,4 @@
-"""What a training step does with gradients: the learning rate of each step, AdamW, the average of the weights."""
+"""What a training step does with gradients: its learning rate, AdamW, the average of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that training leaves: a pipeline that appears whole or not at all. Importing this imports no torch."""
+"""The folder that training leaves: a pipeline, whole or not at all. Importing this imports no torch."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _save(run: RunFolder, step: int, state: Mapping[str, Any], last: bool) -> None:
-    """Write a checkpoint. Where that fails, training goes on and tries again later, unless this was the last."""
+    """Write a checkpoint. Where the disk refuses it, training goes on and tries again, but not at the end."""
     try:
         run.save(step, state)
     except OSError as error:
