@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -99,10 +100,12 @@ def processes(device: str) -> Iterator[Processes]:
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=_PATIENCE)
-    try:
+    with warnings.catch_warnings():
+        # Of 1x1 convolutions, whose strides mean the same either way.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         yield Processes(rank, world, where)
-    finally:
-        dist.destroy_process_group()
+    # Not after an error, whose traceback holds models that wait for the others when they go after their group.
+    dist.destroy_process_group()
 
 
 class Parallel:
@@ -217,6 +220,8 @@ def _shard(module: nn.Module, processes: Processes, dtype: torch.dtype | None) -
 
     mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    for parameter in module.parameters():  # it cannot cut channels_last ones
+        parameter.data = parameter.data.contiguous()
     for block in module.modules():
         if isinstance(block, (ResnetBlock2D, BasicTransformerBlock)):
             fully_shard(block, mesh=mesh, mp_policy=policy)

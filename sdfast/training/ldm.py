@@ -162,55 +162,71 @@ def train_ldm(
     check_output(output)
     cache = Path(cache_dir) if cache_dir is not None else run_dir / "cache"
     with processes(running.device) as group:
-        _check_shares(training, running, group)
-        listed = find_images(data, cache, options, group, progress=running.progress)
-        parts = load_parts(
-            model, prediction=training.prediction, device=group.device,
-            anew=(training.phase, seed) if training.from_scratch else None,
-        )  # fmt: skip
-        choose_trained(parts, training.phase)
-        shapes = image_shapes(
-            parts["unet"], parts["vae"], training.resolution, aspect_buckets=training.aspect_buckets
-        )
-        run = _run_folder(run_dir / training.phase, training, listed, parts, group, seed)
-        if running.resume:
-            run.refuse_other_settings()
-        images = TrainingImages(listed, shapes)
-        work = _Work(images, parts, training, running, cache, group, seed)
-        train_steps(
-            work.module,
-            work.losses,
-            training.schedule,
-            run=run,
-            processes=group,
-            title=training.phase,
-            resume=running.resume,
-            checkpoint_seconds=running.checkpoint_seconds,
-            checkpoint_steps=running.checkpoint_steps,
-            progress=running.progress and group.is_main,
-            on_step=_watcher(work, run.folder, running, training, seed) if group.is_main else None,
-        )
-        # Every process has its share of the weights, and of what could not be read.
-        module = whole(work.module, parallel=running.parallel, is_main=group.is_main)
-        skipped = {name: why for part in group.gather(images.skipped) for name, why in part.items()}
+        # What holds a process group has to be gone before it is.
+        return _train(data, output, model, run_dir, training, running, options, cache, seed, group)
 
-        def write() -> None:
-            if training.phase == "vae" and training.from_scratch:
-                _measure(module, work)
-            record = {
-                "steps": training.schedule.steps,
-                "images": len(listed) - len(skipped),
-                "skipped": sorted(skipped),
-                "processes": group.world,
-                "seconds": round(seconds_of(run.folder), 1),
-                "settings": run.settings,
-                "torch": torch.__version__,
-                "sdfast": __version__,
-            }
-            write_pipeline(output, components_of(parts, {training.phase: module}), record)
 
-        group.main_first(write)
-        return Trained(output, len(listed) - len(skipped), skipped, group.is_main)
+def _train(
+    data: str | Path,
+    output: Path,
+    model: str | Path,
+    run_dir: Path,
+    training: LDMTraining,
+    running: Running,
+    options: DataOptions,
+    cache: Path,
+    seed: int,
+    group: Processes,
+) -> Trained:
+    _check_shares(training, running, group)
+    listed = find_images(data, cache, options, group, progress=running.progress)
+    parts = load_parts(
+        model, prediction=training.prediction, device=group.device,
+        anew=(training.phase, seed) if training.from_scratch else None,
+    )  # fmt: skip
+    choose_trained(parts, training.phase)
+    shapes = image_shapes(
+        parts["unet"], parts["vae"], training.resolution, aspect_buckets=training.aspect_buckets
+    )
+    run = _run_folder(run_dir / training.phase, training, listed, parts, group, seed)
+    if running.resume:
+        run.refuse_other_settings()
+    images = TrainingImages(listed, shapes)
+    work = _Work(images, parts, training, running, cache, group, seed)
+    train_steps(
+        work.module,
+        work.losses,
+        training.schedule,
+        run=run,
+        processes=group,
+        title=training.phase,
+        resume=running.resume,
+        checkpoint_seconds=running.checkpoint_seconds,
+        checkpoint_steps=running.checkpoint_steps,
+        progress=running.progress and group.is_main,
+        on_step=_watcher(work, run.folder, running, training, seed) if group.is_main else None,
+    )
+    # Every process has its share of the weights, and of what could not be read.
+    module = whole(work.module, parallel=running.parallel, is_main=group.is_main)
+    skipped = {name: why for part in group.gather(images.skipped) for name, why in part.items()}
+
+    def write() -> None:
+        if training.phase == "vae" and training.from_scratch:
+            _measure(module, work)
+        record = {
+            "steps": training.schedule.steps,
+            "images": len(listed) - len(skipped),
+            "skipped": sorted(skipped),
+            "processes": group.world,
+            "seconds": round(seconds_of(run.folder), 1),
+            "settings": run.settings,
+            "torch": torch.__version__,
+            "sdfast": __version__,
+        }
+        write_pipeline(output, components_of(parts, {training.phase: module}), record)
+
+    group.main_first(write)
+    return Trained(output, len(listed) - len(skipped), skipped, group.is_main)
 
 
 class _Work:

@@ -1,0 +1,165 @@
+"""Training over two gloo processes: the gradient of one process, checkpoints for any number, a worker that dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import PACKAGE, TESTS, run_python
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+import tiny_pipelines  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+]
+
+# Each number of processes takes the gradient of one step, by DDP and by FSDP2, in micro-batches, then a step,
+# and reads what the number before it has saved.
+WORKER = """
+    import datetime, sys, tempfile
+    from pathlib import Path
+    import torch, torch.distributed as dist, torch.multiprocessing as mp
+    from sdfast.testing import relative_error
+    from sdfast.training.buckets import Batches
+    from sdfast.training.checkpoints import ShardedRunFolder
+    from sdfast.training.distributed import ALONE, Parallel, Processes, full_state
+    from sdfast.training.ldm_losses import SharedLoss
+    from sdfast.training.ldm_parts import choose_trained, load_parts
+    from sdfast.training.trainer import Schedule, train_steps
+
+    MODEL, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+
+    def learner(kind, group, recompute=False):
+        parts = load_parts(MODEL, prediction=None, device=torch.device("cpu"))
+        choose_trained(parts, "unet")
+        unet = parts["unet"].train()
+        model = Parallel(unet, kind, "fp32", group, recompute=recompute)
+
+        def mean_loss(draws):
+            x = torch.cat([torch.full((1, 4, 8, 8), row / 6) for row, _ in draws])
+            noise = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for _, g in draws])
+            text = torch.cat([torch.randn(1, 5, 32, generator=g) for _, g in draws])
+            return (model(x + noise, torch.full((len(x),), 500), text) - noise).square().mean()
+
+        return unet, SharedLoss(model, Batches([0] * 7, 4, 0), 4, 1, mean_loss, group, 0)
+
+    def gradient(kind, group, recompute=False):
+        unet, losses = learner(kind, group, recompute)
+        for value in losses(0):
+            value.backward()
+        found = {name: p.grad for name, p in unet.named_parameters()}
+        return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
+
+    def trained(kind, group, folder, steps):
+        unet, losses = learner(kind, group)
+        run = ShardedRunFolder(folder, {}, group)
+        schedule = Schedule(8, 1e-4, warmup_steps=0, decay="constant", ema_decay=0.5)
+        try:
+            train_steps(unet, lambda step: losses(step) if step < steps else 1 / 0, schedule, run=run,
+                        processes=group, checkpoint_steps=4, progress=False)
+        except ZeroDivisionError:
+            pass
+        return {name: tensor.clone() for name, tensor in full_state(unet).items()}
+
+    def work(rank, world, store):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(seconds=120))
+        group = Processes(rank, world)
+        expected = gradient(None, ALONE)
+        for kind, recompute in (("ddp", False), ("fsdp", False), ("fsdp", True)):
+            found = gradient(kind, group, recompute)
+            assert found.keys() == expected.keys()
+            for name in expected:
+                error = relative_error(found[name], expected[name])
+                assert error < 1e-4, (kind, recompute, name, error)
+        # Saved by two processes at step 4, continued by two, and later by one.
+        trained("fsdp", group, FOLDER / "run", 4)
+        dist.barrier()
+        if rank == 0:
+            import shutil
+            shutil.copytree(FOLDER / "run", FOLDER / "alone")
+            shutil.copytree(FOLDER / "run", FOLDER / "ddp")
+        dist.barrier()
+        full = trained("fsdp", group, FOLDER / "run", 8)
+        copies = trained("ddp", group, FOLDER / "ddp", 8)
+        if rank == 0:
+            torch.save([full, copies], FOLDER / "two.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    if __name__ == "__main__":
+        mp.start_processes(work, (2, str(FOLDER / "store")), nprocs=2, start_method="fork")
+        torch.set_num_threads(1)
+        two, alone = torch.load(FOLDER / "two.pt"), trained(None, ALONE, FOLDER / "alone", 8)
+        start = load_parts(MODEL, prediction=None, device=torch.device("cpu"))["unet"].state_dict()
+        moved = max(float((alone[n] - start[n]).abs().max()) for n in alone)
+        for other in two:
+            for name in alone:  # eight steps of AdamW; where a gradient is 0 but for rounding, its sign decides
+                difference = (other[name] - alone[name]).abs()
+                assert difference.mean() < 0.02 * moved, (name, difference.mean(), moved)
+        print("equal")
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_pipelines.sd_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_two_processes_equal_one_and_checkpoints_load_into_another_number(model, tmp_path):
+    source = WORKER.replace("sys.argv[1]", repr(str(model))).replace("sys.argv[2]", repr(str(tmp_path)))
+    assert "equal" in run_python(source)
+
+
+# A process that dies after the first checkpoint, in the first life of the job.
+DIES = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from sdfast.cli import main
+from sdfast.training.ldm_losses import SharedLoss
+step = SharedLoss.__call__
+def dying(self, number):
+    if number == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number)
+if sys.argv[1] == "dies":
+    SharedLoss.__call__ = dying
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_torchrun_goes_on_after_a_worker_was_killed(model, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(5):
+        tiny_pipelines.picture(16 + i, 16).save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(f"seven {i}")
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+
+    def run(name: str, how: str) -> dict[str, torch.Tensor]:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+            "--master-port", "0", script, how, "train", "ldm", "--data", photos, "--model", model, "-o",
+            tmp_path / name, "--steps", "5", "--batch-size", "4", "--checkpoint-steps", "2", "--parallel", "ddp",
+            "--lr", "1e-3", "--cache-dir", tmp_path / "cache",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, cwd=TESTS, timeout=300,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("trained on 5 images") == 1
+        return load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+
+    reference, restarted = run("a", "lives"), run("b", "dies")
+    assert all(torch.equal(reference[name], restarted[name]) for name in reference)
