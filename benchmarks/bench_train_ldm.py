@@ -2,7 +2,8 @@
 
 The shipped digits model, sixteen digits with their captions, one step of `sdfast train ldm` (Algorithm 1,
 min-SNR weights): in one process; over two gloo processes by DDP and by FSDP2; in micro-batches; with
-activations computed again; and in bf16. Each row has the relative error ‖g - g₁‖ / ‖g₁‖ of the whole gradient.
+activations computed again; and in bf16. Each row has the relative error ‖g - g₁‖ / ‖g₁‖ of the whole
+gradient.
 
     python benchmarks/bench_train_ldm.py [--no-record]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from sdfast.training.ldm_parts import choose_trained, load_parts, texts_of
 
 BATCH = 16
 # What is compared with one process at once in fp32, and how far it may be off.
-ROUNDING, HALF = 1e-5, 0.05
+ROUNDING, HALF = 1e-5, 0.1
 ROWS: list[tuple[str, dict[str, Any], float]] = [
     ("micro-batches of 4", {"micro_batch": 4}, ROUNDING),
     ("activations computed again", {"recompute": True}, 0.0),
@@ -78,6 +80,7 @@ def gradient(
 def worker(rank: int, store: str, output: str) -> None:
     """One of two processes: the rows that need two, written by the first."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of strides and views, see sdfast.training.distributed
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found = {name: gradient(Processes(rank, 2), **how) for name, how, _ in ROWS if "kind" in how}
     if rank == 0:

@@ -148,8 +148,8 @@ def test_torchrun_goes_on_after_a_worker_was_killed(model, tmp_path):
 
     def run(name: str, how: str) -> dict[str, torch.Tensor]:
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-            "--master-port", "0", script, how, "train", "ldm", "--data", photos, "--model", model, "-o",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "--max-restarts", "1", script, how, "train", "ldm", "--data", photos, "--model", model, "-o",
             tmp_path / name, "--steps", "5", "--batch-size", "4", "--checkpoint-steps", "2", "--parallel", "ddp",
             "--lr", "1e-3", "--cache-dir", tmp_path / "cache",
         ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Checkpoints of a run of several processes: safetensors, read by any number of processes.
 
-    checkpoint-00000100/  shard-00001-….safetensors, one of each process, and state.json, which is written last
+    checkpoint-00000100/  shard-00001-….safetensors, one of each process, and state.json, written last
 
 torch.distributed.checkpoint writes and reads the tensors, each process what it has, so that a model that
 is sharded over four loads into two, or into one. The folder is written under another name, forced to the

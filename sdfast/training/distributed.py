@@ -101,10 +101,11 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(where)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=_PATIENCE)
     with warnings.catch_warnings():
-        # Of 1x1 convolutions, whose strides mean the same either way.
+        # Of 1x1 convolutions, whose strides mean the same either way; of views, which nothing here writes to.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         yield Processes(rank, world, where)
-    # Not after an error, whose traceback holds models that wait for the others when they go after their group.
+    # Not after an error: its traceback holds a model that would wait forever if it went after its group.
     dist.destroy_process_group()
 
 

@@ -65,8 +65,8 @@ def read_folder(folder: str | Path, *, allow_missing_captions: bool = False) -> 
     if without and not allow_missing_captions:
         raise ValueError(
             f"{folder}: {len(without)} of {len(images)} images have no caption: {listing(without)}. Put a"
-            f" .txt beside each or a line into {_METADATA}, or allow them (--allow-missing-captions): they are"
-            " then trained with the empty caption"
+            f" .txt beside each or a line into {_METADATA}, or allow them (--allow-missing-captions): they"
+            " are then trained with the empty caption"
         )
     return images
 
