@@ -284,9 +284,13 @@ def test_sdxl_trains(tmp_path, photos):
     schedule = Schedule(steps=2, learning_rate=1e-3, decay="constant")
     trained = train_ldm(
         photos, tmp_path / "out", model=xl, run_dir=tmp_path / "run", running=QUIET,
-        training=LDMTraining(schedule=schedule, batch_size=2, caption_dropout=0.5, aspect_buckets=True),
+        training=LDMTraining(
+            schedule=schedule, batch_size=2, caption_dropout=0.5, aspect_buckets=True, min_snr_gamma=5.0,
+            prediction="v_prediction",
+        ),
     )  # fmt: skip
-    assert StableDiffusion.from_pretrained(trained.output).is_xl
+    pipe = StableDiffusion.from_pretrained(trained.output)
+    assert pipe.is_xl and pipe.scheduler_config["prediction_type"] == "v_prediction"
 
 
 def test_command_line_refuses_bad_arguments(capsys, photos, model, tmp_path):

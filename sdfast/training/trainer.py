@@ -186,7 +186,7 @@ def train_steps(
                 on_step(Step(step, value, schedule.rate(step - 1), averaged))
             last = bool(stops) or step == schedule.steps
             if last or dues or (checkpoint_steps is not None and step % checkpoint_steps == 0):
-                _save(run, step, state(), last)
+                _save(run, step, state(), last=last, tell=processes.is_main)
                 saved_at = time.monotonic()
             if stops:
                 raise TrainingInterrupted(
@@ -226,7 +226,7 @@ def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def _save(run: RunFolder, step: int, state: Mapping[str, Any], last: bool) -> None:
+def _save(run: RunFolder, step: int, state: Mapping[str, Any], *, last: bool, tell: bool) -> None:
     """Write a checkpoint. Where the disk refuses it, training goes on and tries again, but not at the end."""
     try:
         run.save(step, state)
@@ -237,7 +237,8 @@ def _save(run: RunFolder, step: int, state: Mapping[str, Any], last: bool) -> No
         )
         if last:
             raise OSError(f"{text}, and run the same command again to go on from there") from error
-        warnings.warn(f"{text}; training goes on and tries again")
+        if tell:
+            warnings.warn(f"{text}; training goes on and tries again")
 
 
 def _bar(title: str, steps: int, done: int, progress: bool) -> tqdm:
