@@ -63,10 +63,10 @@ WORKER = """
     def trained(kind, group, folder, steps):
         unet, losses = learner(kind, group)
         run = ShardedRunFolder(folder, {}, group)
-        schedule = Schedule(8, 1e-4, warmup_steps=0, decay="constant", ema_decay=0.5)
+        schedule = Schedule(4, 1e-4, warmup_steps=0, decay="constant", ema_decay=0.5)
         try:
             train_steps(unet, lambda step: losses(step) if step < steps else 1 / 0, schedule, run=run,
-                        processes=group, checkpoint_steps=4, progress=False)
+                        processes=group, checkpoint_steps=2, progress=False)
         except ZeroDivisionError:
             pass
         return {name: tensor.clone() for name, tensor in full_state(unet).items()}
@@ -77,37 +77,34 @@ WORKER = """
                                 timeout=datetime.timedelta(seconds=120))
         group = Processes(rank, world)
         expected = gradient(None, ALONE)
-        for kind, recompute in (("ddp", False), ("fsdp", False), ("fsdp", True)):
+        for kind, recompute in (("ddp", False), ("fsdp", True)):
             found = gradient(kind, group, recompute)
             assert found.keys() == expected.keys()
             for name in expected:
                 error = relative_error(found[name], expected[name])
                 assert error < 1e-4, (kind, recompute, name, error)
-        # Saved by two processes at step 4, continued by two, and later by one.
-        trained("fsdp", group, FOLDER / "run", 4)
+        # Saved by two processes at step 2, continued by two, and later by one.
+        trained("fsdp", group, FOLDER / "run", 2)
         dist.barrier()
         if rank == 0:
             import shutil
             shutil.copytree(FOLDER / "run", FOLDER / "alone")
-            shutil.copytree(FOLDER / "run", FOLDER / "ddp")
         dist.barrier()
-        full = trained("fsdp", group, FOLDER / "run", 8)
-        copies = trained("ddp", group, FOLDER / "ddp", 8)
+        full = trained("fsdp", group, FOLDER / "run", 4)
         if rank == 0:
-            torch.save([full, copies], FOLDER / "two.pt")
+            torch.save(full, FOLDER / "two.pt")
         dist.barrier()
         dist.destroy_process_group()
 
     if __name__ == "__main__":
         mp.start_processes(work, (2, str(FOLDER / "store")), nprocs=2, start_method="fork")
         torch.set_num_threads(1)
-        two, alone = torch.load(FOLDER / "two.pt"), trained(None, ALONE, FOLDER / "alone", 8)
+        two, alone = torch.load(FOLDER / "two.pt"), trained(None, ALONE, FOLDER / "alone", 4)
         start = load_parts(MODEL, prediction=None, device=torch.device("cpu"))["unet"].state_dict()
         moved = max(float((alone[n] - start[n]).abs().max()) for n in alone)
-        for other in two:
-            for name in alone:  # eight steps of AdamW; where a gradient is 0 but for rounding, its sign decides
-                difference = (other[name] - alone[name]).abs()
-                assert difference.mean() < 0.02 * moved, (name, difference.mean(), moved)
+        for name in alone:  # AdamW: where a gradient is 0 but for rounding, its sign decides
+            difference = (two[name] - alone[name]).abs()
+            assert difference.mean() < 0.02 * moved, (name, difference.mean(), moved)
         print("equal")
 """
 

@@ -95,11 +95,17 @@ def processes(device: str) -> Iterator[Processes]:
     if world == 1:
         yield Processes(device=torch.device(device))
         return
-    rank, where = int(os.environ["RANK"]), torch.device(device)
+    where = torch.device(device)
     if where.type == "cuda":
         where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=_PATIENCE)
+    store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # The store outlives a restart, and with it the addresses of processes that are dead. (Machines count
+        # restarts each for itself; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun renew it.)
+        store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     with warnings.catch_warnings():
         # Of 1x1 convolutions, whose strides mean the same either way; of views, which nothing here writes to.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
