@@ -114,6 +114,7 @@ def model(tmp_path_factory) -> Path:
     return tiny_pipelines.sd_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_checkpoints_load_into_another_number(model, tmp_path):
     source = WORKER.replace("sys.argv[1]", repr(str(model))).replace("sys.argv[2]", repr(str(tmp_path)))
     assert "equal" in run_python(source)
@@ -138,6 +139,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_a_worker_was_killed(model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
