@@ -25,6 +25,7 @@ from sdfast.command_line import check_writable, one_line
 from sdfast.generate_command import add_parser as add_generate
 from sdfast.inpaint_command import add_parsers as add_inpaint_and_outpaint
 from sdfast.request import check_count
+from sdfast.training.command import add_parser as add_ldm
 from sdfast.training.vae_command import add_parser as add_vae
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -96,6 +97,7 @@ def _add_train(commands: Any) -> None:
     add("--restart", action="store_true", help="forget the checkpoints in --run-dir and start anew")
     parser.set_defaults(run=_train_digits)
     add_vae(models)
+    add_ldm(models)
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -134,7 +134,10 @@ ALLOWED = {
         *LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.inpainting", "sdfast.masks",
         "sdfast.outpainting", "sdfast.pipeline_base", "sdfast.sources",
     ),
-    "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training"),
+    "sdfast.training": (
+        *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training",
+        "sdfast.conditioning", "sdfast.loading", "sdfast.pipelines",
+    ),
     "sdfast.bound": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
         "sdfast.training.captions",

@@ -13,6 +13,7 @@ from sdfast.diffusion.gaussian import (
 )
 from sdfast.diffusion.losses import (
     VaeLoss,
+    min_snr_weight,
     prior_term,
     reconstruction_term,
     simple_loss,
@@ -54,6 +55,7 @@ __all__ = [
     "log_density_full",
     "log_likelihood",
     "log_weights",
+    "min_snr_weight",
     "plan_from_config",
     "prior_term",
     "reconstruction_term",

@@ -18,19 +18,45 @@ from sdfast.diffusion.schedule import NoiseSchedule
 from sdfast.ops._checks import check_tensor
 
 
-def simple_loss(model_output: Tensor, target: Tensor) -> Tensor:
+def simple_loss(model_output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """‖target - model_output‖² of Algorithm 1, as the mean over all elements.
 
     Args:
         model_output: (N, ...), floating.
         target: the same shape; ε, v or x_0, the second result of `NoiseSchedule.training_pair`.
+        weight: of each sample, (N,), such as `min_snr_weight`; None weighs all 1.
 
     Returns:
         scalar, fp32 or fp64.
     """
     check_tensor("model_output", model_output)
     check_tensor("target", target, shape=tuple(model_output.shape))
-    return F.mse_loss(widen(model_output), widen(target))
+    if weight is None:
+        return F.mse_loss(widen(model_output), widen(target))
+    error = (widen(model_output) - widen(target)) ** 2
+    return (error.flatten(1).mean(dim=1) * weight.to(error)).mean()
+
+
+def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weights of `simple_loss` that amount to min(SNR, γ) on x_0's error (Hang et al. 2023, §3.4).
+
+        "epsilon": min(SNR, γ) / SNR;  "v_prediction": min(SNR, γ) / (SNR + 1);  "sample": min(SNR, γ)
+
+    Args:
+        schedule: gives the SNR, and what the model predicts.
+        t: index of each sample, (N,), integers.
+        gamma: γ > 0; the paper takes 5.
+
+    Returns:
+        (N,), float64. For "epsilon" 1 where the SNR is 0.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma: got {gamma}, expected a number > 0")
+    snr = schedule.snr(t)
+    if schedule.prediction == "epsilon":
+        return (gamma / snr).clamp(max=1.0)
+    clipped = snr.clamp(max=gamma)
+    return clipped / (snr + 1) if schedule.prediction == "v_prediction" else clipped
 
 
 def weighted_loss(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,16 +20,15 @@ import torch
 from sdfast import __version__
 from sdfast.diffusion import NoiseSchedule
 from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
-from sdfast.models.checkpoint import save_components
 from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training.captions import caption_ids, write_tokenizer
 from sdfast.training.data import IMAGE_SIZE, load_digits, training_set
-from sdfast.training.ddpm import CaptionedLatents, DDPMTraining, TextConditionedUNet, train_ddpm
+from sdfast.training.ddpm import CaptionedLatents, DDPMTraining, train_ddpm
+from sdfast.training.output import check_output, write_pipeline
 from sdfast.training.run_folder import seconds_spent
 from sdfast.training.trainer import Schedule
 from sdfast.training.vae import VAETraining, encode, train_vae
 
-RECORD = "training.json"
 VAE_STEPS = 1000
 UNET_STEPS = 4500
 _COPIES = 7  # augmented versions of each training picture
@@ -110,7 +108,7 @@ def train_digits(
         TrainingInterrupted: Ctrl-C; the text says how to go on.
     """
     output, run_dir = Path(output), Path(run_dir)
-    _check_output(output)
+    check_output(output)
     if not resume:  # both phases at once: the second belongs to the first that led to it
         shutil.rmtree(run_dir / "unet", ignore_errors=True)
     common: dict[str, Any] = {
@@ -165,7 +163,19 @@ def train_digits(
             "torch": torch.__version__,
             "sdfast": __version__,
         }
-        _write(output, vae, model, Path(scratch), record)
+        components = {
+            "_class_name": "StableDiffusionPipeline",
+            "vae": vae,
+            "text_encoder": model.text_encoder,
+            "tokenizer": Path(scratch),
+            "unet": model.unet,
+            "scheduler": SCHEDULER_CONFIG,
+            "safety_checker": None,
+            "feature_extractor": None,
+            "image_encoder": None,
+            "requires_safety_checker": False,
+        }
+        write_pipeline(output, components, record)
     return output
 
 
@@ -191,46 +201,6 @@ def text_config(vocabulary: int) -> CLIPTextConfig:
 def _with_steps(training: Any, steps: int) -> Any:
     schedule: Schedule = training.schedule
     return dataclasses.replace(training, schedule=dataclasses.replace(schedule, steps=steps))
-
-
-def _check_output(output: Path) -> None:
-    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not empty and not (output / RECORD).is_file():
-        raise FileExistsError(f"{output}: exists and was not written by this command; choose another output")
-
-
-def _write(
-    output: Path, vae: torch.nn.Module, model: TextConditionedUNet, tokenizer: Path, record: Any
-) -> None:
-    """Write beside `output`, then rename: nobody sees half a pipeline."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
-        fresh, old = Path(beside) / "new", Path(beside) / "old"
-        save_components(
-            fresh,
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "vae": vae,
-                "text_encoder": model.text_encoder,
-                "tokenizer": tokenizer,
-                "unet": model.unet,
-                "scheduler": SCHEDULER_CONFIG,
-                "safety_checker": None,
-                "feature_extractor": None,
-                "image_encoder": None,
-                "requires_safety_checker": False,
-            },
-        )
-        # How it came about, for whoever asks; pipelines do not read it.
-        (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        if output.exists():
-            output.rename(old)
-        try:
-            fresh.rename(output)
-        except BaseException:  # Ctrl-C too: the folder that was there must not go with the temporary one
-            if old.exists():
-                old.rename(output)
-            raise
 
 
 @contextlib.contextmanager

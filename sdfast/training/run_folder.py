@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_KEPT = 2
+KEPT = 2
 
 
 class RunFolder:
@@ -48,23 +48,30 @@ class RunFolder:
         payload = buffer.getbuffer()
         path = self.folder / f"checkpoint-{step:08d}.pt"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.write(hashlib.sha256(payload).digest())
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(self.folder)
+        try:
+            with temporary.open("wb") as file:
+                file.write(hashlib.sha256(payload).digest())
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:  # on a full disk, what was written of it is in the way
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(self.folder)
         # A newer one can only be damaged: the run had to go back behind it.
-        kept = [known for known in self._newest_first() if known <= path][:_KEPT]
+        kept = [known for known in self._newest_first() if known <= path][:KEPT]
         for old in set(self._newest_first()) - set(kept):
             old.unlink()
         for left_by_a_kill in self.folder.glob("checkpoint-*.tmp"):
             left_by_a_kill.unlink(missing_ok=True)
         return path
 
-    def latest(self) -> dict[str, Any] | None:
+    def latest(self, into: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The newest whole checkpoint, None where there is none; a damaged one is passed over with a warning.
+
+        Args:
+            into: the state as it is now, which kinds of checkpoints that are read in place are read into.
 
         Raises:
             ValueError: it was written under other settings; the text names them.
@@ -133,7 +140,7 @@ def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power failure; not every system lets a folder be opened."""
     try:
         handle = os.open(folder, os.O_RDONLY)

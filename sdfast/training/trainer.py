@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdfast.training.distributed import ALONE, Processes
+from sdfast.training.optimizer import EMA, Schedule, adamw, trained_state
 from sdfast.training.run_folder import RunFolder
+
+__all__ = ["EMA", "Schedule", "Step", "TrainingInterrupted", "step_generator", "train", "train_steps"]
 
 # Draws whatever the step needs from the generator it is given, and nothing from the global one.
 Loss = Callable[[torch.Generator], Tensor]
+StepLoss = Callable[[int], Tensor | Iterable[Tensor]]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -36,69 +42,20 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train.
+class Step:
+    """A step that was just taken, for whoever watches.
 
     Attributes:
-        steps: optimizer steps of the whole run.
-        learning_rate: the highest; it rises over `warmup_steps`, then falls to 0 along a cosine.
-        weight_decay: AdamW's, on matrices and convolutions only.
-        max_grad_norm: gradients are scaled down to this norm.
-        ema_decay: of the averaged weights; 0 keeps no average.
+        number: how many are done.
+        loss: of this one, over all processes.
+        learning_rate: that it was taken with.
+        averaged: () -> a context in which the module has its averaged weights, if there is an average.
     """
 
-    steps: int
+    number: int
+    loss: float
     learning_rate: float
-    warmup_steps: int = 100
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: got {self.ema_decay}, expected a number in [0, 1)")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0 … steps-1."""
-        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return self.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-
-class EMA:
-    """Exponential moving average of parameters, θ' <- d θ' + (1-d) θ.
-
-    d = min(decay, (1+n) / (10+n)) after n updates, so that the first, bad parameters are soon forgotten.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
-
-    def update(self, module: nn.Module) -> None:
-        """Take the parameters of `module` into the average."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Give `module` the averaged parameters."""
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.average[name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"updates": self.updates, "average": self.average}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """From the checkpoint."""
-        self.updates = state["updates"]
-        for name, tensor in self.average.items():
-            tensor.copy_(state["average"][name])
+    averaged: Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def train(
@@ -139,44 +96,99 @@ def train(
         FloatingPointError: the loss is no longer finite.
     """
     run = RunFolder(folder, {**settings, "schedule": dataclasses.asdict(schedule), "seed": seed})
+    return train_steps(
+        module,
+        lambda step: loss(step_generator(seed, step)),
+        schedule,
+        run=run,
+        title=title,
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        progress=progress,
+    )
+
+
+def train_steps(
+    module: nn.Module,
+    losses: StepLoss,
+    schedule: Schedule,
+    *,
+    run: RunFolder,
+    processes: Processes = ALONE,
+    title: str = "training",
+    resume: bool = True,
+    checkpoint_seconds: float = 30.0,
+    checkpoint_steps: int | None = None,
+    progress: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+) -> nn.Module:
+    """`train`, with what several processes, accumulated gradients and onlookers need.
+
+    Args:
+        module: what is trained, in place: its parameters that ask for gradients.
+        losses: number of the step -> its loss on this process, or micro-batches' losses that sum to it, each
+            of which is differentiated before the next one is asked for.
+        run: where checkpoints go.
+        processes: who takes part; gradients are averaged by whatever `losses` calls.
+        on_step: called after every step, on every process.
+
+    Raises:
+        ValueError, TrainingInterrupted, FloatingPointError: as `train`.
+        OSError: the last checkpoint could not be written.
+    """
     if not resume:
-        run.clear()
+        processes.main_first(run.clear)
     module.train()
-    optimizer = _optimizer(module, schedule)
+    optimizer = adamw(module, schedule)
     ema = EMA(module, schedule.ema_decay) if schedule.ema_decay else None
     step, seconds_before, began = 0, 0.0, time.monotonic()
-    checkpoint = run.latest()
+
+    def state() -> dict[str, Any]:
+        parts: dict[str, Any] = {"module": trained_state(module), "optimizer": optimizer.state_dict()}
+        if ema is not None:
+            parts["ema"] = ema.state_dict()
+        return parts | {"seconds": seconds_before + time.monotonic() - began}
+
+    checkpoint = run.latest(into=state())
     if checkpoint is not None:
         step, seconds_before = checkpoint["step"], checkpoint["seconds"]
-        module.load_state_dict(checkpoint["module"])
+        _load(module, checkpoint["module"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema is not None:
             ema.load_state_dict(checkpoint["ema"])
 
-    def save() -> None:
-        state: dict[str, Any] = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-        state["seconds"] = seconds_before + time.monotonic() - began
-        if ema is not None:
-            state["ema"] = ema.state_dict()
-        run.save(step, state)
+    def averaged() -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if ema is None else ema.applied(module)
 
     saved_at = time.monotonic()
     shown: float | None = None
     with _interrupts_deferred() as interrupted, _bar(title, schedule.steps, step, progress) as bar:
         while step < schedule.steps:
-            value = _step(module, loss, optimizer, schedule, seed, step)
-            shown = value if shown is None else shown + (value - shown) / 50  # the loss of one step is noisy
-            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+            _set_rate(optimizer, schedule.rate(step))
+            optimizer.zero_grad(set_to_none=True)
+            local = _differentiate(losses(step))
+            # One message for all that the processes have to agree on.
+            due = time.monotonic() - saved_at >= checkpoint_seconds
+            total, stops, dues = processes.sum(local, interrupted(), due)
+            value = total / processes.world
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {step}; try a lower learning rate")
+            nn.utils.clip_grad_norm_(module.parameters(), schedule.max_grad_norm)
+            optimizer.step()
             if ema is not None:
                 ema.update(module)
             step += 1
+            shown = value if shown is None else shown + (value - shown) / 50  # the loss of one step is noisy
+            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
             bar.update()
-            due = time.monotonic() - saved_at >= checkpoint_seconds
-            due |= checkpoint_steps is not None and step % checkpoint_steps == 0
-            if due or interrupted() or step == schedule.steps:
-                save()
+            if on_step is not None:
+                on_step(Step(step, value, schedule.rate(step - 1), averaged))
+            last = bool(stops) or step == schedule.steps
+            if last or dues or (checkpoint_steps is not None and step % checkpoint_steps == 0):
+                _save(run, step, state(), last=last, tell=processes.is_main)
                 saved_at = time.monotonic()
-            if interrupted():
+            if stops:
                 raise TrainingInterrupted(
                     f"{title} stopped at step {step} of {schedule.steps}; nothing is lost. Run the same"
                     f" command again to go on (checkpoints are in {run.folder})."
@@ -192,29 +204,41 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
-def _step(
-    module: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, schedule: Schedule, seed: int, step: int
-) -> float:
+def _differentiate(losses: Tensor | Iterable[Tensor]) -> float:
+    """Accumulate the gradients of one loss or of several; returns their sum."""
+    total = 0.0
+    for value in [losses] if isinstance(losses, Tensor) else losses:
+        value.backward()
+        total += float(value.detach())
+    return total
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = schedule.rate(step)
-    optimizer.zero_grad(set_to_none=True)
-    value = loss(step_generator(seed, step))
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise FloatingPointError(f"the loss is {number} at step {step}; try a lower learning rate")
-    value.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), schedule.max_grad_norm)
-    optimizer.step()
-    return number
+        group["lr"] = rate
 
 
-def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.99))
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """What was trained; frozen parameters are in no checkpoint."""
+    expected = trained_state(module).keys()
+    if expected != state.keys():
+        raise ValueError(f"checkpoint: has other tensors than this model: {sorted(expected ^ state.keys())}")
+    module.load_state_dict(state, strict=False)
+
+
+def _save(run: RunFolder, step: int, state: Mapping[str, Any], *, last: bool, tell: bool) -> None:
+    """Write a checkpoint. Where the disk refuses it, training goes on and tries again, but not at the end."""
+    try:
+        run.save(step, state)
+    except OSError as error:
+        text = (
+            f"{run.folder}: the checkpoint of step {step} could not be written ({error}); the one before it,"
+            " if any, is whole. Make room on the disk"
+        )
+        if last:
+            raise OSError(f"{text}, and run the same command again to go on from there") from error
+        if tell:
+            warnings.warn(f"{text}; training goes on and tries again")
 
 
 def _bar(title: str, steps: int, done: int, progress: bool) -> tqdm:

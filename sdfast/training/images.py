@@ -1,0 +1,153 @@
+"""Images with captions: a folder of files, each with its text, in one fixed order.
+
+folder/cat.jpg + folder/cat.txt                            a text file beside each image, or
+folder/metadata.jsonl: {"file_name": "cat.jpg", "text": …}   Hugging Face's "imagefolder"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from sdfast.images import as_tensor, read_image
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+_METADATA = "metadata.jsonl"
+_MOST_NAMES = 5  # in an error
+_ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # of Exif: those that swap width and height
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedImage:
+    """A file and what it shows.
+
+    Attributes:
+        path: of the image.
+        name: relative to its folder, as the user knows it.
+        caption: "" where there is none.
+    """
+
+    path: Path
+    name: str
+    caption: str
+
+
+def read_folder(folder: str | Path, *, allow_missing_captions: bool = False) -> list[CaptionedImage]:
+    """The images of a folder and its subfolders with their captions, by name. No image is opened.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        ValueError: it holds no image, its metadata.jsonl cannot be used, or images lack a caption and that is
+            not allowed; the text names them.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is no folder of images")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_image(path))
+    if not names:
+        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
+    listed = _read_metadata(folder / _METADATA)
+    absent = [name for name in listed if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{folder / _METADATA}: names files that are not there: {listing(absent)}")
+    images = [
+        CaptionedImage(folder / name, name, _caption(folder / name, listed.get(name))) for name in names
+    ]
+    without = [image.name for image in images if not image.caption]
+    if without and not allow_missing_captions:
+        raise ValueError(
+            f"{folder}: {len(without)} of {len(images)} images have no caption: {listing(without)}. Put a"
+            f" .txt beside each or a line into {_METADATA}, or allow them (--allow-missing-captions): they"
+            " are then trained with the empty caption"
+        )
+    return images
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width, turned as the camera says, from the head of the file.
+
+    Raises:
+        OSError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION) in _TURNED
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: cannot read this image: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def read_pixels(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    """An image, cut about its centre to the shape of (H, W) and resized to it with Lanczos.
+
+    Returns:
+        (channels, H, W) float32 in [-1, 1].
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    image = read_image(path)
+    height, width = size
+    top, left = cut_away((image.height, image.width), size)
+    part = image.crop((left, top, image.width - left, image.height - top))
+    return as_tensor(part, height=height, width=width, channels=channels, multiple=1)[0]
+
+
+def cut_away(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Rows above and columns to the left that an image of size `own` loses to get the shape of `size`."""
+    scale = min(own[0] / size[0], own[1] / size[1])
+    kept = [max(1, round(side * scale)) for side in size]
+    return (own[0] - kept[0]) // 2, (own[1] - kept[1]) // 2
+
+
+def fingerprint(images: Sequence[CaptionedImage]) -> str:
+    """What tells these images and captions from others, by name."""
+    text = json.dumps([(image.name, image.caption) for image in images])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _caption(path: Path, listed: str | None) -> str:
+    if listed is not None:
+        return listed.strip()
+    beside = path.with_suffix(".txt")
+    try:
+        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{beside}: is no UTF-8 text: {error}") from error
+
+
+def _read_metadata(path: Path) -> Mapping[str, str]:
+    if not path.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry.get("text") or ""
+            captions[Path(name).as_posix()] = str(text)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f'{path}, line {number}: got {line[:80]!r}, expected {{"file_name": ..., "text": ...}}'
+            ) from error
+    return captions

@@ -1,0 +1,59 @@
+"""The folder that training leaves: a pipeline, whole or not at all. Importing this imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RECORD = "training.json"
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        FileExistsError: `output` holds something that `write_pipeline` did not write.
+    """
+    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not empty and not (output / RECORD).is_file():
+        raise FileExistsError(f"{output}: exists and was not written by this command; choose another output")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: `folder` could not be written to, nor made.
+    """
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{option}: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{option}: the folder {existing} cannot be written to")
+
+
+def write_pipeline(output: Path, components: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Write beside `output`, then rename: nobody sees half a pipeline.
+
+    Args:
+        output: what it holds is replaced.
+        components: as `sdfast.models.checkpoint.save_components` takes them.
+        record: how it came about, for whoever asks; goes into training.json, which pipelines do not read.
+    """
+    from sdfast.models.checkpoint import save_components
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
+        fresh, old = Path(beside) / "new", Path(beside) / "old"
+        save_components(fresh, components)
+        (fresh / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
+        if output.exists():
+            output.rename(old)
+        try:
+            fresh.rename(output)
+        except BaseException:  # Ctrl-C too: the folder that was there must not go with the temporary one
+            if old.exists():
+                old.rename(output)
+            raise

@@ -1,0 +1,311 @@
+"""`sdfast train ldm` in one process; tests/test_train_distributed.py has several."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import PACKAGE
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+import tiny_pipelines  # noqa: E402
+
+from sdfast.cli import main  # noqa: E402
+from sdfast.pipelines import StableDiffusion  # noqa: E402
+from sdfast.training.checkpoints import ShardedRunFolder  # noqa: E402
+from sdfast.training.distributed import ALONE, Parallel  # noqa: E402
+from sdfast.training.images import read_pixels  # noqa: E402
+from sdfast.training.ldm import DataOptions, LDMTraining, Running, Schedule, train_ldm  # noqa: E402
+from sdfast.training.ldm_parts import choose_trained, load_parts  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUIET = Running(progress=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_pipelines.sd_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Nine pictures of different shapes with their captions; the second is cut short, the third is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(9):
+        tiny_pipelines.picture(20 + 4 * (i % 3), 28 - 4 * (i % 3)).rotate(40 * i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"seven and {i}\n")
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
+    (folder / "2.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def train(model, photos, tmp_path):
+    """Five steps of the U-Net, or what the arguments say."""
+
+    def run(
+        name="out",
+        *,
+        data=photos,
+        running=QUIET,
+        model=model,
+        seed=0,
+        options=None,
+        steps=5,
+        lr=1e-3,
+        **settings,
+    ):
+        schedule = Schedule(steps=steps, learning_rate=lr, warmup_steps=1, ema_decay=0.5, decay="constant")
+        return train_ldm(
+            data, tmp_path / name, model=model, run_dir=tmp_path / f"{name}-run", running=running, seed=seed,
+            training=LDMTraining(schedule=schedule, **{"batch_size": 4} | settings),
+            options=options or DataOptions(), cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+
+    return run
+
+
+def weights(folder: Path, part: str = "unet") -> dict[str, torch.Tensor]:
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_damaged_images_are_skipped_and_named_and_the_pipeline_draws(train, model):
+    trained = train()
+    assert sorted(trained.skipped) == ["1.png", "2.png"] and trained.images == 7
+    assert "truncated" in trained.skipped["1.png"] and "cannot identify" in trained.skipped["2.png"]
+    before, after = weights(model), weights(trained.output)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) == len(before)  # all of the U-Net learns
+    assert same(weights(model, "vae"), weights(trained.output, "vae"))
+    record = json.loads((trained.output / "training.json").read_text())
+    assert record["skipped"] == ["1.png", "2.png"] and record["seconds"] > 0
+    ours = StableDiffusion.from_pretrained(trained.output).text_to_image("seven", steps=2, seed=0)
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(trained.output)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("seven", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    tiny_pipelines.assert_same_pictures(ours.images, theirs)
+
+
+def test_unet_learns_to_see_the_noise(train, model):
+    trained = train(steps=30, from_scratch=True, lr=5e-3)
+    x, text = torch.randn(8, 4, 8, 8), torch.randn(8, 5, tiny_pipelines.TEXT_WIDTH)
+    errors = []
+    for folder, anew in ((model, ("unet", 0)), (trained.output, None)):
+        unet = load_parts(folder, prediction=None, device=torch.device("cpu"), anew=anew)["unet"]
+        with torch.no_grad():  # at the last timestep nearly all of x is noise
+            errors.append((unet(x, torch.full((8,), 999), text) - x).square().mean().item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_vae_phase_learns_and_measures_its_latents(train, model, photos):
+    trained = train(phase="vae", steps=30, from_scratch=True, lr=5e-3)
+    assert sorted(trained.skipped) == ["1.png", "2.png"]
+    assert same(weights(model), weights(trained.output))
+    x = torch.stack([read_pixels(photos / f"{i}.png", (16, 16), 3) for i in range(9) if i not in (1, 2)])
+    errors, spread = [], []
+    for folder, anew in ((model, ("vae", 0)), (trained.output, None)):
+        vae = load_parts(folder, prediction=None, device=torch.device("cpu"), anew=anew)["vae"]
+        with torch.no_grad():
+            posterior = vae.encode(x)
+            errors.append((vae.decode(posterior.mode()) - x).square().mean().item())
+            draws = torch.stack([posterior.sample(torch.randn(posterior.mean.shape)) for _ in range(20)])
+            spread.append((draws * vae.config.scaling_factor).std().item())
+    assert errors[1] < 0.9 * errors[0]
+    assert spread[1] == pytest.approx(1.0, abs=0.15)  # means that differ between images are not counted
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"steps": 6}, "schedule.steps is 5 there and 6 here"),
+        ({"prediction": "v_prediction"}, "noise.prediction_type is epsilon there and v_prediction here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+    ],
+)
+def test_checkpoints_of_other_settings_are_refused_before_any_work(train, monkeypatch, settings, text):
+    train()
+    monkeypatch.setattr("sdfast.training.ldm.TrainingImages", None)  # what would begin to work
+    with pytest.raises(ValueError, match=text):
+        train(**settings)
+
+
+def test_checkpoint_of_another_model_is_refused(train, tmp_path):
+    output = train().output
+    output.rename(tmp_path / "learned")
+    with pytest.raises(ValueError, match=r"model.unet is \w+ there and \w+ here"):
+        train(model=tmp_path / "learned")
+    train(model=tmp_path / "learned", running=dataclasses.replace(QUIET, resume=False))
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+from sdfast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(model, photos, tmp_path):
+    def arguments(name):
+        return [
+            "train", "ldm", "--data", photos, "--model", model, "-o", tmp_path / name, "--steps", "12", "--lr",
+            "1e-3", "--batch-size", "4", "--ema-decay", "0.9", "--cache-dir", tmp_path / "cache",
+            "--checkpoint-seconds", "1e-9", "--aspect-buckets", "--micro-batch", "3",
+        ]  # fmt: skip
+
+    reference = [*arguments("a")]
+    reference[reference.index("1e-9")] = "1e9"
+    assert main([str(a) for a in reference]) == 0
+    checkpoints = tmp_path / "b-run" / "unet"
+    command = [sys.executable, "-c", KILLED, *map(str, arguments("b"))]
+    process = subprocess.Popen(command, cwd=PACKAGE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*[3-9]")):
+        assert process.poll() is None and time.monotonic() < deadline, "wrote no checkpoint"
+        time.sleep(0.003)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "b").exists()
+    assert main([str(a) for a in arguments("b")]) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.fixture
+def small_disk():
+    """A function that lets files grow to so many bytes and no further, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_the_older_checkpoint_whole(train, small_disk, tmp_path):
+    reference = train("a", steps=6)
+    calls = 0
+    save = ShardedRunFolder.save
+
+    def fills(run, step, state):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            small_disk(100_000)
+        return save(run, step, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedRunFolder, "save", fills)
+        running = dataclasses.replace(QUIET, checkpoint_steps=2)
+        with (
+            pytest.warns(UserWarning, match="step 4 could not be written.*training goes on"),
+            pytest.raises(OSError, match="step 6 could not be written.*run the same command again"),
+        ):
+            train("b", steps=6, running=running)
+    assert [path.name for path in (tmp_path / "b-run" / "unet").iterdir()] == ["checkpoint-00000002"]
+    small_disk(resource.RLIM_INFINITY)
+    assert same(weights(reference.output), weights(train("b", steps=6).output))
+
+
+def test_damaged_checkpoint_is_passed_over(train, tmp_path):
+    reference = train("a")
+    train("b", running=dataclasses.replace(QUIET, checkpoint_steps=3))
+    (shard,) = (tmp_path / "b-run" / "unet" / "checkpoint-00000005").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.warns(UserWarning, match="00000005: damaged .the checksum"):
+        assert same(weights(reference.output), weights(train("b").output))
+
+
+def _gradients(model: Path, precision: str = "fp32", *, recompute: bool = False, parts: int = 1):
+    loaded = load_parts(model, prediction=None, device=torch.device("cpu"))
+    choose_trained(loaded, "unet")
+    unet = loaded["unet"].train()
+    call = Parallel(unet, None, precision, ALONE, recompute=recompute)
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(4, 4, 8, 8, generator=generator), torch.randn(4, 5, 32, generator=generator)
+    for rows in torch.arange(4).chunk(parts):
+        y = call(x[rows].to(call.dtype), torch.full((len(rows),), 7), text[rows].to(call.dtype))
+        assert y.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+        ((y.float() - x[rows]) ** 2).mean().mul(len(rows) / 4).backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in unet.parameters())
+    return torch.cat([p.grad.flatten() for p in unet.parameters()]).double()
+
+
+def test_recomputed_activations_give_the_same_bits_and_micro_batches_the_same_gradient(model):
+    expected = _gradients(model)
+    assert torch.equal(_gradients(model, recompute=True), expected)
+    assert torch.linalg.vector_norm(_gradients(model, parts=2) - expected) < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_half_precision_gradients(model, precision):
+    exact, found = _gradients(model), _gradients(model, precision)
+    assert (found - exact).norm() < 0.03 * exact.norm()
+    assert torch.equal(_gradients(model, precision, recompute=True), found)
+
+
+def test_tensorboard_and_samples(train, tmp_path):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    running = dataclasses.replace(QUIET, tensorboard=True, sample_steps=3, sample_prompts=("seven",))
+    watched = train("a", running=running)
+    events = tensorboard.EventAccumulator(str(tmp_path / "a-run" / "unet" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(event.value) for event in events.Scalars("loss"))
+    assert [event.step for event in events.Images("samples")] == [3, 5]
+    with Image.open(tmp_path / "a-run" / "unet" / "samples" / "step-00000005.png") as sheet:
+        drawn = np.asarray(sheet)
+    pipe = StableDiffusion.from_pretrained(watched.output)
+    picture = pipe.text_to_image("seven", steps=20, seed=0).images[0]
+    assert np.abs(drawn[2:18, 2:18].astype(int) - np.asarray(picture).astype(int)).max() <= 1
+    assert same(weights(watched.output), weights(train("b").output))  # looking on changes nothing
+
+
+def test_sdxl_trains(tmp_path, photos):
+    xl = tiny_pipelines.sdxl_pipeline(tmp_path / "xl")
+    schedule = Schedule(steps=2, learning_rate=1e-3, decay="constant")
+    trained = train_ldm(
+        photos, tmp_path / "out", model=xl, run_dir=tmp_path / "run", running=QUIET,
+        training=LDMTraining(
+            schedule=schedule, batch_size=2, caption_dropout=0.5, aspect_buckets=True, min_snr_gamma=5.0,
+            prediction="v_prediction",
+        ),
+    )  # fmt: skip
+    pipe = StableDiffusion.from_pretrained(trained.output)
+    assert pipe.is_xl and pipe.scheduler_config["prediction_type"] == "v_prediction"
+
+
+def test_command_line_refuses_bad_arguments(capsys, photos, model, tmp_path):
+    def refused(*arguments, data=photos):
+        command = ["train", "ldm", "--data", str(data), "--model", str(model), "-o", str(tmp_path / "out")]
+        assert main([*command, *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--batch-size: got 0" in refused("--batch-size", "0")
+    assert "--lr: got -1.0" in refused("--lr", "-1")
+    assert "no such folder" in refused(data=tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "holds no image" in refused(data=tmp_path / "empty")
+    assert "multiple of 2; the nearest are 16 and 18" in refused("--resolution", "17")
+    assert "torchrun" in refused("--parallel", "ddp")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert "choose another output" in refused()
