@@ -1,6 +1,7 @@
 """Thin torch models with diffusers' parameter names."""
 
 from sdfast.models.precomputed import Context, TimeEmbedding, TimeTable
+from sdfast.models.segmentation_unet import SegmentationUNet, SegmentationUNetConfig
 from sdfast.models.text_encoder import CLIPTextConfig, CLIPTextEncoder
 from sdfast.models.unet import UNet2D, UNet2DCondition, UNet2DConditionConfig, UNet2DConfig
 from sdfast.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
@@ -12,6 +13,8 @@ __all__ = [
     "CLIPTextEncoder",
     "Context",
     "DiagonalGaussian",
+    "SegmentationUNet",
+    "SegmentationUNetConfig",
     "TimeEmbedding",
     "TimeTable",
     "UNet2D",
