@@ -1,4 +1,4 @@
-"""The command `sdfast`: generate | train | bench | doctor.
+"""The command `sdfast`: generate | train | segment | bench | doctor.
 
 Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
 fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
@@ -31,6 +31,7 @@ from sdfast.request import (
     check_size,
     check_strength,
 )
+from sdfast.segment_command import add_parser as add_segment
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
+    add_segment(commands)
     add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what sdfast found on this machine, and what it lacks")
     doctor.set_defaults(run=_doctor)

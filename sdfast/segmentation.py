@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from sdfast.models import SegmentationUNet, SegmentationUNetConfig
 
 _MODES = {1: "L", 3: "RGB"}
 _STATISTICS_PIXELS = 2**20  # of a band, for mean and standard deviation
-# Bytes a pixel of a tile's input for each channel of full resolution, and for the rest. Measured to be 5 maps:
-# the skip, the up-convolution's result, both concatenated, and the next result.
+# Bytes a pixel of a tile's input for each channel of full resolution, and for the rest. Measured to be those of
+# 5 maps: the skip, the up-convolution's result, both concatenated, and the next result.
 _BYTES_PER_CHANNEL = 4 * 6
 _BYTES_PER_PIXEL = 64
 _LARGEST_TILE = 2048
@@ -153,6 +153,8 @@ def predict(
     tile: int | None = None,
     memory_bytes: int = 10**9,
     progress: bool = False,
+    first_tile: int = 0,
+    on_tile: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """The class of every pixel, or the probability of every class.
 
@@ -166,6 +168,8 @@ def predict(
         tile: side of a tile of the result; None takes the largest for which `memory_bytes` suffice.
         memory_bytes: what a tile may take beside the weights, `picture` and `out`.
         progress: show a bar over the tiles.
+        first_tile: how many tiles `out` already holds, of a call that was stopped.
+        on_tile: is told after each tile how many are done.
 
     Returns:
         (H, W) uint8, or with `probabilities` (out_channels, H, W) float32: `out` if given.
@@ -193,7 +197,10 @@ def predict(
         raise ValueError(f"out: got {out.dtype} of shape {out.shape}, expected {dtype} of shape {expected}")
     mean, std = statistics(picture)
     tiles = list(_tiles(config, height, width, tile))
-    for top, left, rows, columns in tqdm(tiles, desc="segmenting", unit="tile", disable=not progress):
+    bar = tqdm(
+        tiles[first_tile:], "segmenting", len(tiles), initial=first_tile, unit="tile", disable=not progress
+    )
+    for done, (top, left, rows, columns) in enumerate(bar, start=first_tile + 1):
         margin = config.margin
         part = window(picture, top - margin, left - margin, rows + 2 * margin, columns + 2 * margin)
         scores = _scores(model, (part.astype(np.float32) - mean) / std)
@@ -201,6 +208,8 @@ def predict(
         result = scores.float().softmax(dim=0) if probabilities else scores.argmax(dim=0).to(torch.uint8)
         bottom, right = top + result.shape[-2], left + result.shape[-1]
         out[..., top:bottom, left:right] = result.cpu().numpy()
+        if on_tile is not None:
+            on_tile(done)
     return out
 
 

@@ -117,6 +117,14 @@ ALLOWED = {
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading",
         "sdfast.generation", "sdfast.graphs",
     ),
+    "sdfast.segmentation": (*LEAVES, "sdfast.models"),
+    "sdfast.segmentation_file": (*LEAVES, "sdfast.models", "sdfast.segmentation"),
+    "sdfast.segmentation_scores": (),
+    "sdfast.segment_command": (
+        *LEAVES, "sdfast.models", "sdfast.segmentation", "sdfast.segmentation_file", "sdfast.segmentation_scores",
+        "sdfast.training",
+    ),
+    "sdfast.training.segmentation_data": (*LEAVES, "sdfast.segmentation"),
     "sdfast.training": (*LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.ops", "sdfast.training"),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs", "sdfast.drop_in",
@@ -125,7 +133,7 @@ ALLOWED = {
         "sdfast.__version__", "sdfast._cuda_archs", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning",
     ),
     "sdfast.bench": ("sdfast",),
-    "sdfast.cli": ("sdfast._library", "sdfast.bench",
+    "sdfast.cli": ("sdfast._library", "sdfast.bench", "sdfast.segment_command",
         *LEAVES, "sdfast.dispatch", "sdfast.doctor", "sdfast.pipelines", "sdfast.training", "sdfast.drop_in",
     ),
 }  # fmt: skip

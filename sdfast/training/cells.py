@@ -46,7 +46,9 @@ def draw_cells(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarr
             continue
         dy, dx = rows[:, None] - y, columns[None, :] - x
         angle = np.arctan2(dy, dx)
-        outline = 1 + sum(a * np.cos(k * angle + p) for k, a, p in zip((2, 3, 4), amplitudes, phases, strict=True))
+        outline = 1 + sum(
+            a * np.cos(k * angle + p) for k, a, p in zip((2, 3, 4), amplitudes, phases, strict=True)
+        )
         depth = 1 - np.hypot(dy, dx) / (radius * outline.clip(0.5, 1.5))  # 0 on the outline, 1 in the centre
         window = np.ix_(rows, columns)
         inside = (depth > 0) & (cells[window] == 0)

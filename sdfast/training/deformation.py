@@ -63,8 +63,8 @@ def points(
     Args:
         height, width: of the picture.
         side: of the tile.
-        core: of its middle part, of the same parity, which lies inside the picture where that is large enough (but for what
-            rotation and displacement do), while the margin may reach over the border.
+        core: of its middle part, even where `side` is. It lies inside the picture where that is large
+            enough, but for what rotation and displacement do; the margin may reach over the border.
         augmentation: how it is moved.
         generator: where the movements come from.
 
@@ -94,7 +94,9 @@ def sample(values: Tensor, where: Tensor, mode: str) -> Tensor:
     """
     size = torch.tensor([values.shape[2], values.shape[1]])
     unit = 2 * where / (size - 1).clamp(min=1) - 1  # -1 and 1 are the centres of the outermost pixels
-    return F.grid_sample(values[None], unit[None], mode=mode, padding_mode="reflection", align_corners=True)[0]
+    return F.grid_sample(values[None], unit[None], mode=mode, padding_mode="reflection", align_corners=True)[
+        0
+    ]
 
 
 def recolour(picture: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:

@@ -54,7 +54,10 @@ def weighted_cross_entropy(scores: Tensor, classes: Tensor, weights: Tensor) -> 
 
 
 def draw_tiles(
-    data: Annotated, config: SegmentationUNetConfig, settings: SegmentationTraining, generator: torch.Generator
+    data: Annotated,
+    config: SegmentationUNetConfig,
+    settings: SegmentationTraining,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random tiles of the pictures.
 

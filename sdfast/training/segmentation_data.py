@@ -65,7 +65,7 @@ class Annotated:
 
     @functools.cached_property
     def balance(self) -> Tensor:
-        """w_c of background and foreground, (2,): both classes together weigh the same, 1 a pixel on average."""
+        """w_c of background and foreground, (2,): each class weighs half of all, 1 a pixel on average."""
         share = sum(float(e.foreground.sum()) for e in self.examples) / sum(
             e.foreground.numel() for e in self.examples
         )
@@ -102,7 +102,9 @@ def example(
     """
     pixels = check_picture(name, picture, channels)
     if mask.shape != pixels.shape[:2]:
-        raise ValueError(f"{name}: the mask has shape {mask.shape}, expected {pixels.shape[:2]} as the picture")
+        raise ValueError(
+            f"{name}: the mask has shape {mask.shape}, expected {pixels.shape[:2]} as the picture"
+        )
     mean, std = statistics(pixels)
     standardised = (pixels.astype(np.float32) - mean) / std
     cells = instances(mask)
@@ -156,7 +158,7 @@ def border_weight(cells: np.ndarray, w0: float, sigma: float) -> np.ndarray:
             continue
         around = tuple(slice(max(0, side.start - reach), side.stop + reach) for side in box)
         distance = ndimage.distance_transform_edt(compact[around] != index)
-        first, second = nearest[(0, *around)], nearest[(1, *around)]
+        first, second = (kept[around] for kept in nearest)
         np.minimum(second, np.maximum(first, distance), out=second)
         np.minimum(first, distance, out=first)
     weight = w0 * np.exp(-(nearest.sum(axis=0) ** 2) / (2 * sigma**2))
@@ -189,9 +191,7 @@ def load_folder(
         except OSError as error:
             skipped.append(f"{error}")
             continue
-        examples.append(
-            example(pictures[stem].name, picture, mask, channels=channels, w0=w0, sigma=sigma)
-        )
+        examples.append(example(pictures[stem].name, picture, mask, channels=channels, w0=w0, sigma=sigma))
     if not examples:
         raise ValueError(f"{folder}: none of {len(skipped)} pictures can be read: {_listed(skipped)}")
     if skipped:
@@ -237,7 +237,5 @@ def _ndimage() -> Any:
     try:
         import scipy.ndimage
     except ImportError as error:
-        raise ImportError(
-            "distances between cells are SciPy's: pip install sdfast[segment]"
-        ) from error
+        raise ImportError("distances between cells are SciPy's: pip install sdfast[segment]") from error
     return scipy.ndimage
