@@ -28,7 +28,7 @@ _STATISTICS_PIXELS = 2**20  # of a band, for mean and standard deviation
 # 5 maps: the skip, the up-convolution's result, both concatenated, and the next result.
 _BYTES_PER_CHANNEL = 4 * 6
 _BYTES_PER_PIXEL = 64
-_LARGEST_TILE = 2048
+_LARGEST_TILE = 600  # larger ones leave the caches, which costs what they save in margins
 
 
 def open_picture(path: str | pathlib.Path, channels: int) -> np.ndarray:
