@@ -13,9 +13,9 @@ The labels of coins and ihc are made by classical methods of scikit-image: water
 gradient, and Otsu's threshold on the blue stain after colour deconvolution. So these two rows say how well a
 network learns to do as the method does, not how well either finds coins or nuclei.
 
-`large` segments a generated picture in a memory-mapped file with the network trained on cells, in a process of
-its own, and compares all of it with the truth. Its blocks are 16 different ones, mirrored and turned. Memory
-is the peak of the process above what it held with the weights loaded; pages of the files count.
+`large` segments a generated picture in a memory-mapped file with the network trained on cells, in a process
+of its own, and compares all of it with the truth. Its blocks are 16 different ones, mirrored and turned.
+Memory is the peak of the process above what it held with the weights loaded; pages of the files count.
 """
 
 from __future__ import annotations
@@ -177,10 +177,8 @@ def large(options: argparse.Namespace) -> int:
         agreement = scores(np.load(folder / "mask.npy", mmap_mode="r"), truth)
     row = {"size": options.size, "width": WIDTH, "depth": DEPTH, "steps": options.steps, **measured}
     row |= dataclasses.asdict(agreement)
-    print(
-        f"{options.size}x{options.size}: {row['seconds']} s, {row['peak_bytes'] / 1e9:.2f} GB above the weights,"
-        f" IoU {agreement.iou:.3f}"
-    )
+    memory = f"{row['peak_bytes'] / 1e9:.2f} GB above the weights"
+    print(f"{options.size}x{options.size}: {row['seconds']} s, {memory}, IoU {agreement.iou:.3f}")
     if not options.no_record:
         write_json(results_path("segmentation_large"), [row])
     return 0 if row["peak_bytes"] < _LARGEST_BYTES else 1
