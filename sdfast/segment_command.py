@@ -16,8 +16,8 @@ Trains the U-Net of Ronneberger et al. 2015 on annotated pictures. DATA holds tw
 same names but for their endings:
 
   DATA/images   what is seen
-  DATA/masks    0 is background, every other number a cell; or two values only, in which case cells are what
-                is connected
+  DATA/masks    0 is background, every other number a cell; or 0 and one number only, in which case
+                cells are what is connected
 
 It may be stopped at any moment: the same command goes on."""
 _LEAST_MEMORY_MB = 10

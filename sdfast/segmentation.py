@@ -9,6 +9,7 @@ to rounding. The picture may be a memory-mapped file: what is held is one tile's
 from __future__ import annotations
 
 import pathlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,8 +25,8 @@ from sdfast.models import SegmentationUNet, SegmentationUNetConfig
 
 _MODES = {1: "L", 3: "RGB"}
 _STATISTICS_PIXELS = 2**20  # of a band, for mean and standard deviation
-# Bytes a pixel of a tile's input for each channel of full resolution, and for the rest. Measured to be those of
-# 5 maps: the skip, the up-convolution's result, both concatenated, and the next result.
+# Bytes a pixel of a tile's input for each channel of full resolution, and for the rest. Measured: 5 maps (the
+# skip, the up-convolution's result, both concatenated, the next result) and a little.
 _BYTES_PER_CHANNEL = 4 * 6
 _BYTES_PER_PIXEL = 64
 _LARGEST_TILE = 600  # larger ones leave the caches, which costs what they save in margins
@@ -43,20 +44,29 @@ def open_picture(path: str | pathlib.Path, channels: int) -> np.ndarray:
 
     Raises:
         OSError: no such file, or none that can be read.
-        ValueError: an .npy file of something else than numbers.
     """
     if pathlib.Path(path).suffix == ".npy":
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{path}: cannot be mapped into memory: {error}") from error
+        return open_array(path)
     with warnings.catch_warnings():
         # Large pictures are what this is for; beyond twice the limit Pillow refuses, and .npy serves.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = read_image(path)
-    if channels == 1 and picture.mode.startswith(("I", "F")):  # more than 8 bits of grey
-        return np.asarray(picture)
+    if picture.mode.startswith(("I", "F")):  # more than 8 bits of grey, which Pillow would cut off
+        grey = np.asarray(picture)
+        return grey if channels == 1 else np.repeat(grey[:, :, None], channels, axis=2)
     return np.asarray(picture.convert(_MODES[channels]))
+
+
+def open_array(path: str | pathlib.Path) -> np.ndarray:
+    """The array in an .npy file, mapped into memory and not to be written to.
+
+    Raises:
+        OSError: no such file, or none that can be mapped.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:  # what NumPy says of damaged files
+        raise OSError(f"{path}: cannot be mapped into memory: {error}") from error
 
 
 def check_picture(name: str, picture: np.ndarray, channels: int) -> np.ndarray:
@@ -198,8 +208,9 @@ def predict(
     mean, std = statistics(picture)
     tiles = list(_tiles(config, height, width, tile))
     bar = tqdm(
-        tiles[first_tile:], "segmenting", len(tiles), initial=first_tile, unit="tile", disable=not progress
-    )
+        tiles[first_tile:], "segmenting", len(tiles), initial=first_tile, unit="tile", disable=not progress,
+        mininterval=0.2 if sys.stderr.isatty() else 20.0,  # in a log file every refresh is a line
+    )  # fmt: skip
     for done, (top, left, rows, columns) in enumerate(bar, start=first_tile + 1):
         margin = config.margin
         part = window(picture, top - margin, left - margin, rows + 2 * margin, columns + 2 * margin)

@@ -174,6 +174,14 @@ def test_sixteen_bits_of_grey_are_kept(tmp_path):
     picture = (noise(9, 9).astype(np.uint16) << 8) + 3
     Image.fromarray(picture).save(tmp_path / "a.png")
     assert np.array_equal(open_picture(tmp_path / "a.png", 1), picture)
+    assert np.array_equal(open_picture(tmp_path / "a.png", 3), np.stack([picture] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00v\x00{'descr"])
+def test_damaged_arrays_are_refused(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(OSError, match=r"a\.npy: cannot be mapped"):
+        open_picture(tmp_path / "a.npy", 1)
 
 
 # Into a file

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast.models import SegmentationUNet, SegmentationUNetConfig
+from sdfast.request import check_count
 from sdfast.training.deformation import Augmentation, points, recolour, sample
 from sdfast.training.segmentation_data import Annotated
 from sdfast.training.trainer import Schedule, train
@@ -114,6 +115,7 @@ def train_segmentation(
         raise ValueError(f"tile: {error}") from None
     if config.out_channels != 2:
         raise ValueError(f"out_channels: got {config.out_channels}, expected 2, background and cells")
+    check_count("batch_size", settings.batch_size)
     data.balance  # noqa: B018, raises before any work
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

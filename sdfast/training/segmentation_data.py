@@ -1,8 +1,8 @@
 """Annotated pictures in a folder, and how much each of their pixels counts.
 
     DATA/images/a.png ...   what is seen
-    DATA/masks/a.png ...    what it is: 0 is background, every other number a cell of its own; or two values
-                            only, in which case cells are what is connected
+    DATA/masks/a.png ...    what it is: 0 is background, every other number a cell of its own; or 0 and one
+                            number only, in which case cells are what is connected
 
     w(x) = w_c(x) + w_0 exp(-(d_1(x) + d_2(x))² / 2σ²)
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdfast.images import read_image
-from sdfast.segmentation import check_picture, open_picture, statistics
+from sdfast.segmentation import check_picture, open_array, open_picture, statistics
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp", ".npy")
 _LOSSY = (".jpg", ".jpeg", ".webp")
@@ -210,7 +210,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     if path.suffix.lower() in _LOSSY:
         raise ValueError(f"{path}: this format changes values; store masks as PNG, TIFF or .npy")
     if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return open_array(path)
     picture: Image.Image = read_image(path)
     if picture.mode not in ("1", "L", "P", "I") and not picture.mode.startswith("I;16"):
         raise ValueError(f"{path}: a mask of mode {picture.mode}, expected grey values or a palette")
