@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 
-from sdfast import segmentation
+from sdfast import segmentation, segmentation_file
 from sdfast.models import SegmentationUNet, SegmentationUNetConfig
 from sdfast.segmentation import check_picture, default_tile, mirrored, open_picture, predict, statistics
 from sdfast.segmentation_file import predict_to_file
@@ -232,6 +232,19 @@ def test_another_picture_does_not_go_on_with_what_was_left(tmp_path, monkeypatch
             with pytest.raises(KeyboardInterrupt):
                 predict_to_file(model, picture, path, tile=20)
             assert calls == [5]
+    mask, _ = predict_to_file(model, first, path, tile=20)
+    assert np.array_equal(mask, predict(model, first, tile=20))
+
+
+def test_killed_before_its_first_note_is_not_taken_for_what_came_before(tmp_path, monkeypatch):
+    model, path = network(), tmp_path / "mask.npy"
+    first, second = noise(50, 60)[:, :, None], noise(50, 60, seed=1)[:, :, None]
+    for picture, note in ((first, segmentation_file._replace), (second, lambda *_: None)):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 5)
+            patch.setattr(segmentation_file, "_replace", note)
+            with pytest.raises(KeyboardInterrupt):
+                predict_to_file(model, picture, path, tile=20)
     mask, _ = predict_to_file(model, first, path, tile=20)
     assert np.array_equal(mask, predict(model, first, tile=20))
 
