@@ -108,10 +108,11 @@ def statistics(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # Chan, Golub & LeVeque 1983: bands are combined without cancellation.
         band = np.asarray(picture[top : top + rows], dtype=np.float64).reshape(-1, picture.shape[2])
         total = count + len(band)
-        band_mean = band.mean(axis=0)
-        delta = band_mean - mean
-        squares += np.square(band - band_mean).sum(axis=0) + delta**2 * count * len(band) / total
-        mean += delta * len(band) / total
+        with np.errstate(invalid="ignore"):  # refused below
+            band_mean = band.mean(axis=0)
+            delta = band_mean - mean
+            squares += np.square(band - band_mean).sum(axis=0) + delta**2 * count * len(band) / total
+            mean += delta * len(band) / total
         count = total
     if not np.isfinite(squares).all():
         raise ValueError("the picture holds values that are not finite")

@@ -302,6 +302,16 @@ def _spoil(folder, how):
         (folder / "images").rename(folder / "pictures")
 
 
+def test_pictures_and_masks_that_are_none_are_refused():
+    picture, mask = np.zeros((4, 4)), np.zeros((4, 4), np.uint8)
+    with pytest.raises(ValueError, match=r"a\.npy: the picture holds values that are not finite"):
+        example("a.npy", picture + np.inf, mask, channels=1)
+    with pytest.raises(ValueError, match=r"a\.npy: mask: got float64 .* expected whole numbers"):
+        example("a.npy", picture, mask / 2, channels=1)
+    with pytest.raises(ValueError, match="examples: got none"):
+        Annotated([])
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -8,7 +8,7 @@ _RADIUS = (9.0, 17.0)  # pixels
 _SPACING = 30  # of the grid that the centres stray from
 _DENSITY = 0.8  # of its points that have a cell
 _WOBBLE = 0.18  # how far outlines stray from circles
-_NOISE = 0.05  # standard deviation; cells differ from the background by 0.1 to 0.4
+_NOISE = 0.05  # standard deviation, of grey values from 0 to 1
 
 
 def draw_cells(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +38,7 @@ def draw_cells(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarr
         radius = rng.uniform(*_RADIUS)
         amplitudes = _WOBBLE * rng.normal(size=3) / np.arange(1, 4)
         phases = rng.uniform(0, 2 * np.pi, size=3)
-        brightness = rng.uniform(0.1, 0.4)
+        brightness = rng.uniform(0.1, 0.4)  # above the background, in its middle
         reach = 2 * radius
         rows = np.arange(max(0, int(y - reach)), min(height, int(y + reach) + 1))
         columns = np.arange(max(0, int(x - reach)), min(width, int(x + reach) + 1))

@@ -94,9 +94,8 @@ def sample(values: Tensor, where: Tensor, mode: str) -> Tensor:
     """
     size = torch.tensor([values.shape[2], values.shape[1]])
     unit = 2 * where / (size - 1).clamp(min=1) - 1  # -1 and 1 are the centres of the outermost pixels
-    return F.grid_sample(values[None], unit[None], mode=mode, padding_mode="reflection", align_corners=True)[
-        0
-    ]
+    grid = unit[None]
+    return F.grid_sample(values[None], grid, mode=mode, padding_mode="reflection", align_corners=True)[0]
 
 
 def recolour(picture: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:

@@ -63,6 +63,10 @@ class Annotated:
     examples: Sequence[Example]
     skipped: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ValueError("examples: got none, expected at least one")
+
     @functools.cached_property
     def balance(self) -> Tensor:
         """w_c of background and foreground, (2,): each class weighs half of all, 1 a pixel on average."""
@@ -92,7 +96,7 @@ def example(
     Args:
         name: for messages.
         picture: (H, W) or (H, W, C) of any real dtype.
-        mask: (H, W): numbers of cells with 0 for background, or two values.
+        mask: (H, W): numbers of cells with 0 for background, or 0 and one number.
         channels: C.
         w0, sigma: height, and width in pixels, of the border's weight.
 
@@ -105,9 +109,12 @@ def example(
         raise ValueError(
             f"{name}: the mask has shape {mask.shape}, expected {pixels.shape[:2]} as the picture"
         )
-    mean, std = statistics(pixels)
+    try:
+        mean, std = statistics(pixels)
+        cells = instances(mask)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     standardised = (pixels.astype(np.float32) - mean) / std
-    cells = instances(mask)
     return Example(
         name,
         torch.from_numpy(standardised).permute(2, 0, 1).contiguous(),
@@ -120,7 +127,8 @@ def instances(mask: np.ndarray) -> np.ndarray:
     """Cells by number, int64 (H, W), with background between those that touch.
 
     Args:
-        mask: (H, W) of whole numbers or bool. With two values or one, cells are what is connected by sides.
+        mask: (H, W) of whole numbers or bool, 0 is background. With one other number or none, cells are what
+            is connected by sides.
     """
     if mask.dtype.kind not in "uib" or mask.ndim != 2:
         raise ValueError(f"mask: got {mask.dtype} of shape {mask.shape}, expected whole numbers (H, W)")
