@@ -22,6 +22,8 @@ bench: $(VENV)/.installed-dev
 	    --against eager,eager-contiguous,sdfast-low,sdfast-optimize,compile,openvino,onnxruntime
 	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_digits_quality.py
+	$(RUN) benchmarks/bench_segmentation.py accuracy
+	$(RUN) benchmarks/bench_segmentation.py large
 	$(RUN) benchmarks/report.py
 
 lint: $(VENV)/.installed-dev
