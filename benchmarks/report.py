@@ -19,6 +19,7 @@ from typing import Any
 from _report_bench import expand
 from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
 from _report_models import models_rows, models_table, peers_lines, profile_lines, tiled_vae_lines
+from _report_segmentation import segmentation_lines
 
 from sdfast.bench.tables import markdown_table
 
@@ -29,13 +30,14 @@ _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- en
 
 _ORDER = (
     "models", "peers", "tiled_vae", "training", "profile", "conv2d", "linear", "attention", "group_norm",
-    "layer_norm", "diffusion_step", "digits_quality", "operations", "gpu_models",
+    "layer_norm", "diffusion_step", "digits_quality", "segmentation", "segmentation_large", "operations",
+    "gpu_models",
 )  # fmt: skip
 
 _PRODUCTS = {"conv2d": "convolutions", "linear": "linear layers", "attention": "attention"}
 _HEADINGS = {
     "peers": "models beside other engines", "profile": "a profile of one step", "gpu_models": "models",
-    "tiled_vae": "large images through the VAE",
+    "tiled_vae": "large images through the VAE", "segmentation_large": "segmentation of a large picture",
 }  # fmt: skip
 _TRAFFIC = HERE / "results/triton_traffic.json"
 _CUDA_CODE = HERE / "results/cuda_code.json"
@@ -174,6 +176,8 @@ def results_md(records: dict[str, Row]) -> list[str]:
             lines += markdown_table(head, bandwidth_rows(record))
         elif kind == "digits_quality":
             lines += quality(record)
+        elif kind.startswith("segmentation"):
+            lines += segmentation_lines(record)
         elif kind == "operations":
             lines += operations_lines(record)
         elif kind == "gpu_models":
