@@ -31,7 +31,7 @@ def segmentation_lines(record: dict[str, Any]) -> list[str]:
     else:
         note = "Labels made by a method say how well the network learned that method."
     return [
-        f"U-Net of 2015, width {first['width']}, {first['depth']} halvings, trained for {first['steps']} steps;"
+        f"U-Net of 2015, width {first['width']}, {first['depth']} halvings, {first['steps']} training steps;"
         f" load average {record['environment']['load_average']:.1f}.",
         note,
         "",
