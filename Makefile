@@ -24,6 +24,8 @@ bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_digits_quality.py
 	$(RUN) benchmarks/bench_vae_digits.py
+	$(RUN) benchmarks/bench_segmentation.py accuracy
+	$(RUN) benchmarks/bench_segmentation.py large
 	$(RUN) benchmarks/report.py
 
 lint: $(VENV)/.installed-dev

@@ -27,7 +27,8 @@ from _report_models import (
     tiled_vae_lines,
     zoo_lines,
 )
-from _report_quality import digits_lines, inpainting_lines, lora_lines
+from _report_quality import digits_lines, inpainting_lines, lora_lines, train_ldm_lines
+from _report_segmentation import segmentation_lines
 from _report_vae import vae_digits_lines
 
 from sdfast.bench.tables import markdown_table
@@ -56,6 +57,9 @@ _SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "digits_quality": ("digits_quality", digits_lines),
     "inpainting": ("inpainting with the shipped model", inpainting_lines),
     "lora": ("LoRA", lora_lines),
+    "train_ldm": ("gradients of `train ldm`", train_ldm_lines),
+    "segmentation": ("segmentation", segmentation_lines),
+    "segmentation_large": ("segmentation of a large picture", segmentation_lines),
     "vae_digits": ("VAEs and the bound, of digits", vae_digits_lines),
     "operations": ("operations", operations_lines),
     "gpu_models": ("models", gpu_models_lines),

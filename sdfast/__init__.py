@@ -12,11 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdfast import diffusion, lora, models, ops, tiled_vae, training
+    from sdfast import diffusion, lora, models, ops, segmentation, tiled_vae, training
     from sdfast.dispatch import use_backend, use_memory, use_numerics, use_tuning
     from sdfast.drop_in import disabled, explain, optimize, restore
     from sdfast.drop_in.processor import SdfastAttnProcessor
-    from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2D, UNet2DCondition
+    from sdfast.models import AutoencoderKL, CLIPTextEncoder, SegmentationUNet, UNet2D, UNet2DCondition
     from sdfast.models.checkpoint import CheckpointError
     from sdfast.pipelines import GeneratedImages, StableDiffusion
     from sdfast.tuning import tune
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "GeneratedImages",
     "SdfastAttnProcessor",
+    "SegmentationUNet",
     "StableDiffusion",
     "UNet2D",
     "UNet2DCondition",
@@ -41,6 +42,7 @@ __all__ = [
     "ops",
     "optimize",
     "restore",
+    "segmentation",
     "tiled_vae",
     "training",
     "tune",
@@ -57,6 +59,7 @@ _HOMES = {
     "CheckpointError": "sdfast.models.checkpoint",
     "GeneratedImages": "sdfast.pipelines",
     "SdfastAttnProcessor": "sdfast.drop_in.processor",
+    "SegmentationUNet": "sdfast.models",
     "StableDiffusion": "sdfast.pipelines",
     "UNet2D": "sdfast.models",
     "UNet2DCondition": "sdfast.models",
@@ -68,6 +71,7 @@ _HOMES = {
     "ops": "sdfast.ops",
     "optimize": "sdfast.drop_in",
     "restore": "sdfast.drop_in",
+    "segmentation": "sdfast.segmentation",
     "tiled_vae": "sdfast.tiled_vae",
     "training": "sdfast.training",
     "tune": "sdfast.tuning",

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdfast._arguments import usable_device
 from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import Bound, NoiseSchedule, bound
 from sdfast.figures import new_figure, save_figure
@@ -121,7 +122,7 @@ def bound_of_data(
         ValueError: an argument is out of range, or no picture can be read.
         FloatingPointError: a term is not finite.
     """
-    device = _usable(device)
+    device = usable_device("device", device)
     subject = (_pixel_subject if _is_pixel_model(model) else _latent_subject)(model, device)
     if subject.latent and clip:
         raise ValueError("clip: is for pixel models; latents go beyond [-1, 1]")
@@ -282,15 +283,6 @@ def _latent_subject(model: str | Path, device: torch.device) -> _Subject:
 
     side = _side(model, unet.config.sample_size) * vae.downsampling
     return _Subject(schedule, True, vae.config.in_channels, side, encode, denoiser)
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device: {str(device)!r} cannot be used: {reason}") from error
-    return torch.device(device)
 
 
 def _check_channels(model: str | Path, reads: int, gives: int, expected: int) -> None:

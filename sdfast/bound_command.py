@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdfast.request import check_count, check_file, check_seed
+from sdfast._arguments import check_file
+from sdfast.request import check_count, check_seed
 
 _DESCRIPTION = """\
 -ln p(x) of a diffusion model is bounded by L_T + L_{T-1} + ... + L_0 (Ho et al. 2020). This evaluates every

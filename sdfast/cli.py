@@ -1,4 +1,4 @@
-"""The command `sdfast`: generate | inpaint | outpaint | train | bound | bench | doctor.
+"""The command `sdfast`: generate | inpaint | outpaint | train | segment | bound | bench | doctor.
 
 Bad input is one line on stderr, `sdfast: error: ...`, and exit status 2, before any work is done. Work that
 fails, because memory ran out or training diverged, is such a line and 1; Ctrl-C is 130. (`python -X dev -m
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdfast import __version__
+from sdfast._arguments import check_folder
 from sdfast.bench.command import add_parser as add_bench
 from sdfast.bound_command import add_parser as add_bound
-from sdfast.command_line import check_writable, one_line
+from sdfast.command_line import one_line
 from sdfast.generate_command import add_parser as add_generate
 from sdfast.inpaint_command import add_parsers as add_inpaint_and_outpaint
 from sdfast.request import check_count
+from sdfast.segment_command import add_parser as add_segment
 from sdfast.training.command import add_parser as add_ldm
 from sdfast.training.vae_command import add_parser as add_vae
 
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_inpaint_and_outpaint(commands)
     _add_train(commands)
+    add_segment(commands)
     add_bound(commands)
     add_bench(commands)
     doctor = commands.add_parser("doctor", help="say what sdfast found on this machine, and what it lacks")
@@ -112,8 +115,8 @@ def _train_digits(arguments: argparse.Namespace) -> int:
     steps = {name: count for name, count in steps.items() if count is not None}
     for name, count in {**steps, "threads": arguments.threads}.items():
         check_count(f"--{name.replace('_', '-')}", count)
-    check_writable("--output", arguments.output.parent)
-    check_writable("--run-dir", arguments.run_dir)
+    check_folder("--output", arguments.output.parent)
+    check_folder("--run-dir", arguments.run_dir)
     from sdfast.training.digits import train_digits
 
     output = train_digits(

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sdfast._arguments import usable_device
 from sdfast.dispatch import BACKENDS, ORDER
 from sdfast.request import (
     MAX_STEPS,
@@ -115,7 +115,7 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
     keep_freed_memory()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = _device(arguments.device)
+    device = usable_device("--device", arguments.device)
     _check_backend(arguments.backend, device.type)
     options = {
         "dtype": getattr(torch, arguments.dtype),
@@ -165,38 +165,6 @@ def _check_backend(backend: str | None, device_type: str) -> None:
         library = load_cpu_library()
         if not library.loaded:
             raise ValueError(f"--backend: 'cpu' cannot run: {library.detail}")
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {one_line(error)}") from error
-    return device
-
-
-def check_png_output(path: Path) -> None:
-    """Refuse a path that could not be written when the images are done."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--output: got {path}, expected a name that ends in .png")
-    if path.is_dir():
-        raise ValueError(f"--output: {path} is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output: the folder {path.parent} cannot be written to")
-
-
-def check_writable(option: str, folder: Path) -> None:
-    """Refuse a folder that could not be written to, nor made."""
-    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{option}: {existing} is no folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{option}: the folder {existing} cannot be written to")
 
 
 @contextlib.contextmanager

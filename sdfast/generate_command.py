@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast import command_line
+from sdfast._arguments import check_file, check_folder
 from sdfast.prompt_lines import read_prompts, share_of
 from sdfast.request import check_count, check_strength
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("PROMPT: say what to draw, or give --prompts FILE")
     options = _checked_options(arguments)
     output = arguments.output or Path("sdfast.png")
-    command_line.check_png_output(output)
+    check_file("--output", output, ".png")
     image = None
     if arguments.image is not None:
         from sdfast.images import read_image
@@ -75,7 +76,7 @@ def _draw_list(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name}: not with --prompts, which draws each line of its file once")
     if arguments.output is None:
         raise ValueError("--output: --prompts needs a folder to draw into: -o DIR")
-    command_line.check_writable("--output", arguments.output)
+    check_folder("--output", arguments.output)
     options = command_line.sampling_options(arguments)
     seed, batch_size = options.pop("seed") or 0, options.pop("batch_size")
     lines, share = read_prompts(arguments.prompts), share_of()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast import command_line
+from sdfast._arguments import check_file
 from sdfast.request import (
     INPAINTING_METHODS,
     check_count,
@@ -100,7 +101,7 @@ def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.jump_length,
         arguments.resamplings,
     )
-    command_line.check_png_output(arguments.output)
+    check_file("--output", arguments.output, ".png")
     own = ("num_images", "keep_original", "method", "strength", "jump_length", "resamplings")
     return options | {name: getattr(arguments, name) for name in own}
 

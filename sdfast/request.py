@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 SIZE_MULTIPLE = 8  # what Stable Diffusion asks of an image's sides
@@ -167,26 +165,6 @@ def check_count(name: str, value: int, most: int | None = None) -> None:
     value = _whole(name, value)
     if value < 1 or (most is not None and value > most):
         raise ValueError(f"{name}: got {value}, expected {f'1 to {most}' if most else 'at least 1'}")
-
-
-def check_folder(name: str, folder: Path) -> None:
-    """Raises ValueError where a folder is none, could not be made, or could not be written to."""
-    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{name}: {existing} is no folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{name}: the folder {existing} cannot be written to")
-
-
-def check_file(name: str, path: Path, suffix: str) -> None:
-    """Raises ValueError where a file could not be written: another suffix, a folder, one that is absent."""
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"{name}: got {path}, expected a name that ends in {suffix}")
-    if path.is_dir():
-        raise ValueError(f"{name}: {path} is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"{name}: the folder {path.parent} does not exist")
-    check_folder(name, path.parent)
 
 
 def check_guidance_scale(name: str, guidance_scale: float) -> None:

@@ -80,10 +80,12 @@ def test_works_without_the_native_library(tmp_path):
 # What everybody may use: no layer of its own, and it imports nothing of ours but these.
 LEAVES = (
     "sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.figures", "sdfast.tokenizer",
+    "sdfast._arguments",
 )  # fmt: skip
 ALLOWED = {
     "sdfast.__init__": ("sdfast",),
     "sdfast.__main__": ("sdfast.cli",),
+    "sdfast._arguments": (),
     "sdfast._cuda_archs": (),
     "sdfast._library": ("sdfast._cuda_archs",),
     "sdfast.dispatch": ("sdfast._library",),
@@ -134,6 +136,7 @@ ALLOWED = {
         *LEAVES, "sdfast.diffusion", "sdfast.generation", "sdfast.inpainting", "sdfast.masks",
         "sdfast.outpainting", "sdfast.pipeline_base", "sdfast.sources",
     ),
+    "sdfast.training.segmentation_data": (*LEAVES, "sdfast.segmentation"),
     "sdfast.training": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.lora", "sdfast.ops", "sdfast.training",
         "sdfast.conditioning", "sdfast.loading", "sdfast.pipelines",
@@ -142,7 +145,14 @@ ALLOWED = {
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
         "sdfast.training.captions",
     ),
-    "sdfast.bound_command": ("sdfast.bound", "sdfast.request", "sdfast.figures", "sdfast.models.weights"),
+    "sdfast.bound_command": ("sdfast._arguments", "sdfast.bound", "sdfast.request", "sdfast.figures", "sdfast.models.weights"),
+    "sdfast.segmentation": (*LEAVES, "sdfast.models"),
+    "sdfast.segmentation_file": (*LEAVES, "sdfast.models", "sdfast.segmentation"),
+    "sdfast.segmentation_scores": (),
+    "sdfast.segment_command": (
+        *LEAVES, "sdfast.models", "sdfast.segmentation", "sdfast.segmentation_file", "sdfast.segmentation_scores",
+        "sdfast.training",
+    ),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs",
         "sdfast._graph_keys", "sdfast.drop_in",
@@ -158,7 +168,7 @@ ALLOWED = {
     "sdfast.generate_command": (*LEAVES, "sdfast.command_line", "sdfast.prompt_lines", "sdfast.prompt_list"),
     "sdfast.cli": (
         *LEAVES, "sdfast.bench", "sdfast.command_line", "sdfast.doctor", "sdfast.generate_command",
-        "sdfast.inpaint_command", "sdfast.bound_command", "sdfast.training",
+        "sdfast.inpaint_command", "sdfast.bound_command", "sdfast.segment_command", "sdfast.training",
     ),
 }  # fmt: skip
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from sdfast._arguments import check_folder, usable_device
 from sdfast.bench.request import DTYPES, ENGINES, OPS, PARTS, Request, names
 from sdfast.dispatch import BACKENDS
 from sdfast.request import check_count
@@ -78,13 +78,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
             check_count(f"--{name}", getattr(arguments, name))
     if arguments.seconds is not None and not 0 < arguments.seconds < float("inf"):
         raise ValueError(f"--seconds: got {arguments.seconds}, expected more than 0")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output: {arguments.output} is no folder")
-    existing = next(
-        p for p in (arguments.output.absolute(), *arguments.output.absolute().parents) if p.exists()
-    )
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--output: the folder {existing} cannot be written to")
+    check_folder("--output", arguments.output)
     parts = names("bench", arguments.what, PARTS) if arguments.what else PARTS
     return Request(
         parts=parts,
@@ -102,14 +96,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
 
 
 def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
+    if usable_device("--device", name).type not in ("cpu", "cuda"):
         raise ValueError(f"--device: {name!r} is not measured, expected cpu or cuda")
 
 

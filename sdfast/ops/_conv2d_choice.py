@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing, tuning
@@ -63,8 +64,13 @@ def candidates(shape: Shape) -> list[str]:
 
 
 def suits_torch(x: Tensor, weight: Tensor, upsample: bool) -> bool:
-    """Where torch was measured faster: so few channels that gathering them is most of the work."""
-    return min(weight.shape[:2]) < 16
+    """Where torch was measured faster: so few channels that gathering them is most of the work.
+
+    For 3x3 kernels that is below 32, where Winograd begins, with a gradient too. An upsample
+    is folded here, and fp16 is slow there.
+    """
+    gathered = tuple(weight.shape[2:]) == (3, 3) and not upsample and weight.dtype != torch.float16
+    return min(weight.shape[:2]) < (32 if gathered else 16)
 
 
 def times_of(shape: Shape) -> tuning.Times | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._conv2d_choice import folds
+from sdfast.ops._conv2d_choice import folds, suits_torch
 from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
 from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
 from sdfast.ops._linear_training import CPU as LINEAR_CPU
@@ -67,7 +67,7 @@ def suits_torch_in_training(x: Tensor, weight: Tensor, upsample: bool) -> bool:
     sizes, fp16 many times faster than torch's.
     """
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-    few = min(weight.shape[:2]) < 16 or weight.numel() * pixels < 2**20
+    few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
     return few or x.dtype == torch.bfloat16
 
 

@@ -8,8 +8,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from sdfast._arguments import check_folder
 from sdfast.request import check_count, check_seed
-from sdfast.training.output import check_output, check_writable
+from sdfast.training.output import check_output
 
 _DESCRIPTION = """\
 Trains the U-Net, or the VAE, of a latent diffusion model on images with captions: a folder with a .txt beside
@@ -167,7 +168,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.caption_dropout <= 1:
         raise ValueError(f"--caption-dropout: got {arguments.caption_dropout}, expected 0 to 1")
     check_output(arguments.output)
-    check_writable("--output", arguments.output.absolute().parent)
-    check_writable("--run-dir", _run_dir(arguments))
+    check_folder("--output", arguments.output.absolute().parent)
+    check_folder("--run-dir", _run_dir(arguments))
     if arguments.cache_dir is not None:
-        check_writable("--cache-dir", arguments.cache_dir)
+        check_folder("--cache-dir", arguments.cache_dir)

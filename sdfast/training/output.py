@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +19,6 @@ def check_output(output: Path) -> None:
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not empty and not (output / RECORD).is_file():
         raise FileExistsError(f"{output}: exists and was not written by this command; choose another output")
-
-
-def check_writable(option: str, folder: Path) -> None:
-    """
-    Raises:
-        ValueError: `folder` could not be written to, nor made.
-    """
-    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{option}: {existing} is no folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{option}: the folder {existing} cannot be written to")
 
 
 def write_pipeline(output: Path, components: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sdfast.request import check_count, check_folder, check_seed
+from sdfast._arguments import check_folder
+from sdfast.request import check_count, check_seed
 
 
 def add_parser(models: Any) -> None:
