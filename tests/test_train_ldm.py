@@ -106,6 +106,46 @@ def test_damaged_images_are_skipped_and_named_and_the_pipeline_draws(train, mode
     tiny_pipelines.assert_same_pictures(ours.images, theirs)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_lora_is_trained_instead(train, model, precision):
+    trained = train(lora_rank=2, precision=precision, lr=1e-2)
+    assert {path.name for path in trained.output.iterdir()} == {
+        "pytorch_lora_weights.safetensors", "training.json"
+    }  # fmt: skip
+    pipe = StableDiffusion.from_pretrained(model)
+    before = pipe.text_to_image("seven", steps=2, seed=0).images
+    pipe.load_lora(trained.output)
+    ours = pipe.text_to_image("seven", steps=2, seed=0).images
+    assert np.abs(np.asarray(ours[0], dtype=float) - np.asarray(before[0], dtype=float)).max() > 2
+    again = train("again", lora_rank=2, precision=precision, lr=1e-2)  # as in another process
+    one, other = (load_file(t.output / "pytorch_lora_weights.safetensors") for t in (trained, again))
+    assert same(one, other) and all(factor.any() for factor in one.values())
+    import diffusers
+
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(model)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_lora_weights(trained.output)
+    images = theirs("seven", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    tiny_pipelines.assert_same_pictures(ours, images)
+
+
+def test_a_lora_goes_on_to_the_same_bits(train, monkeypatch):
+    def factors(name, **more):
+        return load_file(train(name, lora_rank=2, **more).output / "pytorch_lora_weights.safetensors")
+
+    reference, save = factors("whole"), ShardedRunFolder.save
+
+    def save_and_stop(self, *arguments, **keywords):
+        save(self, *arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedRunFolder, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            factors("stopped", running=dataclasses.replace(QUIET, checkpoint_steps=2))
+    assert same(reference, factors("stopped"))
+
+
 def test_unet_learns_to_see_the_noise(train, model):
     trained = train(steps=30, from_scratch=True, lr=5e-3)
     x, text = torch.randn(8, 4, 8, 8), torch.randn(8, 5, tiny_pipelines.TEXT_WIDTH)

@@ -48,6 +48,7 @@ def _add_training(group: Any) -> None:
     add = group.add_argument
     add("--phase", choices=("unet", "vae"), default="unet", help="what is trained (%(default)s)")
     add("--from-scratch", action="store_true", help="begin with fresh weights of the same sizes")
+    add("--lora", type=int, metavar="RANK", help="train a LoRA of this rank for the U-Net instead")
     add("--steps", type=int, default=1000, help="optimizer steps of the whole run (%(default)s)")
     add("--batch-size", type=int, default=16, help="images in a step, over all processes (%(default)s)")
     add("--resolution", type=int, help="side of the square, in pixels (the model's own)")
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     training = LDMTraining(
         schedule=schedule,
+        lora_rank=arguments.lora,
         **_taken(
             arguments, "phase", "batch_size", "resolution", "aspect_buckets", "prediction", "min_snr_gamma",
             "caption_dropout", "kl_weight", "precision", "from_scratch",
@@ -133,10 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"skipped: {name}: {reason}")
         skipped = f"; {len(trained.skipped)} could not be read" if trained.skipped else ""
         model = shlex.quote(os.path.join(os.curdir, trained.output))
-        print(
-            f"{trained.output}: trained on {trained.images} images{skipped}; try: sdfast generate PROMPT"
-            f" --model {model}"
-        )
+        use = f"sdfast generate PROMPT --model {model}"
+        if arguments.lora is not None:
+            base = f"--model {shlex.quote(arguments.model)} " if arguments.model else ""
+            use = f"sdfast generate PROMPT {base}--lora {model}"
+        print(f"{trained.output}: trained on {trained.images} images{skipped}; try: {use}")
     return 0
 
 
@@ -151,7 +154,7 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work, before torch is imported."""
-    counts = ("steps", "batch_size", "resolution", "max_images", "micro_batch", "threads")
+    counts = ("steps", "batch_size", "resolution", "max_images", "micro_batch", "threads", "lora")
     for name in (*counts, "checkpoint_steps", "sample_every"):
         if getattr(arguments, name) is not None:
             check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))

@@ -20,11 +20,12 @@ import torch
 from sdfast import __version__
 from sdfast.diffusion import NoiseSchedule
 from sdfast.models import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from sdfast.models.checkpoint import save_components
 from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training.captions import caption_ids, write_tokenizer
 from sdfast.training.data import IMAGE_SIZE, load_digits, training_set
 from sdfast.training.ddpm import CaptionedLatents, DDPMTraining, train_ddpm
-from sdfast.training.output import check_output, write_pipeline
+from sdfast.training.output import check_output, write_output
 from sdfast.training.run_folder import seconds_spent
 from sdfast.training.trainer import Schedule
 from sdfast.training.vae import VAETraining, encode, train_vae
@@ -175,7 +176,7 @@ def train_digits(
             "image_encoder": None,
             "requires_safety_checker": False,
         }
-        write_pipeline(output, components, record)
+        write_output(output, lambda folder: save_components(folder, components), record)
     return output
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sdfast import __version__
 from sdfast.diffusion import NoiseSchedule
+from sdfast.lora import save_lora
 from sdfast.models import AutoencoderKL
+from sdfast.models.checkpoint import save_components
 from sdfast.pipelines import StableDiffusion
 from sdfast.training.buckets import Batches
 from sdfast.training.checkpoints import ShardedRunFolder, seconds_of
@@ -37,7 +39,7 @@ from sdfast.training.ldm_parts import (
     whole,
 )
 from sdfast.training.optimizer import Schedule
-from sdfast.training.output import check_output, write_pipeline
+from sdfast.training.output import check_output, write_output
 from sdfast.training.trainer import train_steps
 from sdfast.training.vae import scaling_factor
 from sdfast.training.watching import Watcher, drawer, reconstructor
@@ -63,6 +65,7 @@ class LDMTraining:
         kl_weight: of the KL term in the phase "vae".
         precision: see `sdfast.training.distributed.Parallel`.
         from_scratch: forget the weights of what is trained, and keep its sizes.
+        lora_rank: train updates of this rank of the U-Net's attention instead of its weights (`sdfast.lora`).
     """
 
     schedule: Schedule = Schedule(steps=1000, learning_rate=1e-5, decay="constant", ema_decay=0.9999)
@@ -76,6 +79,7 @@ class LDMTraining:
     kl_weight: float = 1e-6
     precision: str = "fp32"
     from_scratch: bool = False
+    lora_rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +140,15 @@ def train_ldm(
     cache_dir: str | Path | None = None,
     seed: int = 0,
 ) -> Trained:
-    """Train the U-Net or the VAE of a pipeline and write the pipeline with the averaged weights.
+    """Train the U-Net or the VAE of a pipeline, or a LoRA, and write it with the averaged weights.
 
     May be killed at any moment: called again with the same arguments it goes on from the last checkpoint, on
     the same number of processes to the same bits, on another to the same numbers but for rounding.
 
     Args:
         data: a folder of images, or a Hugging Face data set.
-        output: the folder to write; it appears whole or not at all, and one it wrote before is replaced.
+        output: the folder to write, a pipeline or a LoRA; it appears whole or not at all, and one it wrote
+            before is replaced.
         model: a diffusers folder or a hub id.
         run_dir: checkpoints, samples and events go to run_dir/unet or run_dir/vae; all processes reach it.
         training, running, options: what, how, and of which images.
@@ -184,7 +189,7 @@ def _train(
         model, prediction=training.prediction, device=group.device,
         anew=(training.phase, seed) if training.from_scratch else None,
     )  # fmt: skip
-    choose_trained(parts, training.phase)
+    choose_trained(parts, training.phase, training.lora_rank, seed)
     shapes = image_shapes(
         parts["unet"], parts["vae"], training.resolution, aspect_buckets=training.aspect_buckets
     )
@@ -223,7 +228,11 @@ def _train(
             "torch": torch.__version__,
             "sdfast": __version__,
         }
-        write_pipeline(output, components_of(parts, {training.phase: module}), record)
+        if training.lora_rank is not None:
+            write_output(output, lambda folder: save_lora(folder, {"unet": module}), record)
+            return
+        components = components_of(parts, {training.phase: module})
+        write_output(output, lambda folder: save_components(folder, components), record)
 
     group.main_first(write)
     return Trained(output, len(listed) - len(skipped), skipped, group.is_main)
@@ -274,6 +283,10 @@ class _Work:
 def _check_shares(training: LDMTraining, running: Running, group: Processes) -> None:
     if training.phase not in ("unet", "vae"):
         raise ValueError(f"phase: got {training.phase!r}, expected unet or vae")
+    if training.lora_rank is not None and (training.phase, training.from_scratch) != ("unet", False):
+        raise ValueError("lora_rank: updates the weights of a U-Net; not in another phase, nor from scratch")
+    if training.lora_rank is not None and running.parallel == "fsdp":
+        raise ValueError("lora_rank: not under fsdp; what ddp keeps of a LoRA in every process is small")
     if group.world > 1 and running.parallel is None:
         raise ValueError(f"parallel: {group.world} processes were started, expected ddp or fsdp")
     if group.world == 1 and running.parallel is not None:

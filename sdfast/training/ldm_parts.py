@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdfast.lora import add_lora
 from sdfast.models import AutoencoderKL, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError, load_components, resolve
 from sdfast.tokenizer import CLIPTokenizer
@@ -64,15 +65,20 @@ def load_parts(
     return parts
 
 
-def choose_trained(parts: Mapping[str, Any], phase: str) -> None:
-    """Let the parameters that are trained ask for gradients, and no others: all of one component.
+def choose_trained(parts: Mapping[str, Any], phase: str, lora_rank: int | None = None, seed: int = 0) -> None:
+    """Let the parameters that are trained ask for gradients, and no others: one component's, or its LoRA's.
 
     What asks for gradients is what the optimizer steps, the average follows and checkpoints hold.
     """
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    parts[phase].requires_grad_(True)
+    if lora_rank is None:
+        parts[phase].requires_grad_(True)
+        return
+    with torch.random.fork_rng(devices=[]):  # alike in every process
+        torch.manual_seed(seed)
+        add_lora(parts[phase], lora_rank)
 
 
 def module_fingerprint(module: nn.Module) -> str:
