@@ -28,6 +28,7 @@ from _report_models import (
     zoo_lines,
 )
 from _report_quality import digits_lines, inpainting_lines, lora_lines, train_ldm_lines
+from _report_seed import seed_lines
 from _report_segmentation import segmentation_lines
 from _report_vae import vae_digits_lines
 
@@ -36,6 +37,7 @@ from sdfast.bench.tables import markdown_table
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+_SEED_BEGIN, _SEED_END = "<!-- seed: written by benchmarks/report.py -->", "<!-- end of seed -->"
 _GPU_BEGIN, _GPU_END = "<!-- gpu: written by benchmarks/report.py -->", "<!-- end of gpu -->"
 
 Row = dict[str, Any]
@@ -172,6 +174,7 @@ def _place(item: tuple[str, Row]) -> tuple[str, int]:
 def written(records: dict[str, Row]) -> dict[Path, str]:
     """Both files' texts."""
     text = between(_BEGIN, _END, readme_block(records), README.read_text())
+    text = between(_SEED_BEGIN, _SEED_END, seed_lines(records), text)
     text = between(_GPU_BEGIN, _GPU_END, [f"**{_gpu_line(records)}**"], text)
     return {HERE / "RESULTS.md": "\n".join(results_md(records)) + "\n", README: text}
 
