@@ -42,9 +42,7 @@ def _nats(kind: str, likelihood: str, covariance: str) -> Callable[[Row], str]:
         wanted = (kind, likelihood, covariance)
         row = next(r for r in record["rows"] if (r["kind"], r["likelihood"], r["covariance"]) == wanted)
         nats = row["nats_per_picture"]
-        return (
-            f"ELBO {nats['elbo']:.2f}, ln p(x) at least {nats['importance_weighted']:.2f} nats a held-out digit"
-        )
+        return f"ELBO {nats['elbo']:.2f}, ln p(x) at least {nats['importance_weighted']:.2f} nats a held-out digit"
 
     return text
 
@@ -83,14 +81,14 @@ def _tested(file: str) -> Callable[[Row], str]:
     return lambda _: f"diffusers' result on the same weights (tests/{file})"
 
 
-# Section, what, command, the record that has its figure, "" where a test shows it, and the figure.
+# Section, what, what to try, the record that has its figure, "" where a test shows it, and the figure.
 _LINES: tuple[tuple[str, str, str, str, Callable[[Row], str]], ...] = (
     ("1", "text to image", '`sdfast generate "a handwritten seven"`', "digits_quality", _digits),
     ("1", "image to image", "`sdfast generate PROMPT --image A.png --strength 0.6`", "",
      _tested("test_pipelines.py")),
     ("1", "inpainting", "`sdfast inpaint PROMPT --image A.png --mask M.png`", "inpainting", _inpainting),
     ("1", "RePaint", "`sdfast inpaint ... --method repaint`", "inpainting", _repaint),
-    ("1", "inpainting models, 9 channels", "`sdfast inpaint ... --model runwayml/stable-diffusion-inpainting`",
+    ("1", "inpainting models, 9 channels", "`sdfast inpaint ... --model stable-diffusion-v1-5/stable-diffusion-inpainting`",
      "", _tested("test_inpainting.py")),
     ("1", "outpainting", "`sdfast outpaint PROMPT --image A.png --left 64 --feather 16`", "",
      lambda _: "pixels kept bit for bit, any size (tests/test_outpainting.py)"),
@@ -113,7 +111,7 @@ _LINES: tuple[tuple[str, str, str, str, Callable[[Row], str]], ...] = (
 
 def seed_lines(records: dict[str, Row]) -> list[str]:
     """One line for each; the figure links to its record."""
-    return markdown_table(("section", "what", "command", "recorded"), _rows(records))
+    return markdown_table(("section", "what", "try", "recorded, by the command in the file"), _rows(records))
 
 
 def _rows(records: dict[str, Row]) -> Iterator[tuple[str, ...]]:

@@ -44,21 +44,22 @@ def build(archs: str, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print each, write results/<device>/build.json."""
+    """Print each, write results/<device>/build.json where all were built."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--archs", nargs="+", default=list(ARCHS), help='as SDFAST_CUDA_ARCHS has them; "" none'
     )
-    rows = []
-    for archs in parser.parse_args().archs:
+    rows, wanted = [], parser.parse_args().archs
+    for archs in wanted:
         with tempfile.TemporaryDirectory() as name:
             rows.append(build(archs, pathlib.Path(name)))
         print(
             f"{rows[-1]['wheel']}: {rows[-1]['seconds']:.0f} s, {rows[-1]['bytes'] / 1e6:.1f} MB", flush=True
         )
-    write_json(results_path("build"), rows)
+    if tuple(wanted) == ARCHS:
+        write_json(results_path("build"), rows)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ State = tuple[object, ...]
 # Copies of fewer bytes are made in any case: less than the activations of a decoder to 512x512 take.
 FREE_BYTES = 1 << 30
 
+_clears = 0
 _fingerprint = _library.define_native("fingerprint(Tensor weight) -> int", lambda weight: 0)
 
 
@@ -132,7 +133,7 @@ def packed(weight: Tensor, kind: str, pack: Callable[[Tensor], Tensor], worth: f
 
     Threads that ask at the same time may both make one; either serves.
     """
-    state, stream = _state_of(weight), _current_stream(weight)
+    state, stream = state_of(weight), _current_stream(weight)
     # What was made before a capture is there: torch.cuda.graph waits for the device as it begins.
     is_captured = stream is not None and torch.cuda.is_current_stream_capturing()
     with _lock:
@@ -165,12 +166,13 @@ def is_lasting(weight: Tensor) -> bool:
     return not weight._is_view()
 
 
-def _state_of(weight: Tensor) -> State:
+def state_of(weight: Tensor) -> State:
+    """What changes when a weight is written to, as far as it can be told (see above), and by `clear`."""
     version = 0 if weight.is_inference() else weight._version
     layout = (weight.dtype, weight.shape, weight.stride())
     sampled = weight.device.type == "cpu" and _library.has_kernel("fingerprint", "cpu")
     sample = _fingerprint(weight.detach()) if sampled else None
-    return version, weight.data_ptr(), sample, layout
+    return _clears, version, weight.data_ptr(), sample, layout
 
 
 def copies_of(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -204,6 +206,8 @@ def temporary(weights: Iterable[Tensor]) -> Iterator[None]:
 
 def clear() -> None:
     """Drop every copy; the next call makes those it needs."""
+    global _clears
     with _lock:
+        _clears += 1
         _copies.clear()
         _refused.clear()

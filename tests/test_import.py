@@ -155,7 +155,7 @@ ALLOWED = {
     ),
     "sdfast.drop_in": (
         "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.models", "sdfast.graphs",
-        "sdfast._graph_keys", "sdfast.drop_in",
+        "sdfast._graph_keys", "sdfast.packing", "sdfast.drop_in",
     ),
     "sdfast.doctor": (
         "sdfast.__version__", "sdfast._cuda_archs", "sdfast._library", "sdfast.dispatch", "sdfast.ops", "sdfast.tuning",

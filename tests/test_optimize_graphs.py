@@ -93,6 +93,27 @@ class Louder(AttnProcessor2_0):
         return self.scale * super().__call__(*arguments, **keywords)
 
 
+class LouderModule(torch.nn.Module):
+    """As IP-Adapter's, which has weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.processor = 2.0, AttnProcessor2_0()
+
+    def forward(self, *arguments, **keywords):
+        return self.scale * self.processor(*arguments, **keywords)
+
+
+class Doubling(diffusers.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+def hook_of_diffusers(model):
+    block = model.mid_block.resnets[0]
+    diffusers.hooks.HookRegistry.check_if_exists_or_initialize(block).register_hook(Doubling(), "doubling")
+
+
 def add_lora(model):
     torch.manual_seed(1)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
@@ -100,6 +121,8 @@ def add_lora(model):
 
 UNSEEN = {
     "attention processors": lambda model: model.set_attn_processor(Louder()),
+    "attention processors that are modules": lambda model: model.set_attn_processor(LouderModule()),
+    "hooks of diffusers'": hook_of_diffusers,
     "LoRA": add_lora,
     "FreeU": lambda model: model.enable_freeu(0.9, 0.2, 1.2, 1.4),
     "hooks": lambda model: model.mid_block.register_forward_hook(lambda module, inputs, output: 2 * output),
@@ -127,6 +150,12 @@ def test_copies_and_pickles_have_graphs_of_their_own():
         assert other.forward.cache.captured == 1
     assert cache.captured == 1
     assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_nothing_to_replay_is_said():
+    theirs, _ = made("unet")
+    with pytest.warns(UserWarning, match="cuda_graphs=True.: found no U-Net"):
+        sdfast.optimize(theirs, include="mid_block.*", cuda_graphs=True)
 
 
 def test_twice_is_once():

@@ -72,9 +72,9 @@ def _is_captured_whole(model: nn.Module) -> bool:
     """Whether a call depends on nothing but tensors, weights, and what `sdfast.graphs` watches besides."""
     for module in modules_of(model):
         state = module.__dict__
-        processor = state.get("processor")
+        processor = state.get("processor", module._modules.get("processor"))
         if (
-            "_hf_hook" in state
+            not {"_hf_hook", "_diffusers_hook"}.isdisjoint(state)
             or type(module).__module__.startswith("peft.")
             or (processor is not None and type(processor) not in STOCK_PROCESSORS)
             or any(state.get(factor) is not None for factor in _FREE_U)
@@ -83,12 +83,13 @@ def _is_captured_whole(model: nn.Module) -> bool:
     return True
 
 
-def replace(modules: Iterable[nn.Module]) -> None:
-    """Let the models among these be replayed, out of one cache."""
-    cache = GraphCache()
-    for module in modules:
-        if type(module) in _MODELS and "forward" not in module.__dict__:
-            module.forward = Forward(module, cache)
+def replace(modules: Iterable[nn.Module]) -> bool:
+    """Let the models among these be replayed, out of one cache; whether there are any, or were before."""
+    cache, models = GraphCache(), [module for module in modules if type(module) in _MODELS]
+    for model in models:
+        if "forward" not in model.__dict__:
+            model.forward = Forward(model, cache)
+    return any(is_replaced(model) for model in models)
 
 
 def is_replaced(module: nn.Module) -> bool:

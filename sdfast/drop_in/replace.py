@@ -171,15 +171,26 @@ def optimize(
 
         if schedulers.serves(scheduler):
             schedulers.replace(scheduler)
-    if cuda_graphs and "diffusers" in sys.modules:
-        from sdfast.drop_in import graphed
-
-        graphed.replace(module for name, module in _modules(target) if _is_meant(name, *patterns))
+    if cuda_graphs and not _replay(target, patterns):
+        warnings.warn(
+            "sdfast.optimize(cuda_graphs=True): found no U-Net, ControlNet or VAE of diffusers' to replay, among"
+            " what is meant by include and exclude",
+            stacklevel=2,
+        )
     dispatch.set_switches(numerics=numerics, memory=memory)
     if left:
         listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in left}))
         warnings.warn(f"sdfast.optimize left {len(left)} modules as they were: {listed}", stacklevel=2)
     return explain(target)
+
+
+def _replay(target: object, patterns: tuple[Sequence[str] | None, Sequence[str]]) -> bool:
+    """Let CUDA graphs replay the models that are meant; whether there are such."""
+    if "diffusers" not in sys.modules:
+        return False
+    from sdfast.drop_in import graphed
+
+    return graphed.replace(module for name, module in _modules(target) if _is_meant(name, *patterns))
 
 
 def _replace(module: nn.Module, kind: type[nn.Module], mode: str) -> None:
@@ -214,9 +225,8 @@ def restore(target: Any) -> None:
             weight = module.get_parameter("weight")
             weight.data = weight.data.contiguous()
         text.forget(module)
-    for wrapper in [module for _, module in _modules(target) if not _is_ours(module)] if found else ():
-        for child in wrapper.children():  # LoRA makes its own layers of the class that it wraps
-            child.__class__ = layers.ORIGINALS.get(type(child), type(child))
+    if found:
+        _restore_wrapped(target)
     for model in _graphed_models(target):
         del model.forward  # with its graphs
     scheduler = _scheduler(target)
@@ -224,6 +234,14 @@ def restore(target: Any) -> None:
         from sdfast.drop_in import schedulers
 
         schedulers.restore(scheduler)
+
+
+def _restore_wrapped(target: object) -> None:
+    """peft makes its own layers of the class that it wraps, which was ours."""
+    for _, module in _modules(target):
+        if type(module).__module__.startswith("peft."):
+            for child in module.modules():
+                child.__class__ = layers.ORIGINALS.get(type(child), type(child))
 
 
 def _graphed_models(target: object) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 """Keys and values of a text, computed once: a pipeline gives every step the very same tensor.
 
-Kept for each cross-attention while the text's tensor lives, neither it nor a weight was written to, and the
-switches of dispatch and autocast say the same.
+Kept for each cross-attention while the text's tensor lives, neither it nor a weight was written to, as far as
+`packing.state_of` can tell, and the switches of dispatch and autocast say the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdfast import dispatch
+from sdfast import dispatch, packing
 
 
 class _Kept(NamedTuple):
@@ -52,8 +52,7 @@ def keys_values(
     weights = [weight for module in projections for weight in module.parameters(recurse=False)]
     device = text.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    written = ((t.data_ptr(), t._version) for t in (text, *weights))
-    stamp = (dispatch.switches(), autocast, *written)
+    stamp = (dispatch.switches(), autocast, *(packing.state_of(t) for t in (text, *weights)))
     kept = _kept.get(attention)
     if kept is not None and kept.text() is text and kept.stamp == stamp:
         return kept.keys_values
