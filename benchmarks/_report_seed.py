@@ -1,4 +1,4 @@
-"""The README's table of what the package computes: sections of the report that it implements, and how each does."""
+"""The README's table of the sections of the report that the package implements, and of how each does."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def _nats(kind: str, likelihood: str, covariance: str) -> Callable[[Row], str]:
         wanted = (kind, likelihood, covariance)
         row = next(r for r in record["rows"] if (r["kind"], r["likelihood"], r["covariance"]) == wanted)
         nats = row["nats_per_picture"]
-        return f"ELBO {nats['elbo']:.2f}, ln p(x) at least {nats['importance_weighted']:.2f} nats a held-out digit"
+        evidence = nats["importance_weighted"]
+        return f"ELBO {nats['elbo']:.2f}, ln p(x) at least {evidence:.2f} nats a held-out digit"
 
     return text
 
@@ -88,8 +89,8 @@ _LINES: tuple[tuple[str, str, str, str, Callable[[Row], str]], ...] = (
      _tested("test_pipelines.py")),
     ("1", "inpainting", "`sdfast inpaint PROMPT --image A.png --mask M.png`", "inpainting", _inpainting),
     ("1", "RePaint", "`sdfast inpaint ... --method repaint`", "inpainting", _repaint),
-    ("1", "inpainting models, 9 channels", "`sdfast inpaint ... --model stable-diffusion-v1-5/stable-diffusion-inpainting`",
-     "", _tested("test_inpainting.py")),
+    ("1", "inpainting models, 9 channels",
+     "`sdfast inpaint ... --model stable-diffusion-v1-5/stable-diffusion-inpainting`", "", _tested("test_inpainting.py")),
     ("1", "outpainting", "`sdfast outpaint PROMPT --image A.png --left 64 --feather 16`", "",
      lambda _: "pixels kept bit for bit, any size (tests/test_outpainting.py)"),
     ("1", "LoRA", "`sdfast generate PROMPT --lora FILE:0.8`", "lora", _lora),
@@ -102,10 +103,12 @@ _LINES: tuple[tuple[str, str, str, str, Callable[[Row], str]], ...] = (
     ("3.1", "the bound, term by term", "`sdfast bound --plot per_t.png`", "vae_digits", _bound),
     ("3.2", "a training step", "`sdfast bench training`", "training", _training),
     ("3.2", "training on several processes",
-     "`torchrun --nproc-per-node 2 -m sdfast train ldm --data FOLDER --parallel ddp`", "train_ldm", _gradients),
+     "`torchrun --nproc-per-node 2 -m sdfast train ldm --data FOLDER --parallel ddp`", "train_ldm",
+     _gradients),
     ("3.3", "the ResNet U-Net of SD 1.5", "`sdfast bench models`", "models", _unet),
     ("4", "segmentation U-Net", "`sdfast segment train DATA -o MODEL`", "segmentation", _segmentation),
-    ("4", "overlap-tile prediction", "`sdfast segment predict IMAGE --model MODEL`", "segmentation_large", _large),
+    ("4", "overlap-tile prediction", "`sdfast segment predict IMAGE --model MODEL`", "segmentation_large",
+     _large),
 )  # fmt: skip
 
 

@@ -173,8 +173,8 @@ def optimize(
             schedulers.replace(scheduler)
     if cuda_graphs and not _replay(target, patterns):
         warnings.warn(
-            "sdfast.optimize(cuda_graphs=True): found no U-Net, ControlNet or VAE of diffusers' to replay, among"
-            " what is meant by include and exclude",
+            "sdfast.optimize(cuda_graphs=True): found no U-Net, ControlNet or VAE of diffusers' to replay,"
+            " among what is meant by include and exclude",
             stacklevel=2,
         )
     dispatch.set_switches(numerics=numerics, memory=memory)
