@@ -105,7 +105,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from sdfast.training.deformation import Augmentation
     from sdfast.training.segmentation import SegmentationTraining, train_segmentation
     from sdfast.training.segmentation_data import load_folder
-    from sdfast.training.trainer import Schedule
 
     config = SegmentationUNetConfig(
         in_channels=arguments.channels, width=arguments.width, depth=arguments.depth
@@ -121,7 +120,7 @@ def _train(arguments: argparse.Namespace) -> int:
         sigma=arguments.border_sigma, progress=True,
     )  # fmt: skip
     default = SegmentationTraining()
-    schedule: Schedule = dataclasses.replace(
+    schedule = dataclasses.replace(
         default.schedule, steps=arguments.steps, learning_rate=arguments.learning_rate
     )
     settings = SegmentationTraining(
