@@ -42,7 +42,6 @@ from sdfast.segmentation_scores import overlay, scores
 from sdfast.training.cells import draw_cells
 from sdfast.training.segmentation import SegmentationTraining, train_segmentation
 from sdfast.training.segmentation_data import Annotated, example, instances
-from sdfast.training.trainer import Schedule
 
 Pair = tuple[np.ndarray, np.ndarray]
 WIDTH, DEPTH = 16, 3
@@ -92,7 +91,6 @@ def _trained(name: str, steps: int, folder: pathlib.Path) -> tuple[SegmentationU
     data = Annotated([example(f"{name} {i}", *pair, channels=channels) for i, pair in enumerate(learned)])
     config = SegmentationUNetConfig(in_channels=channels, width=WIDTH, depth=DEPTH)
     schedule = dataclasses.replace(SegmentationTraining().schedule, steps=steps, ema_decay=0.98)
-    assert isinstance(schedule, Schedule)
     began = time.perf_counter()
     model = train_segmentation(config, data, SegmentationTraining(schedule), folder=folder)
     return model, held_out, time.perf_counter() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,39 @@ def check_file(name: str, path: Path, *suffixes: str) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{name}: the folder {path.parent} does not exist")
     check_folder(name, path.parent)
+
+
+def check_not_input(name: str, output: Path, others: Mapping[str, Path | None]) -> None:
+    """Raises ValueError where `output` is another file of the same command, say what it reads.
+
+    Args:
+        others: by the names of their arguments; None is none.
+    """
+    for other, path in others.items():
+        if path is None:
+            continue
+        both_exist = output.exists() and path.exists()
+        if output.samefile(path) if both_exist else output.resolve() == path.resolve():
+            raise ValueError(
+                f"{name}: {output} is {other}, too, and would be overwritten; choose another name"
+            )
+
+
+def check_model_folder(name: str, folder: Path, model_type: str, unfinished: str | None = None) -> None:
+    """Raises ValueError unless a model's files can go into this folder without harm to others.
+
+    Args:
+        model_type: what the config.json of such a model says that it is.
+        unfinished: a folder in it that such a model's training makes before there is a config.json.
+    """
+    check_folder(name, folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    config = folder / "config.json"
+    if not config.exists() and unfinished is not None and (folder / unfinished).is_dir():
+        return
+    if not (config.is_file() and f'"{model_type}"' in config.read_text(errors="replace")):
+        raise ValueError(f"{name}: {folder} holds something else than such a model; choose another")
 
 
 def usable_device(name: str, device: str | torch.device) -> torch.device:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import usable_device
+from sdfast._arguments import check_file, check_not_input, usable_device
 from sdfast.dispatch import BACKENDS, ORDER
 from sdfast.request import (
     MAX_STEPS,
@@ -181,15 +181,46 @@ def step_bar(*, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
         yield on_step
 
 
+def image_paths(path: Path, count: int, *, separate: bool) -> list[Path]:
+    """The files that `save_images` writes for so many images."""
+    if count == 1 or not separate:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i:04d}{path.suffix}") for i in range(count)]
+
+
+def check_output(arguments: argparse.Namespace, path: Path, **read: Path | None) -> None:
+    """Raises ValueError where images cannot be written to `path`, or would replace one that is read.
+
+    Args:
+        read: files, by their options' names.
+    """
+    check_file("--output", path, ".png")
+    for written in image_paths(path, arguments.num_images, separate=arguments.separate):
+        check_not_input("--output", written, {f"--{name}": file for name, file in read.items()})
+
+
+@contextlib.contextmanager
+def named_as_options() -> Iterator[None]:
+    """Lets errors of a check, which begin with the names of arguments, begin with those of options."""
+    try:
+        yield
+    except ValueError as error:
+        names, colon, problem = str(error).partition(":")
+        if not colon:
+            raise
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names.split(", "))
+        raise ValueError(f"{options}:{problem}") from None
+
+
 def save_images(result: Any, path: Path, *, separate: bool) -> list[Path]:
     """Write a pipeline's `GeneratedImages`, as one sheet or as NAME-0000.png and so on; returns the files."""
     from sdfast.images import grid, save_png
 
-    if len(result.images) == 1 or not separate:
+    paths = image_paths(path, len(result.images), separate=separate)
+    if len(paths) == 1:
         picture = result.images[0] if len(result.images) == 1 else grid(result.images)
         save_png(picture, path, result.settings)
-        return [path]
-    paths = [path.with_name(f"{path.stem}-{i:04d}{path.suffix}") for i in range(len(result.images))]
+        return paths
     for one, seed, image in zip(paths, result.seeds, result.images, strict=True):
         save_png(image, one, result.settings | {"seeds": [seed]})
     return paths

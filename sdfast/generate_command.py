@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast import command_line
-from sdfast._arguments import check_file, check_folder
+from sdfast._arguments import check_folder
 from sdfast.prompt_lines import read_prompts, share_of
 from sdfast.request import check_count, check_strength
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("PROMPT: say what to draw, or give --prompts FILE")
     options = _checked_options(arguments)
     output = arguments.output or Path("sdfast.png")
-    check_file("--output", output, ".png")
+    command_line.check_output(arguments, output, image=arguments.image)
     image = None
     if arguments.image is not None:
         from sdfast.images import read_image
@@ -115,5 +115,6 @@ def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("--strength: needs --image")
         return options
     strength = 0.8 if arguments.strength is None else arguments.strength
-    check_strength(strength, arguments.steps)
+    with command_line.named_as_options():
+        check_strength(strength, arguments.steps)
     return options | {"strength": strength}

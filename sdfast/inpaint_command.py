@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdfast import command_line
-from sdfast._arguments import check_file
 from sdfast.request import (
     INPAINTING_METHODS,
+    SIZE_MULTIPLE,
     check_count,
     check_inpainting,
     check_outpainting,
@@ -68,13 +68,16 @@ def _add_painting_options(parser: argparse.ArgumentParser, *, size: bool, keep_o
 
 def _inpaint(arguments: argparse.Namespace) -> int:
     options = _checked_options(arguments)
-    from sdfast.images import read_image
+    from sdfast.images import check_one_size, read_image
     from sdfast.masks import images_and_masks
 
     image = read_image(arguments.image)
     mask = None if arguments.mask is None else read_image(arguments.mask)
     # What is wrong with them is told before a model is loaded.
-    images_and_masks(image, mask, height=None, width=None, channels=3, multiple=1)
+    with command_line.named_as_options():
+        if arguments.keep_original:
+            check_one_size("--keep-original", image, options["height"], options["width"], SIZE_MULTIPLE)
+        images_and_masks(image, mask, height=None, width=None, channels=3, multiple=1)
     return _paint(arguments, lambda pipe: pipe.inpaint, image, mask=mask, **options)
 
 
@@ -82,11 +85,13 @@ def _outpaint(arguments: argparse.Namespace) -> int:
     options = _checked_options(arguments)
     del options["height"], options["width"]
     sides = {name: getattr(arguments, name) for name in (*_SIDES, "feather")}
-    check_outpainting(**sides)
+    with command_line.named_as_options():
+        check_outpainting(**sides)
     from sdfast.images import read_image
 
     image = read_image(arguments.image)
-    check_outpainting(**sides, height=image.height, width=image.width)
+    with command_line.named_as_options():
+        check_outpainting(**sides, height=image.height, width=image.width)
     return _paint(arguments, lambda pipe: pipe.outpaint, image, **sides, **options)
 
 
@@ -94,14 +99,17 @@ def _checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `inpaint` and `outpaint` both take; all that can be checked without the model is."""
     check_count("--num-images", arguments.num_images)
     options = command_line.sampling_options(arguments)
-    check_strength(arguments.strength, arguments.steps)
-    check_inpainting(
-        arguments.method,
-        int(arguments.steps * arguments.strength),
-        arguments.jump_length,
-        arguments.resamplings,
-    )
-    check_file("--output", arguments.output, ".png")
+    with command_line.named_as_options():
+        check_strength(arguments.strength, arguments.steps)
+        check_inpainting(
+            arguments.method,
+            int(arguments.steps * arguments.strength),
+            arguments.jump_length,
+            arguments.resamplings,
+            arguments.sampler,
+        )
+    read = {"image": arguments.image, "mask": getattr(arguments, "mask", None)}
+    command_line.check_output(arguments, arguments.output, **read)
     own = ("num_images", "keep_original", "method", "strength", "jump_length", "resamplings")
     return options | {name: getattr(arguments, name) for name in own}
 

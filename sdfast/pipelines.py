@@ -287,7 +287,7 @@ class StableDiffusion(PipelineBase):
             )
         drawn: dict[str, Any] = {**DRAW_DEFAULTS, **options}
         check_strength(strength, drawn["steps"])
-        check_inpainting(method, int(drawn["steps"] * strength), jump_length, resamplings)
+        check_inpainting(method, int(drawn["steps"] * strength), jump_length, resamplings, sampler)
         served_by = choose_method(method, self.unet.config.in_channels, self.vae.config.latent_channels)
         height, width = canvas.images.shape[2:]
         request = self._request(

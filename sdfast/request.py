@@ -19,6 +19,7 @@ OUTPUTS = ("pil", "tensor", "latent")
 # The keys of `sdfast.diffusion.SAMPLERS`, which cannot be asked without torch; a test holds them equal.
 SAMPLER_NAMES = ("ddpm", "ddim", "euler", "euler_a", "dpm++2m")
 INPAINTING_METHODS = ("auto", "blend", "repaint")
+REMEMBERING_SAMPLERS = ("dpm++2m",)  # those whose plans take the previous x0, likewise
 _MAX_SEED = 2**63 - 1  # a signed 64-bit number, for programs that read our settings
 # Latent pixels in one batch by default: four images of Stable Diffusion 1.5, or 256 digits.
 _LATENT_PIXELS_PER_BATCH = 4 * 64 * 64
@@ -188,12 +189,18 @@ def check_strength(strength: float, steps: int) -> None:
         raise ValueError(f"strength: {strength} of {steps} steps leaves none to run; raise strength or steps")
 
 
-def check_inpainting(method: str, steps: int, jump_length: int, resamplings: int) -> None:
+def check_inpainting(
+    method: str, steps: int, jump_length: int, resamplings: int, sampler: str | None
+) -> None:
     """Raises ValueError unless there is such a method, and "repaint" can jump so within so many steps."""
     if method not in INPAINTING_METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(INPAINTING_METHODS)}")
     check_count("jump_length", jump_length)
     check_count("resamplings", resamplings)
+    if method == "repaint" and sampler in REMEMBERING_SAMPLERS:
+        raise ValueError(
+            "sampler: it remembers the step before, which jumps break; take another, such as 'ddpm'"
+        )
     if method == "repaint" and resamplings > 1 and jump_length >= steps:
         raise ValueError(
             f"jump_length: got {jump_length} for {steps} steps, expected less; take more steps, or"

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_file, check_folder, usable_device
+from sdfast._arguments import (
+    check_file,
+    check_folder,
+    check_model_folder,
+    check_not_input,
+    usable_device,
+)
 from sdfast.request import check_count, check_seed
 
 _TRAIN = """\
@@ -77,10 +84,10 @@ def _train(arguments: argparse.Namespace) -> int:
     for name in ("steps", "width", "depth", "tile", "batch_size", "threads"):
         if getattr(arguments, name) is not None:
             check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
-    for name, least in (("learning_rate", 0), ("border_sigma", 0)):
-        if not least < getattr(arguments, name) < float("inf"):
+    for name in ("learning_rate", "border_sigma"):
+        if not 0 < getattr(arguments, name) < float("inf"):
             raise ValueError(
-                f"--{name.replace('_', '-')}: got {getattr(arguments, name)}, expected more than {least}"
+                f"--{name.replace('_', '-')}: got {getattr(arguments, name)}, expected more than 0"
             )
     for name in ("border_weight", "displacement"):
         if not 0 <= getattr(arguments, name) < float("inf"):
@@ -88,10 +95,9 @@ def _train(arguments: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')}: got {getattr(arguments, name)}, expected a number from 0 on"
             )
     check_seed("--seed", arguments.seed)
-    _check_model_folder(arguments.output)
+    check_model_folder("--output", arguments.output, "segmentation_unet")
     run_dir = arguments.run_dir or Path("runs") / arguments.output.resolve().name
-    for option, folder in (("--output", arguments.output), ("--run-dir", run_dir)):
-        check_folder(option, folder)
+    check_folder("--run-dir", run_dir)
     import torch
 
     from sdfast.models import SegmentationUNetConfig
@@ -99,7 +105,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from sdfast.training.deformation import Augmentation
     from sdfast.training.segmentation import SegmentationTraining, train_segmentation
     from sdfast.training.segmentation_data import load_folder
-    from sdfast.training.trainer import Schedule
 
     config = SegmentationUNetConfig(
         in_channels=arguments.channels, width=arguments.width, depth=arguments.depth
@@ -115,7 +120,7 @@ def _train(arguments: argparse.Namespace) -> int:
         sigma=arguments.border_sigma, progress=True,
     )  # fmt: skip
     default = SegmentationTraining()
-    schedule: Schedule = dataclasses.replace(
+    schedule = dataclasses.replace(
         default.schedule, steps=arguments.steps, learning_rate=arguments.learning_rate
     )
     settings = SegmentationTraining(
@@ -140,19 +145,30 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.memory < _LEAST_MEMORY_MB:
         raise ValueError(f"--memory: got {arguments.memory}, expected at least {_LEAST_MEMORY_MB} MB")
     check_file("--output", arguments.output, ".png", ".npy")
+    read = {"IMAGE": arguments.image, "--truth": arguments.truth}
+    check_not_input("--output", arguments.output, read)
     if arguments.overlay is not None:
         check_file("--overlay", arguments.overlay, ".png")
+        check_not_input("--overlay", arguments.overlay, {"--output": arguments.output, **read})
     import torch
 
     from sdfast.models import SegmentationUNet
     from sdfast.models.checkpoint import load_model
-    from sdfast.segmentation import check_picture, open_picture
+    from sdfast.segmentation import check_picture, least_memory_bytes, open_picture
     from sdfast.segmentation_file import predict_to_file
     from sdfast.segmentation_scores import overlay, scores
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model = load_model(SegmentationUNet, arguments.model, device=usable_device("--device", arguments.device))
+    least = math.ceil(least_memory_bytes(model.config) / 10**6)
+    if arguments.tile is not None:
+        try:
+            model.config.check_tile(arguments.tile)
+        except ValueError as error:
+            raise ValueError(f"--tile: {error}") from None
+    elif arguments.memory < least:
+        raise ValueError(f"--memory: got {arguments.memory}, expected at least {least} MB for this model")
     picture = open_picture(arguments.image, model.config.in_channels)
     picture = check_picture(str(arguments.image), picture, model.config.in_channels)
     truth = None
@@ -164,13 +180,10 @@ def _predict(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--truth: {arguments.truth} has shape {truth.shape}, the picture {picture.shape[:2]}"
             )
-    try:
-        mask, seconds = predict_to_file(
-            model, picture, arguments.output, tile=arguments.tile, memory_bytes=arguments.memory * 10**6,
-            progress=True,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"--{error}" if str(error).startswith("tile:") else str(error)) from None
+    mask, seconds = predict_to_file(
+        model, picture, arguments.output, tile=arguments.tile, memory_bytes=arguments.memory * 10**6,
+        progress=True,
+    )  # fmt: skip
     share = sum(int((mask[top : top + 1024] != 0).sum()) for top in range(0, len(mask), 1024)) / mask.size
     told = f"{arguments.output}: {mask.shape[0]}x{mask.shape[1]}, {share:.1%} cells; {seconds:.2f} s"
     if truth is not None:
@@ -183,14 +196,3 @@ def _predict(arguments: argparse.Namespace) -> int:
         save_png(overlay(picture, mask, truth), arguments.overlay)
         print(f"{arguments.overlay}: green is found{', red false, blue missed' if truth is not None else ''}")
     return 0
-
-
-def _check_model_folder(folder: Path) -> None:
-    """Refuse to write a model into a folder that holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: {folder} is no folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    config = folder / "config.json"
-    if not (config.is_file() and '"segmentation_unet"' in config.read_text(errors="replace")):
-        raise ValueError(f"--output: {folder} holds something else than such a model; choose another")

@@ -45,7 +45,7 @@ def open_picture(path: str | pathlib.Path, channels: int) -> np.ndarray:
     Raises:
         OSError: no such file, or none that can be read.
     """
-    if pathlib.Path(path).suffix == ".npy":
+    if pathlib.Path(path).suffix.lower() == ".npy":
         return open_array(path)
     with warnings.catch_warnings():
         # Large pictures are what this is for; beyond twice the limit Pillow refuses, and .npy serves.
@@ -145,14 +145,22 @@ def default_tile(config: SegmentationUNetConfig, memory_bytes: int) -> int:
     Raises:
         ValueError: not even the smallest does.
     """
-    bytes_per_pixel = _BYTES_PER_CHANNEL * config.width + _BYTES_PER_PIXEL
-    side = int((memory_bytes / bytes_per_pixel) ** 0.5) - 2 * config.margin
-    side = min(side, _LARGEST_TILE)
-    if side < config.smallest_tile:
-        least = bytes_per_pixel * (config.smallest_tile + 2 * config.margin) ** 2
+    least = least_memory_bytes(config)
+    if memory_bytes < least:
         raise ValueError(f"memory_bytes: got {memory_bytes}, expected at least {least} for the smallest tile")
+    side = int((memory_bytes / _bytes_per_pixel(config)) ** 0.5) - 2 * config.margin
+    side = min(side, max(_LARGEST_TILE, config.smallest_tile))
     above = config.output_at_least(side)
     return above if above == side else above - config.multiple
+
+
+def least_memory_bytes(config: SegmentationUNetConfig) -> int:
+    """What the smallest tile takes."""
+    return _bytes_per_pixel(config) * (config.smallest_tile + 2 * config.margin) ** 2
+
+
+def _bytes_per_pixel(config: SegmentationUNetConfig) -> int:
+    return _BYTES_PER_CHANNEL * config.width + _BYTES_PER_PIXEL
 
 
 def predict(
@@ -190,16 +198,8 @@ def predict(
             make is refused with the nearest that it can.
     """
     config = model.config
-    picture = check_picture("picture", picture, config.in_channels)
+    picture, tile = check_prediction(model, picture, tile, memory_bytes)
     height, width = picture.shape[:2]
-    if tile is None:
-        tile = default_tile(config, memory_bytes)
-    try:
-        config.check_tile(tile)
-    except ValueError as error:
-        raise ValueError(f"tile: {error}") from None
-    if model.training:
-        raise ValueError("model: is in training mode; call model.eval() first")
     expected: tuple[int, ...] = (config.out_channels, height, width) if probabilities else (height, width)
     dtype = np.dtype(np.float32 if probabilities else np.uint8)
     if out is None:
@@ -223,6 +223,26 @@ def predict(
         if on_tile is not None:
             on_tile(done)
     return out
+
+
+def check_prediction(
+    model: SegmentationUNet, picture: np.ndarray, tile: int | None, memory_bytes: int
+) -> tuple[np.ndarray, int]:
+    """The picture as (H, W, C), a view, and the side of a tile, of the arguments of `predict`.
+
+    Raises:
+        TypeError, ValueError: as in `predict`.
+    """
+    picture = check_picture("picture", picture, model.config.in_channels)
+    if tile is None:
+        tile = default_tile(model.config, memory_bytes)
+    try:
+        model.config.check_tile(tile)
+    except ValueError as error:
+        raise ValueError(f"tile: {error}") from None
+    if model.training:
+        raise ValueError("model: is in training mode; call model.eval() first")
+    return picture, tile
 
 
 def _tiles(

@@ -224,7 +224,12 @@ def test_a_folder_that_cannot_be_written_to(generate, monkeypatch):
 @pytest.mark.parametrize("strength", ["1.5", "-0.1", "0.01", "nan"])
 def test_bad_strength(generate, tmp_path, strength):
     Image.new("RGB", (16, 16)).save(tmp_path / "in.png")
-    assert refused(generate("--image", tmp_path / "in.png", "--strength", strength), "strength: ")
+    assert refused(generate("--image", tmp_path / "in.png", "--strength", strength), "--strength: ")
+
+
+def test_the_image_to_start_from_is_not_overwritten(generate, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "seven.png")
+    assert refused(generate("--image", tmp_path / "seven.png"), "seven.png is --image, too")
 
 
 def test_a_corrupt_image(generate, tmp_path):

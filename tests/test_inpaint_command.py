@@ -76,24 +76,62 @@ def test_outpaint(run):
     ("command", "arguments", "message"),
     [
         ("inpaint", [], "--image"),
-        ("inpaint", ["--image", "in.png"], "the image has no alpha channel; give a mask"),
+        (
+            "inpaint",
+            ["--image", "in.png"],
+            "--mask: got None, and the image has no alpha channel; give a mask",
+        ),
         (
             "inpaint",
             ["--image", "in.png", "--mask", "small.png"],
-            "mask: is 8x8 (width x height), the image 16x16",
+            "--mask: is 8x8 (width x height), the image 16x16",
         ),
         ("inpaint", ["--image", "in.png", "--mask", "absent.png"], "No such file or directory: 'absent.png'"),
-        ("inpaint", ["--image", "in.png", "--method", "paint"], "method: got 'paint', expected one of auto"),
-        ("inpaint", ["--image", "in.png", "--method", "repaint"], "jump_length: got 10 for 2 steps"),
-        ("inpaint", ["--image", "in.png", "--strength", "2"], "strength: got 2.0"),
+        (
+            "inpaint",
+            ["--image", "in.png", "--method", "paint"],
+            "--method: got 'paint', expected one of auto",
+        ),
+        ("inpaint", ["--image", "in.png", "--method", "repaint"], "--jump-length: got 10 for 2 steps"),
+        ("inpaint", ["--image", "in.png", "--strength", "2"], "--strength: got 2.0"),
+        (
+            "inpaint",
+            ["--image", "in.png", "--method", "repaint", "--jump-length", "1", "--sampler", "dpm++2m"],
+            "--sampler: it remembers the step before",
+        ),
+        (
+            "inpaint",
+            ["--image", "odd.png", "--keep-original"],
+            "--image: a picture of 12x16 would be resized, which --keep-original does not allow",
+        ),
+        (
+            "inpaint",
+            ["--image", "in.png", "--mask", "mask.png", "--height", "24", "--keep-original"],
+            "which --keep-original does not allow",
+        ),
+        (
+            "inpaint",
+            ["--image", "in.png", "--mask", "mask.png", "-o", "./mask.png"],
+            "--output: mask.png is --mask, too, and would be overwritten",
+        ),
+        (
+            "outpaint",
+            ["--image", "in.png", "--left", "8", "-o", "in.png"],
+            "--output: in.png is --image, too",
+        ),
+        (
+            "outpaint",
+            ["--image", "a-0001.png", "--left", "8", "-o", "a.png", "-n", "2", "--separate"],
+            "--output: a-0001.png is --image, too",
+        ),
         ("inpaint", ["--image", "in.png", "-n", "0"], "--num-images: got 0"),
         ("inpaint", ["--image", "in.png", "-o", "out.jpg"], "expected a name that ends in .png"),
-        ("outpaint", ["--image", "in.png"], "left, right, top, bottom: all are 0"),
-        ("outpaint", ["--image", "in.png", "--left", "-1"], "left: got -1"),
+        ("outpaint", ["--image", "in.png"], "--left, --right, --top, --bottom: all are 0"),
+        ("outpaint", ["--image", "in.png", "--left", "-1"], "--left: got -1"),
         (
             "outpaint",
             ["--image", "in.png", "--top", "8", "--feather", "16"],
-            "feather: 16 pixels from top leave",
+            "--feather: 16 pixels from top leave",
         ),
         (
             "outpaint",
@@ -103,7 +141,8 @@ def test_outpaint(run):
     ],
 )
 def test_bad_input(run, monkeypatch, command, arguments, message):
-    monkeypatch.setattr("sdfast.generation.sample", None)  # nothing is to be computed
+    monkeypatch.setattr("sdfast.command_line.load_pipeline", None)  # nothing is to be loaded
+    Image.new("RGBA", (12, 16)).save("odd.png")
     Image.new("L", (8, 8), 255).save("small.png")
     assert refused(run(command, *arguments), message)
 

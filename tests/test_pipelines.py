@@ -15,10 +15,10 @@ from tiny_pipelines import assert_same_pictures, picture
 
 import sdfast
 from sdfast import loading
-from sdfast.diffusion import SAMPLERS
+from sdfast.diffusion import SAMPLERS, NoiseSchedule
 from sdfast.images import to_pil
 from sdfast.models.checkpoint import CheckpointError, load_components
-from sdfast.request import SAMPLER_NAMES
+from sdfast.request import REMEMBERING_SAMPLERS, SAMPLER_NAMES
 
 STEPS = 6
 # Ours -> diffusers', built from the pipeline's own configuration.
@@ -341,6 +341,8 @@ def test_numbers_of_numpy(pipe):
 
 def test_request_knows_the_samplers():
     assert tuple(SAMPLERS) == SAMPLER_NAMES
+    plans = {name: sampler(NoiseSchedule.linear(), 4) for name, sampler in SAMPLERS.items()}
+    assert tuple(n for n, plan in plans.items() if plan.takes_previous_x0) == REMEMBERING_SAMPLERS
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import pytest
 from PIL import Image
 
 from sdfast import cli
+from sdfast.models import SegmentationUNet, SegmentationUNetConfig
+from sdfast.models.checkpoint import save_model
+from sdfast.segmentation import default_tile, least_memory_bytes
 from sdfast.segmentation_scores import scores
 from sdfast.training.cells import draw_cells
 
@@ -99,6 +103,13 @@ def test_bad_training_is_refused(place, capsys, more, message):
     [
         (["-o", "mask.jpg"], r"--output: got mask\.jpg, expected a name that ends in \.png or \.npy"),
         (["--overlay", "nowhere/a.png"], r"--overlay: the folder nowhere does not exist"),
+        (
+            ["-o", "{place}/data/masks/0.png", "--truth", "data/masks/../masks/0.png"],
+            r"--output: \S+0\.png is --truth, too, and would be overwritten",
+        ),
+        (["-o", "data/images/0.png"], r"--output: data/images/0\.png is IMAGE, too"),
+        (["-o", "m.png", "--overlay", "./m.png"], r"--overlay: m\.png is --output, too"),
+        (["-o", "m.png", "--overlay", "{place}/data/images/0.png"], r"--overlay: \S+ is IMAGE, too"),
         (["--memory", "1"], r"--memory: got 1, expected at least 10 MB"),
         (["--tile", "21"], r"--tile: got 21, .* 20 and 22"),
         (
@@ -116,6 +127,16 @@ def test_bad_prediction_is_refused(place, capsys, monkeypatch, more, message):
     base = ["segment", "predict", str(place / "data/images/0.png"), "--model", str(place / "model")]
     assert refused(cli.main([*base, *more]), capsys, message)
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_memory_is_told_in_megabytes(place, tmp_path, capsys):
+    model = SegmentationUNet(SegmentationUNetConfig(width=8))
+    save_model(model, tmp_path)
+    least = math.ceil(least_memory_bytes(model.config) / 10**6)
+    assert default_tile(model.config, least * 10**6) == model.config.smallest_tile and least == 11
+    base = ["segment", "predict", str(place / "data/images/0.png"), "--model", str(tmp_path)]
+    status = cli.main([*base, "-o", str(tmp_path / "m.png"), "--memory", "10"])
+    assert refused(status, capsys, r"--memory: got 10, expected at least 11 MB for this model")
 
 
 def test_absent_picture_is_refused(place, capsys):

@@ -239,23 +239,56 @@ def test_another_picture_does_not_go_on_with_what_was_left(tmp_path, monkeypatch
 def test_killed_before_its_first_note_is_not_taken_for_what_came_before(tmp_path, monkeypatch):
     model, path = network(), tmp_path / "mask.npy"
     first, second = noise(50, 60)[:, :, None], noise(50, 60, seed=1)[:, :, None]
-    for picture, note in ((first, segmentation_file._replace), (second, lambda *_: None)):
+    for picture, note in ((first, segmentation_file.write_json), (second, lambda *_: None)):
         with monkeypatch.context() as patch:
             interrupt_after(patch, 5)
-            patch.setattr(segmentation_file, "_replace", note)
+            patch.setattr(segmentation_file, "write_json", note)
             with pytest.raises(KeyboardInterrupt):
                 predict_to_file(model, picture, path, tile=20)
     mask, _ = predict_to_file(model, first, path, tile=20)
     assert np.array_equal(mask, predict(model, first, tile=20))
 
 
-def test_failed_prediction_leaves_the_file_before_it(tmp_path, monkeypatch):
-    path = tmp_path / "mask.npy"
+def test_failed_prediction_leaves_the_file_before_it_and_goes_on(tmp_path, monkeypatch):
+    model, picture, path = network(), noise(50, 60)[:, :, None], tmp_path / "mask.npy"
     np.save(path, np.ones(3))
-    interrupt_after(monkeypatch, 2, MemoryError)
-    with pytest.raises(MemoryError):
-        predict_to_file(network(), noise(50, 60)[:, :, None], path, tile=20)
-    assert [file.name for file in tmp_path.iterdir()] == ["mask.npy"] and len(np.load(path)) == 3
+    for tiles, left in ((0, 1), (2, 3)):  # with nothing done there is nothing to keep
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, tiles, MemoryError)
+            with pytest.raises(MemoryError):
+                predict_to_file(model, picture, path, tile=20)
+        assert len(list(tmp_path.iterdir())) == left and len(np.load(path)) == 3
+    with pytest.raises(ValueError, match="model: is in training mode"):
+        predict_to_file(model.train(), picture, path, tile=20)
+    calls = interrupt_after(monkeypatch, 100)
+    mask, _ = predict_to_file(model.eval(), picture, path, tile=20)
+    assert calls == [7] and np.array_equal(mask, predict(model, picture, tile=20))
+    assert [file.name for file in tmp_path.iterdir()] == ["mask.npy"]
+
+
+def test_two_do_not_write_one_file(tmp_path, monkeypatch):
+    model, picture, path = network(), noise(50, 60)[:, :, None], tmp_path / "mask.npy"
+    real, refused = segmentation._scores, []
+
+    def meanwhile(*arguments):
+        with pytest.raises(BlockingIOError, match=r"another process is writing this file: \S+mask\.npy"):
+            predict_to_file(model, picture, path, tile=20)
+        refused.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(segmentation, "_scores", meanwhile)
+    mask, _ = predict_to_file(model, picture, path, tile=20)
+    assert len(refused) == 9
+    monkeypatch.undo()
+    assert np.array_equal(mask, predict(model, picture, tile=20))
+    assert [file.name for file in tmp_path.iterdir()] == ["mask.npy"]
+
+
+def test_a_half_precision_model_s_result_is_written(tmp_path):
+    model, picture = network().bfloat16(), noise(20, 20)[:, :, None]
+    mask, _ = predict_to_file(model, picture, tmp_path / "MASK.NPY", tile=20)
+    assert np.array_equal(mask, predict(model, picture, tile=20))
+    assert isinstance(open_picture(tmp_path / "MASK.NPY", 1), np.memmap)
 
 
 # Scores and overlay

@@ -52,7 +52,7 @@ def test_displacements_have_the_deviation_that_is_asked_for():
     assert corners.mean().abs() < 4 * 10 / math.sqrt(corners.numel())
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_without_movement_a_tile_is_cut_out_and_mirrored(mode):
     picture = torch.randn(2, 30, 40)
     for seed in range(5):
@@ -139,6 +139,12 @@ def test_two_values_are_cells_that_are_connected():
     mask = np.zeros((5, 5), np.uint8)
     mask[0, :2] = mask[3:, 3:] = 255
     assert instances(mask).max() == 2 and (instances(mask) > 0).sum() == 6
+
+
+def test_two_cells_that_fill_a_picture_stay_two():
+    mask = np.repeat(np.array([[1, 1, 2, 2]], np.uint8), 3, axis=0)
+    assert (instances(mask) == np.array([1, 0, 2, 2])).all()
+    assert (instances(np.ones((3, 4), np.uint8)) == 1).all()
 
 
 def test_weighted_cross_entropy_is_the_formula():
@@ -260,11 +266,12 @@ def folder(tmp_path):
 
 def test_folder_is_read(folder):
     picture, labels = draw_cells(40, 50, 3)
-    np.save(folder / "images" / "3.npy", picture)
-    np.save(folder / "masks" / "3.npy", labels)
+    for kind, values in (("images", picture), ("masks", labels)):
+        np.save(folder / kind / "3.npy", values)
+        (folder / kind / "3.npy").rename(folder / kind / "3.NPY")
     (folder / "images" / "notes.txt").write_text("no picture")
     data = load_folder(folder, channels=1)
-    assert [e.name for e in data.examples] == ["0.png", "1.png", "2.png", "3.npy"] and not data.skipped
+    assert [e.name for e in data.examples] == ["0.png", "1.png", "2.png", "3.NPY"] and not data.skipped
     for seed, one in enumerate(data.examples):
         expected = example("", *draw_cells(40, 50, seed), channels=1)
         assert torch.equal(one.picture, expected.picture) and torch.equal(one.border, expected.border)

@@ -146,7 +146,9 @@ def test_checkpoint_of_another_model_is_refused():
         load_model(SegmentationUNet, folder)
 
 
-@pytest.mark.parametrize("setting", [{"width": 0}, {"depth": 0}, {"in_channels": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "setting", [{"width": 0}, {"depth": 0}, {"in_channels": 0}, {"dropout": 1.0}, {"out_channels": 257}]
+)
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         SegmentationUNetConfig(**setting)

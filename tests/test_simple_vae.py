@@ -204,6 +204,27 @@ def test_command_trains_says_how_well_and_draws(tmp_path, capsys):
     assert "model.kind is fc there and conv here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_command_leaves_other_models_alone(tmp_path, capsys, monkeypatch, unfinished):
+    def train(*_, **__):
+        raise ValueError("it begins")
+
+    monkeypatch.setattr("sdfast.training.digit_vae.train_digit_vae", train)
+    command = ["train", "vae", "-o", str(tmp_path)]
+    other = {"model_type": "clip_text_model"}
+    save_model(make(width=4), tmp_path)
+    if unfinished:
+        (tmp_path / "checkpoints").mkdir()
+    for config, message in ((None, "it begins"), (other, "holds something else than such a model")):
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        assert cli.main(command) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    assert cli.main(command) == 2
+    assert ("it begins" in capsys.readouterr().err) == unfinished
+
+
 def test_more_latents_than_two_need_no_matplotlib(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

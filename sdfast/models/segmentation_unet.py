@@ -50,6 +50,10 @@ class SegmentationUNetConfig:
         for name in ("in_channels", "out_channels", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.out_channels > 256:
+            raise ValueError(
+                f"out_channels: got {self.out_channels}, expected at most 256: classes are uint8"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
 

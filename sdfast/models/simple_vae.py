@@ -10,6 +10,7 @@ log-variances too, so that a full covariance without its off-diagonal entries is
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class SimpleVAE(nn.Module):
     """Encoder and decoder. `sdfast.diffusion.as_posterior` and `elbo` do the rest."""
 
     config_class = SimpleVAEConfig
+    fixed_config: Mapping[str, object] = {"model_type": "simple_vae"}
 
     def __init__(self, config: SimpleVAEConfig) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ def sample(values: Tensor, where: Tensor, mode: str) -> Tensor:
     """Values (C, H, W) at points (h, w, 2), mirrored at the borders as in prediction: (C, h, w).
 
     Args:
-        mode: "bilinear", "bicubic" or "nearest".
+        mode: "bilinear" or "nearest".
     """
     size = torch.tensor([values.shape[2], values.shape[1]])
     unit = 2 * where / (size - 1).clamp(min=1) - 1  # -1 and 1 are the centres of the outermost pixels

@@ -132,9 +132,8 @@ def instances(mask: np.ndarray) -> np.ndarray:
     """
     if mask.dtype.kind not in "uib" or mask.ndim != 2:
         raise ValueError(f"mask: got {mask.dtype} of shape {mask.shape}, expected whole numbers (H, W)")
-    values = np.unique(mask)
     cells = np.zeros(mask.shape, np.int64)
-    if len(values) <= 2:
+    if np.count_nonzero(np.unique(mask)) <= 1:
         cells[:] = _ndimage().label(mask != 0)[0]
         return cells
     cells[:] = mask
@@ -217,7 +216,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     path = Path(path)
     if path.suffix.lower() in _LOSSY:
         raise ValueError(f"{path}: this format changes values; store masks as PNG, TIFF or .npy")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return open_array(path)
     picture: Image.Image = read_image(path)
     if picture.mode not in ("1", "L", "P", "I") and not picture.mode.startswith("I;16"):

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_folder
+from sdfast._arguments import check_model_folder
 from sdfast.request import check_count, check_seed
 
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not 0 < arguments.std < math.inf:
             raise ValueError(f"--std: got {arguments.std}, expected a number > 0")
         options["std"] = arguments.std
-    check_folder("--output", arguments.output)
+    check_model_folder("--output", arguments.output, "simple_vae", unfinished="checkpoints")
     # What follows imports torch.
     import torch
 
