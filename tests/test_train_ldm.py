@@ -174,6 +174,15 @@ def test_vae_phase_learns_and_measures_its_latents(train, model, photos):
     assert spread[1] == pytest.approx(1.0, abs=0.15)  # means that differ between images are not counted
 
 
+def test_vae_needs_no_captions(train, photos, tmp_path):
+    (tmp_path / "plain").mkdir()
+    for i in (0, 3):
+        (tmp_path / "plain" / f"{i}.png").write_bytes((photos / f"{i}.png").read_bytes())
+    assert train(phase="vae", data=tmp_path / "plain", steps=1).images == 2
+    with pytest.raises(ValueError, match="2 of 2 images have no caption"):
+        train("unet", data=tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -346,6 +355,13 @@ def test_command_line_refuses_bad_arguments(capsys, photos, model, tmp_path):
     assert "holds no image" in refused(data=tmp_path / "empty")
     assert "multiple of 2; the nearest are 16 and 18" in refused("--resolution", "17")
     assert "torchrun" in refused("--parallel", "ddp")
+    assert "--caption-dropout: got 2.0" in refused("--caption-dropout", "2")
+    assert "--kl-weight: got nan" in refused("--phase", "vae", "--kl-weight", "nan")
+    assert "--kl-weight: is for --phase vae" in refused("--kl-weight", "1")
+    for option in (("--min-snr-gamma", "5"), ("--caption-dropout", "0.1"), ("--prediction", "epsilon")):
+        assert f"{option[0]}: is for --phase unet" in refused("--phase", "vae", *option)
+    assert "--sample-every steps, which is missing" in refused("--sample-prompt", "seven")
+    assert "split: is of a data set" in refused("--split", "test")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert "choose another output" in refused()
