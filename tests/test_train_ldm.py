@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,11 +26,13 @@ import tiny_pipelines  # noqa: E402
 
 from sdfast.cli import main  # noqa: E402
 from sdfast.pipelines import StableDiffusion  # noqa: E402
+from sdfast.training import checkpoints, watching  # noqa: E402
 from sdfast.training.checkpoints import ShardedRunFolder  # noqa: E402
 from sdfast.training.distributed import ALONE, Parallel  # noqa: E402
 from sdfast.training.images import read_pixels  # noqa: E402
 from sdfast.training.ldm import DataOptions, LDMTraining, Running, Schedule, train_ldm  # noqa: E402
 from sdfast.training.ldm_parts import choose_trained, load_parts  # noqa: E402
+from sdfast.training.trainer import Step  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,6 +312,43 @@ def test_half_precision_gradients(model, precision):
     exact, found = _gradients(model), _gradients(model, precision)
     assert (found - exact).norm() < 0.03 * exact.norm()
     assert torch.equal(_gradients(model, precision, recompute=True), found)
+
+
+def test_checkpoints_keep_strides_and_copy_only_what_they_must(tmp_path, monkeypatch):
+    x = torch.randn(3, 4, 5, 6)
+    run = ShardedRunFolder(tmp_path, {})
+    run.save(7, {"last": x.to(memory_format=torch.channels_last), "first": x, "moments": {"step": 2.0}})
+    last, first = torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last), torch.zeros(3, 4, 5, 6)
+    load, into = checkpoints.dcp.load, {}
+    monkeypatch.setattr(checkpoints.dcp, "load", lambda state, **o: (into.update(state), load(state, **o)))
+    found = run.latest({"last": last, "first": first, "moments": {"step": 0.0}})
+    assert found["step"] == 7 and found["moments"] == {"step": 2.0}
+    assert torch.equal(last, x) and torch.equal(first, x)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert into["first"].data_ptr() == first.data_ptr()
+
+
+class Buffering:
+    """A writer of events that, like TensorFlow's files, keeps them until it is told to flush."""
+
+    def __init__(self, *_, **__):
+        self.kept, self.on_disk = [], []
+
+    def add_scalar(self, name, value, step):
+        self.kept.append((name, step))
+
+    def flush(self):
+        self.on_disk += self.kept
+        self.kept.clear()
+
+
+def test_events_are_on_disk_before_a_checkpoint_can_be(tmp_path, monkeypatch):
+    writer = Buffering()
+    monkeypatch.setattr(watching, "_summary_writer", lambda: lambda *_, **__: writer)
+    watcher = watching.Watcher(tmp_path, tensorboard=True, draw=list, draw_steps=None, steps=9)
+    for number in (1, 2):
+        watcher(Step(number, 0.5, 1e-3, contextlib.nullcontext))
+        assert ("loss", number) in writer.on_disk and not writer.kept
 
 
 def test_tensorboard_and_samples(train, tmp_path):
