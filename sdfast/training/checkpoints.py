@@ -171,7 +171,7 @@ def _digest(path: Path, *, sync: bool = False) -> str:
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    """Itself, or, as safetensors knows no other strides, a copy on the CPU: the GPU may have no room for it."""
+    """Itself, or, as safetensors knows no other strides, a copy on the CPU: a GPU may have no room for it."""
     return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
 
 
