@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -16,10 +18,10 @@ from sdfast.diffusion import NoiseSchedule, min_snr_weight, simple_loss
 from sdfast.models import AutoencoderKL, AutoencoderKLConfig
 from sdfast.training import latents
 from sdfast.training.buckets import Batches, bucket_sizes, nearest_bucket
-from sdfast.training.distributed import Processes
+from sdfast.training.distributed import ALONE, Processes
 from sdfast.training.images import CaptionedImage, image_size, read_folder, read_pixels
 from sdfast.training.latents import LatentCache
-from sdfast.training.ldm_data import TrainingImages
+from sdfast.training.ldm_data import DataOptions, TrainingImages, find_images
 from sdfast.training.optimizer import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +45,50 @@ def test_captions_come_from_text_files_and_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
     found = [(image.name, image.caption) for image in read_folder(tmp_path)]
     assert found == [("a/c.jpg", "a sea"), ("b.png", "a bee"), ("d.WEBP", "Düne")]
+
+
+def test_captions_that_editors_and_json_allow(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        _picture(tmp_path / name)
+    (tmp_path / "a.txt").write_text("\ufeffa bee", encoding="utf-8")
+    lines = [
+        '{"file_name": "b.png", "text": "one\u2028two\x85three"}',
+        '{"file_name": "./c.png", "prompt": "see"}',
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    captions = ["a bee", "one\u2028two\x85three", "see"]
+    assert [image.caption for image in read_folder(tmp_path)] == captions
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="a.txt: is no UTF-8 text"):
+        read_folder(tmp_path)
+
+
+def test_subfolders_may_have_metadata_and_hidden_ones_do_not_count(tmp_path):
+    for name in ("a/x.png", "a/b/y.png", ".ipynb_checkpoints/x-checkpoint.png"):
+        _picture(tmp_path / name)
+    lines = [{"file_name": "a/x.png", "text": "far"}, {"file_name": "a/b/y.png", "text": "y", "words": "Y"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "a" / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "x", "words": "X"}')
+
+    def captions(**options):
+        return [(image.name, image.caption) for image in read_folder(tmp_path, **options)]
+
+    assert captions() == [("a/b/y.png", "y"), ("a/x.png", "x")]
+    assert captions(caption_column="words") == [("a/b/y.png", "Y"), ("a/x.png", "X")]
+    with pytest.raises(ValueError, match="2 of 2 images have no caption"):
+        captions(caption_column="label")
+    (tmp_path / "a" / "metadata.jsonl").write_text('{"file_name": "y.png"}')
+    with pytest.raises(ValueError, match="a/metadata.jsonl: names files that are not there: a/y.png"):
+        captions()
+
+
+def test_what_only_data_sets_have_is_refused_of_folders(tmp_path):
+    _picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    for name in ("split", "image_column", "caption_column"):
+        options = DataOptions(**{name: "other"})
+        with pytest.raises(ValueError, match=name.replace("_", ".")):
+            find_images(tmp_path, tmp_path, options, ALONE, progress=False)
 
 
 def test_missing_captions_are_named_and_may_be_allowed(tmp_path):
@@ -105,27 +151,41 @@ def test_the_next_of_its_bucket_stands_in_for_a_damaged_image(tmp_path):
 # Data sets
 
 
-def test_data_set_is_streamed_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+@pytest.fixture
+def hub_data(monkeypatch):
+    pytest.importorskip("datasets")
     from sdfast.training import hub_data
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "source").mkdir()
+    return hub_data
+
+
+def _parquet(folder, files, column="caption"):
+    import datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"photo": datasets.Image(), column: datasets.Value("string")})
+    rows = {
+        "photo": [{"bytes": file, "path": None} for file in files],
+        column: [f"number {i}" for i in range(len(files))],
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+
+
+def test_data_set_is_streamed_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch, hub_data):
     files = []
     for i in range(4):
         _picture(tmp_path / "pictures" / f"{i}.png", 8 + i, 8)
-        files.append({"bytes": (tmp_path / "pictures" / f"{i}.png").read_bytes(), "path": None})
-    files[2]["bytes"] = b"damaged"
-    features = datasets.Features({"photo": datasets.Image(), "caption": datasets.Value("string")})
-    rows = {"photo": files, "caption": [f"number {i}" for i in range(4)]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "source" / "train.parquet")
+        files.append((tmp_path / "pictures" / f"{i}.png").read_bytes())
+    files[2] = b"damaged"
+    _parquet(tmp_path / "source", files)
     assert hub_data.is_dataset(tmp_path / "source") and hub_data.is_dataset("owner/name")
     assert not hub_data.is_dataset(tmp_path / "pictures")
 
     whole = hub_data.import_dataset(tmp_path / "source", tmp_path / "whole", progress=False)
     images = read_folder(whole)
     assert [image.caption for image in images] == [f"number {i}" for i in range(4)]
-    assert [image.path.read_bytes() for image in images] == [file["bytes"] for file in files]
+    assert [image.path.read_bytes() for image in images] == files
 
     part = tmp_path / "part"  # stopped in the middle of the third line
     part.mkdir()
@@ -141,6 +201,76 @@ def test_data_set_is_streamed_once_and_goes_on_where_it_stopped(tmp_path, monkey
         hub_data.import_dataset(tmp_path / "source", tmp_path / "x", caption_column="words")
     monkeypatch.setattr(hub_data, "_open", None)  # what is complete is not opened again
     assert hub_data.import_dataset(tmp_path / "source", whole) == whole
+
+
+def test_two_runs_may_stream_into_one_folder(tmp_path, monkeypatch, hub_data):
+    files = [bytes([i]) for i in range(4)]
+    _parquet(tmp_path / "source", files)
+    inside, go_on, read = threading.Event(), threading.Event(), hub_data._bytes
+
+    def stopping(image):
+        if threading.current_thread() is first and image["bytes"] == files[2]:
+            inside.set()
+            assert go_on.wait(60)
+        return read(image)
+
+    def run():
+        hub_data.import_dataset(tmp_path / "source", tmp_path / "shared", progress=False)
+
+    monkeypatch.setattr(hub_data, "_bytes", stopping)
+    first, second = threading.Thread(target=run), threading.Thread(target=run)
+    first.start()
+    assert inside.wait(60)
+    second.start()
+    second.join(1)
+    go_on.set()
+    first.join()
+    second.join()
+    images = read_folder(tmp_path / "shared")
+    assert [image.caption for image in images] == [f"number {i}" for i in range(4)]
+    assert [image.path.read_bytes() for image in images] == files
+    assert (tmp_path / "shared" / "metadata.jsonl").read_text().count("\n") == 4
+
+
+def test_archive_of_images_is_a_data_set(tmp_path, hub_data):
+    (tmp_path / "source").mkdir()
+    with zipfile.ZipFile(tmp_path / "source" / "train.zip", "w") as archive:
+        for i in range(2):
+            _picture(tmp_path / f"{i}.png", 8 + i, 8)
+            archive.write(tmp_path / f"{i}.png", f"{i}.png")
+        lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(2)]
+        archive.writestr("metadata.jsonl", "\n".join(lines))
+    assert hub_data.is_dataset(tmp_path / "source")
+    images = read_folder(hub_data.import_dataset(tmp_path / "source", tmp_path / "out", progress=False))
+    assert [image.caption for image in images] == ["number 0", "number 1"]
+    assert [image.path.read_bytes() for image in images] == [
+        (tmp_path / f"{i}.png").read_bytes() for i in range(2)
+    ]
+
+
+def test_data_set_without_captions_is_refused_before_it_is_streamed(tmp_path, hub_data):
+    _parquet(tmp_path / "source", [b"a"], column="words")
+    with pytest.raises(ValueError, match="no column of captions .* only photo, words; .*--allow-missing"):
+        hub_data.import_dataset(tmp_path / "source", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    options = DataOptions(allow_missing_captions=True)
+    (image,) = find_images(tmp_path / "source", tmp_path, options, ALONE, progress=False)
+    assert image.caption == "" and image.path.read_bytes() == b"a"
+
+
+def test_local_data_set_that_changed_is_streamed_again(tmp_path, monkeypatch, hub_data):
+    def found(data):
+        images = find_images(data, tmp_path / "cache", DataOptions(), ALONE, progress=False)
+        return [image.path.read_bytes() for image in images]
+
+    _parquet(tmp_path / "source", [b"old"])
+    assert found(tmp_path / "source") == [b"old"]
+    _parquet(tmp_path / "source", [b"new"])
+    assert found(tmp_path / "source") == [b"new"]
+    _parquet(tmp_path / "elsewhere" / "source", [b"other"])
+    for folder, content in ((tmp_path, b"new"), (tmp_path / "elsewhere", b"other")):
+        monkeypatch.chdir(folder)
+        assert found("source") == [content]
 
 
 # Buckets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,11 +26,13 @@ import tiny_pipelines  # noqa: E402
 
 from sdfast.cli import main  # noqa: E402
 from sdfast.pipelines import StableDiffusion  # noqa: E402
+from sdfast.training import checkpoints, watching  # noqa: E402
 from sdfast.training.checkpoints import ShardedRunFolder  # noqa: E402
 from sdfast.training.distributed import ALONE, Parallel  # noqa: E402
 from sdfast.training.images import read_pixels  # noqa: E402
 from sdfast.training.ldm import DataOptions, LDMTraining, Running, Schedule, train_ldm  # noqa: E402
 from sdfast.training.ldm_parts import choose_trained, load_parts  # noqa: E402
+from sdfast.training.trainer import Step  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,6 +177,15 @@ def test_vae_phase_learns_and_measures_its_latents(train, model, photos):
     assert spread[1] == pytest.approx(1.0, abs=0.15)  # means that differ between images are not counted
 
 
+def test_vae_needs_no_captions(train, photos, tmp_path):
+    (tmp_path / "plain").mkdir()
+    for i in (0, 3):
+        (tmp_path / "plain" / f"{i}.png").write_bytes((photos / f"{i}.png").read_bytes())
+    assert train(phase="vae", data=tmp_path / "plain", steps=1).images == 2
+    with pytest.raises(ValueError, match="2 of 2 images have no caption"):
+        train("unet", data=tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -302,6 +314,43 @@ def test_half_precision_gradients(model, precision):
     assert torch.equal(_gradients(model, precision, recompute=True), found)
 
 
+def test_checkpoints_keep_strides_and_copy_only_what_they_must(tmp_path, monkeypatch):
+    x = torch.randn(3, 4, 5, 6)
+    run = ShardedRunFolder(tmp_path, {})
+    run.save(7, {"last": x.to(memory_format=torch.channels_last), "first": x, "moments": {"step": 2.0}})
+    last, first = torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last), torch.zeros(3, 4, 5, 6)
+    load, into = checkpoints.dcp.load, {}
+    monkeypatch.setattr(checkpoints.dcp, "load", lambda state, **o: (into.update(state), load(state, **o)))
+    found = run.latest({"last": last, "first": first, "moments": {"step": 0.0}})
+    assert found["step"] == 7 and found["moments"] == {"step": 2.0}
+    assert torch.equal(last, x) and torch.equal(first, x)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert into["first"].data_ptr() == first.data_ptr()
+
+
+class Buffering:
+    """A writer of events that, like TensorFlow's files, keeps them until it is told to flush."""
+
+    def __init__(self, *_, **__):
+        self.kept, self.on_disk = [], []
+
+    def add_scalar(self, name, value, step):
+        self.kept.append((name, step))
+
+    def flush(self):
+        self.on_disk += self.kept
+        self.kept.clear()
+
+
+def test_events_are_on_disk_before_a_checkpoint_can_be(tmp_path, monkeypatch):
+    writer = Buffering()
+    monkeypatch.setattr(watching, "_summary_writer", lambda: lambda *_, **__: writer)
+    watcher = watching.Watcher(tmp_path, tensorboard=True, draw=list, draw_steps=None, steps=9)
+    for number in (1, 2):
+        watcher(Step(number, 0.5, 1e-3, contextlib.nullcontext))
+        assert ("loss", number) in writer.on_disk and not writer.kept
+
+
 def test_tensorboard_and_samples(train, tmp_path):
     tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     running = dataclasses.replace(QUIET, tensorboard=True, sample_steps=3, sample_prompts=("seven",))
@@ -346,6 +395,13 @@ def test_command_line_refuses_bad_arguments(capsys, photos, model, tmp_path):
     assert "holds no image" in refused(data=tmp_path / "empty")
     assert "multiple of 2; the nearest are 16 and 18" in refused("--resolution", "17")
     assert "torchrun" in refused("--parallel", "ddp")
+    assert "--caption-dropout: got 2.0" in refused("--caption-dropout", "2")
+    assert "--kl-weight: got nan" in refused("--phase", "vae", "--kl-weight", "nan")
+    assert "--kl-weight: is for --phase vae" in refused("--kl-weight", "1")
+    for option in (("--min-snr-gamma", "5"), ("--caption-dropout", "0.1"), ("--prediction", "epsilon")):
+        assert f"{option[0]}: is for --phase unet" in refused("--phase", "vae", *option)
+    assert "--sample-every steps, which is missing" in refused("--sample-prompt", "seven")
+    assert "split: is of a data set" in refused("--split", "test")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert "choose another output" in refused()

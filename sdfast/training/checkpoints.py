@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -54,7 +53,7 @@ class ShardedRunFolder(RunFolder):
         path = self.folder / f"checkpoint-{step:08d}"
         temporary = path.with_suffix(".tmp")
         live, numbers = _split(state)
-        tensors = {name: tensor.contiguous() for name, tensor in live.items()}  # safetensors knows no other
+        tensors = {name: _contiguous(tensor) for name, tensor in live.items()}
         self.processes.main_first(lambda: _make_anew(temporary))
         try:
             try:
@@ -82,10 +81,7 @@ class ShardedRunFolder(RunFolder):
         path, numbers = found
         self._check_settings(path, json.loads(numbers["settings"]))
         live, _ = _split(into)
-        tensors = {
-            name: torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            for name, tensor in live.items()
-        }
+        tensors = {name: _contiguous(tensor) for name, tensor in live.items()}
         try:
             with self._quietly():
                 reader = HuggingFaceStorageReader(str(path))
@@ -93,7 +89,8 @@ class ShardedRunFolder(RunFolder):
         except (CheckpointException, RuntimeError) as error:
             raise ValueError(f"{path}: does not fit this model: {' '.join(str(error).split())}") from error
         for name, tensor in live.items():
-            tensor.copy_(tensors[name])
+            if tensors[name] is not tensor:
+                tensor.copy_(tensors[name])
         return _joined(into, numbers) | {"step": numbers["step"]}
 
     def refuse_other_settings(self) -> None:
@@ -171,6 +168,11 @@ def _digest(path: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Itself, or, as safetensors knows no other strides, a copy on the CPU: a GPU may have no room for it."""
+    return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
 
 
 def _split(state: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

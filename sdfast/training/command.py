@@ -37,9 +37,9 @@ def _add_data(group: Any) -> None:
     add("-o", "--output", type=Path, default=Path("my-ldm"), help="pipeline folder to write (%(default)s)")
     add("--run-dir", type=Path, help="where checkpoints go (OUTPUT-run)")
     add("--cache-dir", type=Path, help="where latents and streamed images go (RUN_DIR/cache)")
-    add("--split", default="train", help="of a data set (%(default)s)")
+    add("--split", help="of a data set (train)")
     add("--image-column", help="of a data set (its first column of images)")
-    add("--caption-column", help="of a data set (text, caption or prompt)")
+    add("--caption-column", help="of a data set or metadata.jsonl (text, caption or prompt)")
     add("--max-images", type=int, help="take only so many")
     add("--allow-missing-captions", action="store_true", help="train images without one as if it were empty")
 
@@ -59,8 +59,8 @@ def _add_training(group: Any) -> None:
     add("--ema-decay", type=float, default=0.9999, help="of the averaged weights, 0: none (%(default)s)")
     add("--prediction", choices=("epsilon", "v_prediction"), help="what the U-Net learns (the model's own)")
     add("--min-snr-gamma", type=float, metavar="G", help="weigh timesteps by min(SNR, G); 5 is usual")
-    add("--caption-dropout", type=float, default=0.1, metavar="P", help="share left out (%(default)s)")
-    add("--kl-weight", type=float, default=1e-6, help="with --phase vae (%(default)s)")
+    add("--caption-dropout", type=float, metavar="P", help="share left out (0.1)")
+    add("--kl-weight", type=float, help="with --phase vae (1e-6)")
     precisions = "bf16: copies of fp32 weights, on sdfast's kernels; autocast: torch's choice (%(default)s)"
     add("--precision", choices=("fp32", "bf16", "autocast"), default="fp32", help=precisions)
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
@@ -144,7 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _taken(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names}
+    """What was given; of the rest `train_ldm` has the defaults."""
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def _run_dir(arguments: argparse.Namespace) -> Path:
@@ -163,15 +164,31 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected a number above 0")
-    if arguments.warmup < 0 or not arguments.kl_weight >= 0:
-        name = "warmup" if arguments.warmup < 0 else "kl-weight"
-        raise ValueError(f"--{name}: got {vars(arguments)[name.replace('-', '_')]}, expected 0 or more")
+    for name in ("warmup", "kl_weight"):
+        value = getattr(arguments, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 0 or more")
     if not 0 <= arguments.ema_decay < 1:
         raise ValueError(f"--ema-decay: got {arguments.ema_decay}, expected a number in [0, 1)")
-    if not 0 <= arguments.caption_dropout <= 1:
+    if arguments.caption_dropout is not None and not 0 <= arguments.caption_dropout <= 1:
         raise ValueError(f"--caption-dropout: got {arguments.caption_dropout}, expected 0 to 1")
+    _refuse_unread(arguments)
     check_output(arguments.output)
     check_folder("--output", arguments.output.absolute().parent)
     check_folder("--run-dir", _run_dir(arguments))
     if arguments.cache_dir is not None:
         check_folder("--cache-dir", arguments.cache_dir)
+
+
+def _refuse_unread(arguments: argparse.Namespace) -> None:
+    """What would have no effect is a mistake."""
+    of_phase = {
+        "unet": ("prediction", "min_snr_gamma", "caption_dropout", "sample_prompt"),
+        "vae": ("kl_weight",),
+    }
+    for phase, names in of_phase.items():
+        for name in names:
+            if phase != arguments.phase and getattr(arguments, name) not in (None, []):
+                raise ValueError(f"--{name.replace('_', '-')}: is for --phase {phase}; leave it out")
+    if arguments.sample_prompt and arguments.sample_every is None:
+        raise ValueError("--sample-prompt: is drawn every --sample-every steps, which is missing")

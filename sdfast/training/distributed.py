@@ -26,8 +26,8 @@ from sdfast.models.layers import BasicTransformerBlock, ResnetBlock2D, Transform
 
 PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("fp32", "bf16", "autocast")
-# Others wait while one imports a data set or draws samples; torchrun itself notices who died.
-_PATIENCE = datetime.timedelta(hours=2)
+# Others wait while one imports a data set, however large; torchrun itself notices who died.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,25 +3,27 @@
     folder/00000000.jpg …, metadata.jsonl, and complete.json when all of it is there
 
 The bytes are kept as they come: a JPEG of 512x512 takes about as much room as its latents. Stopped at any
-moment, it goes on after the last image.
+moment, it goes on after the last image. Runs may share the folder: one streams while the others wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sdfast.models.weights import replacing
-from sdfast.training.images import SUFFIXES
+from sdfast.training.images import CAPTION_COLUMNS, SUFFIXES, visible_names
 
 _COMPLETE = "complete.json"
 _METADATA = "metadata.jsonl"
-_CAPTIONS = ("text", "caption", "prompt")
-_TABLES = (".parquet", ".arrow", ".tar")
+_LOCK = ".lock"
+_TABLES = frozenset({".parquet", ".arrow", ".tar", ".zip"})
 _MAGIC = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif"}
 
 
@@ -32,8 +34,20 @@ def is_dataset(data: str | Path) -> bool:
         return str(data).count("/") == 1 and not str(data).startswith((".", "/"))
     if not path.is_dir():
         return False
-    suffixes = {file.suffix.lower() for file in path.rglob("*")}
-    return not suffixes & SUFFIXES and bool(suffixes & set(_TABLES))
+    suffixes = {Path(name).suffix.lower() for name in visible_names(path)}
+    return not suffixes & SUFFIXES and bool(suffixes & _TABLES)
+
+
+def identity(data: str | Path) -> list[Any]:
+    """What tells a data set from others, and one on disk from what it was before its files changed.
+
+    One of the hub is taken as it was when it was streamed.
+    """
+    path = Path(data)
+    if not path.exists():
+        return [str(data)]
+    facts = ((name, (path / name).stat()) for name in visible_names(path))
+    return [str(path.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in facts)]
 
 
 def import_dataset(
@@ -44,6 +58,7 @@ def import_dataset(
     image_column: str | None = None,
     caption_column: str | None = None,
     most_images: int | None = None,
+    allow_missing_captions: bool = False,
     progress: bool = True,
 ) -> Path:
     """Stream a data set into `folder`.
@@ -55,6 +70,7 @@ def import_dataset(
         image_column, caption_column: None for the first column of images, and for "text", "caption" or
             "prompt", whichever there is.
         most_images: stop after so many; None takes all.
+        allow_missing_captions: there need be no column of captions.
         progress: show a bar.
 
     Returns:
@@ -67,12 +83,47 @@ def import_dataset(
     if (folder / _COMPLETE).is_file():
         return folder
     rows, image_column, caption_column = _open(name, split, image_column, caption_column)
+    if caption_column is None and not allow_missing_captions:
+        raise ValueError(
+            f"{name}: has no column of captions ({', '.join(CAPTION_COLUMNS)}), only"
+            f" {', '.join(rows.features)}; name it (--caption-column), or do without"
+            " (--allow-missing-captions)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, progress):
+        if not (folder / _COMPLETE).is_file():
+            _stream(rows, folder, image_column, caption_column, most_images, progress)
+            with replacing(folder / _COMPLETE) as temporary:
+                temporary.write_text(json.dumps({"data": str(name), "split": split}) + "\n")
+    return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, progress: bool) -> Iterator[None]:
+    """Wait for other runs that stream into this folder; a lock that a kill left holds nobody up."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            tqdm.write(f"images: another run streams into {folder}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _stream(
+    rows: Any, folder: Path, image_column: str, caption_column: str | None, most: int | None, progress: bool
+) -> None:
     done = _whole_lines(folder / _METADATA)
     with (folder / _METADATA).open("a", encoding="utf-8") as metadata:
         bar = tqdm(rows.skip(done), desc="images", unit="image", initial=done, disable=not progress)
         for number, row in enumerate(bar, start=done):
-            if most_images is not None and number >= most_images:
+            if most is not None and number >= most:
                 break
             content = _bytes(row[image_column])
             suffix = next((end for start, end in _MAGIC.items() if content.startswith(start)), ".png")
@@ -82,9 +133,6 @@ def import_dataset(
             caption = row[caption_column] if caption_column else ""
             metadata.write(json.dumps({"file_name": file.name, "text": caption or ""}) + "\n")
             metadata.flush()
-    with replacing(folder / _COMPLETE) as temporary:
-        temporary.write_text(json.dumps({"data": str(name), "split": split}) + "\n")
-    return folder
 
 
 def _open(
@@ -111,7 +159,7 @@ def _open(
         raise ValueError(
             f"{name}: has no column of images, only {', '.join(features)}; name it (--image-column)"
         )
-    text = _column("caption column", caption, [c for c in _CAPTIONS if c in features], features)
+    text = _column("caption column", caption, [c for c in CAPTION_COLUMNS if c in features], features)
     return rows.cast_column(column, datasets.Image(decode=False)), column, text
 
 
@@ -127,7 +175,12 @@ def _bytes(image: Mapping[str, Any] | None) -> bytes:
         return b""
     if image.get("bytes") is not None:
         return image["bytes"]
-    return Path(image["path"]).read_bytes() if image.get("path") else b""
+    if not image.get("path"):
+        return b""
+    from datasets.utils.file_utils import xopen
+
+    with xopen(image["path"], "rb") as file:  # a file on disk, on the hub or within an archive
+        return file.read()
 
 
 def _whole_lines(path: Path) -> int:

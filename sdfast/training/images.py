@@ -2,6 +2,8 @@
 
 folder/cat.jpg + folder/cat.txt                            a text file beside each image, or
 folder/metadata.jsonl: {"file_name": "cat.jpg", "text": …}   Hugging Face's "imagefolder"
+
+A metadata.jsonl in a subfolder names its files from there. Hidden files and folders do not count.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch import Tensor
 from sdfast.images import as_tensor, read_image
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+CAPTION_COLUMNS = ("text", "caption", "prompt")
 _METADATA = "metadata.jsonl"
 _MOST_NAMES = 5  # in an error
 _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # of Exif: those that swap width and height
@@ -38,26 +42,37 @@ class CaptionedImage:
     caption: str
 
 
-def read_folder(folder: str | Path, *, allow_missing_captions: bool = False) -> list[CaptionedImage]:
+def read_folder(
+    folder: str | Path, *, caption_column: str | None = None, allow_missing_captions: bool = False
+) -> list[CaptionedImage]:
     """The images of a folder and its subfolders with their captions, by name. No image is opened.
+
+    Args:
+        folder: of images.
+        caption_column: of metadata.jsonl; None for "text", "caption" or "prompt", whichever there is.
+        allow_missing_captions: an image without one gets "".
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
-        ValueError: it holds no image, its metadata.jsonl cannot be used, or images lack a caption and that is
-            not allowed; the text names them.
+        ValueError: it holds no image, a metadata.jsonl cannot be used, there is none to have
+            `caption_column`, or images lack a caption and that is not allowed; the text names them.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is no folder of images")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_image(path))
+    visible = visible_names(folder)
+    names = [name for name in visible if PurePosixPath(name).suffix.lower() in SUFFIXES]
     if not names:
         raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
-    listed = _read_metadata(folder / _METADATA)
-    absent = [name for name in listed if not (folder / name).is_file()]
-    if absent:
-        raise ValueError(f"{folder / _METADATA}: names files that are not there: {listing(absent)}")
+    tables = [folder / name for name in visible if PurePosixPath(name).name == _METADATA]
+    if caption_column is not None and not tables:
+        raise ValueError(f"caption column: got {caption_column!r}, but {folder} has no {_METADATA}")
+    columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+    listed: dict[str, str] = {}
+    for table in sorted(tables, key=lambda path: len(path.parts)):  # the nearest to an image has its caption
+        listed |= _read_metadata(table, folder, columns)
     images = [
         CaptionedImage(folder / name, name, _caption(folder / name, listed.get(name))) for name in names
     ]
@@ -69,6 +84,12 @@ def read_folder(folder: str | Path, *, allow_missing_captions: bool = False) -> 
             " are then trained with the empty caption"
         )
     return images
+
+
+def visible_names(folder: Path) -> list[str]:
+    """What a folder and its subfolders hold, named from there, in order; nothing hidden or in hidden ones."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    return sorted(p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -121,33 +142,40 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
 def _caption(path: Path, listed: str | None) -> str:
     if listed is not None:
         return listed.strip()
     beside = path.with_suffix(".txt")
-    try:
-        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{beside}: is no UTF-8 text: {error}") from error
+    return _read_text(beside).strip() if beside.is_file() else ""
 
 
-def _read_metadata(path: Path) -> Mapping[str, str]:
-    if not path.is_file():
-        return {}
-    captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def _read_metadata(path: Path, folder: Path, columns: Sequence[str]) -> dict[str, str]:
+    """Name of an image from `folder` on -> its caption."""
+    captions: dict[str, str] = {}
+    below = path.parent.relative_to(folder).as_posix()
+    # Not splitlines, which also cuts at characters that JSON allows within a text.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            name, text = entry["file_name"], entry.get("text") or ""
-            captions[Path(name).as_posix()] = str(text)
+            name = posixpath.normpath(posixpath.join(below, entry["file_name"]))
+            text = next((entry[column] for column in columns if entry.get(column)), "")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f'{path}, line {number}: got {line[:80]!r}, expected {{"file_name": ..., "text": ...}}'
+                f"{path}, line {number}: got {line[:80]!r}, expected"
+                f' {{"file_name": ..., "{columns[0]}": ...}}'
             ) from error
+        captions[name] = str(text)
+    absent = [name for name in captions if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{path}: names files that are not there: {listing(absent)}")
     return captions
+
+
+def _read_text(path: Path) -> str:
+    """UTF-8, with or without the byte order mark that Windows writes."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 text: {error}") from error

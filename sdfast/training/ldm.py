@@ -184,6 +184,8 @@ def _train(
     group: Processes,
 ) -> Trained:
     _check_shares(training, running, group)
+    if training.phase == "vae":  # it learns from pictures alone
+        options = dataclasses.replace(options, allow_missing_captions=True)
     listed = find_images(data, cache, options, group, progress=running.progress)
     parts = load_parts(
         model, prediction=training.prediction, device=group.device,

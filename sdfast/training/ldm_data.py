@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdfast.training.buckets import Size, nearest_bucket
 from sdfast.training.distributed import Processes
-from sdfast.training.hub_data import import_dataset, is_dataset
+from sdfast.training.hub_data import identity, import_dataset, is_dataset
 from sdfast.training.images import CaptionedImage, image_size, read_folder, read_pixels
 
 
@@ -32,19 +32,26 @@ def find_images(
     """The images of a folder or a data set; the main process looks, and all learn what it found.
 
     Raises:
-        OSError, ValueError, ImportError: as `read_folder` and `import_dataset`.
+        OSError, ValueError, ImportError: as `read_folder` and `import_dataset`; ValueError also where `split`
+            or `image_column` is asked of a folder of images, which has none.
     """
 
     def find() -> list[CaptionedImage]:
-        folder = Path(data)
+        allow = options.allow_missing_captions
         if is_dataset(data):
-            facts = (str(data), options.split, options.image_column, options.caption_column)
+            facts = (identity(data), options.split, options.image_column, options.caption_column)
             key = hashlib.sha256(repr((*facts, options.most_images)).encode()).hexdigest()[:16]
             folder = import_dataset(
                 data, cache / f"images-{key}", split=options.split, image_column=options.image_column,
-                caption_column=options.caption_column, most_images=options.most_images, progress=progress,
+                caption_column=options.caption_column, most_images=options.most_images,
+                allow_missing_captions=allow, progress=progress,
             )  # fmt: skip
-        images = read_folder(folder, allow_missing_captions=options.allow_missing_captions)
+            images = read_folder(folder, allow_missing_captions=allow)
+        else:
+            for name in ("split", "image_column"):
+                if getattr(options, name) != getattr(DataOptions, name):
+                    raise ValueError(f"{name}: is of a data set, and {data} is none")
+            images = read_folder(data, caption_column=options.caption_column, allow_missing_captions=allow)
         return images[: options.most_images]
 
     return group.main_first(find)

@@ -56,8 +56,10 @@ class Watcher:
                 self._writer.add_image(
                     "samples", np.asarray(sheet.convert("RGB")), step.number, dataformats="HWC"
                 )
-        if self._writer is not None and last:
-            self._writer.close()
+        if self._writer is not None:
+            self._writer.flush()  # a checkpoint of this step may follow, and a kill
+            if last:
+                self._writer.close()
 
 
 def drawer(pipe: StableDiffusion, prompts: Sequence[str], *, steps: int, seed: int) -> Draw:
