@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sdfast._arguments import usable_device
 from sdfast.conditioning import TextConditioner
-from sdfast.diffusion import Bound, NoiseSchedule, bound
+from sdfast.diffusion import Bound, NoiseSchedule, variational_bound
 from sdfast.figures import new_figure, save_figure
 from sdfast.images import as_tensor, read_image
 from sdfast.loading import DIGITS, digits_folder, load_pipeline_parts
@@ -128,7 +128,7 @@ def bound_of_data(
         raise ValueError("clip: is for pixel models; latents go beyond [-1, 1]")
     pictures = read_pictures(data, subject.channels, subject.size, images=images, prompt=prompt)
     x0 = subject.encode(pictures.images, seed)
-    bounds = bound(
+    bounds = variational_bound(
         subject.schedule, subject.denoiser(pictures.prompts), x0, variance=VARIANCES,
         discrete=not subject.latent, clip=not subject.latent if clip is None else clip,
         batch_size=batch_size, seed=seed, on_step=on_step,

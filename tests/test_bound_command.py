@@ -73,7 +73,7 @@ def test_pixel_model_equals_diffusers_network(pixels, folder):
     with pytest.warns(UserWarning):
         images = read_pictures(folder, 1, 8).images
     assert images.shape == (3, 1, 8, 8)
-    theirs = diffusion.bound(
+    theirs = diffusion.variational_bound(
         schedule,
         lambda x_t, _, t: unet(x_t, t).sample,
         images,
@@ -100,7 +100,7 @@ def test_latent_model_equals_diffusers_networks(latents, folder):
         codes = [pipe.vae.encode(one[None]).latent_dist.sample(generator) for one in images]
         text, _ = pipe.encode_prompt("a seven", "cpu", 1, False)
     x0 = torch.cat(codes) * pipe.vae.config.scaling_factor
-    theirs = diffusion.bound(
+    theirs = diffusion.variational_bound(
         diffusion.NoiseSchedule.from_config(pipe.scheduler.config),
         lambda x_t, _, t: pipe.unet(x_t, t, text.expand(len(x_t), -1, -1)).sample,
         x0, variance=tuple(found.bounds), discrete=False, seed=3,

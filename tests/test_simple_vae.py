@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sdfast import cli
-from sdfast.diffusion import as_posterior, elbo
+from sdfast.diffusion import as_posterior, evidence_lower_bound
 from sdfast.models import SimpleVAE, SimpleVAEConfig
 from sdfast.models.checkpoint import CheckpointError, load_model, save_model
 from sdfast.training.data import Digits
@@ -62,7 +62,9 @@ def test_a_factor_without_entries_off_the_diagonal_is_the_diagonal_model():
             state[name] = torch.cat([weight, torch.zeros(3, *weight.shape[1:])])
     full.load_state_dict(state)
     x, noise = torch.rand(4, 1, 8, 8), torch.randn(2, 4, 3)
-    ours, theirs = (elbo(x, as_posterior(*vae.encode(x)), vae.decode, noise) for vae in (full, diagonal))
+    ours, theirs = (
+        evidence_lower_bound(x, as_posterior(*vae.encode(x)), vae.decode, noise) for vae in (full, diagonal)
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -72,7 +74,9 @@ def test_a_factor_without_entries_off_the_diagonal_is_the_diagonal_model():
 def test_a_gradient_reaches_every_parameter(kind, covariance):
     vae = make(kind=kind, covariance=covariance, latent_dim=3, width=4)
     x = torch.rand(4, 1, 8, 8)
-    (-elbo(x, as_posterior(*vae.encode(x)), vae.decode, torch.randn(1, 4, 3)).total.mean()).backward()
+    (
+        -evidence_lower_bound(x, as_posterior(*vae.encode(x)), vae.decode, torch.randn(1, 4, 3)).total.mean()
+    ).backward()
     for name, parameter in vae.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -83,7 +87,7 @@ def test_an_untrained_encoder_that_overflows_gives_finite_numbers():
         with torch.no_grad():
             vae.encoder[-1].bias[2:4] = torch.tensor([1e4, -1e4])  # the log-variances
         x = torch.rand(3, 1, 8, 8)
-        bound = elbo(
+        bound = evidence_lower_bound(
             x, as_posterior(*vae.encode(x)), vae.decode, torch.randn(1, 3, 2), likelihood="bernoulli"
         )
         bound.total.sum().backward()

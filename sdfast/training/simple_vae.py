@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdfast.diffusion import as_posterior, elbo, importance_weighted, log_weights
+from sdfast.diffusion import as_posterior, evidence_lower_bound, importance_weighted, log_weights
 from sdfast.models import SimpleVAE, SimpleVAEConfig
 from sdfast.training.trainer import Schedule, train
 
@@ -91,7 +91,7 @@ def train_simple_vae(
     def loss(generator: torch.Generator) -> Tensor:
         x = pictures[torch.randint(len(pictures), (settings.batch_size,), generator=generator)]
         noise = torch.randn(1, settings.batch_size, config.latent_dim, generator=generator)
-        bound = elbo(
+        bound = evidence_lower_bound(
             x, as_posterior(*vae.encode(x)), vae.decode, noise, likelihood=config.likelihood, std=config.std
         )
         return -bound.total.mean()
@@ -130,7 +130,7 @@ def evaluate(vae: SimpleVAE, pictures: Tensor, *, samples: int = 500, seed: int 
     noise = torch.randn(samples, len(pictures), vae.config.latent_dim, generator=generator)
     q = as_posterior(*vae.encode(pictures))
     options: dict[str, Any] = {"likelihood": vae.config.likelihood, "std": vae.config.std}
-    bound = elbo(pictures, q, vae.decode, noise[:_BOUND_SAMPLES], **options)
+    bound = evidence_lower_bound(pictures, q, vae.decode, noise[:_BOUND_SAMPLES], **options)
     evidence = importance_weighted(log_weights(pictures, q, vae.decode, noise, **options)).double()
     return Evaluation(
         elbo=bound.total.double().mean().item(),
