@@ -157,6 +157,17 @@ def test_command_writes_json_and_plot(pixels, folder, tmp_path, capsys):
         assert picture.size == (960, 960) and len(picture.getcolors(1 << 20)) > 50  # curves, not a blank
 
 
+@pytest.mark.parametrize("images", [0, -1])
+def test_so_many_pictures_are_none(images, folder):
+    for call in (
+        lambda: read_pictures("digits", 1, 8, images=images),
+        lambda: read_pictures(folder, 1, 8, images=images),
+        lambda: bound_of_data("/nowhere", folder, images=images),  # before the model is looked for
+    ):
+        with pytest.raises(ValueError, match=f"^images: got {images}, expected at least 1"):
+            call()
+
+
 def test_models_whose_bound_is_another_are_refused(tmp_path, latents):
     with pytest.raises(ValueError, match="predicts its variances too"):
         bound_of_data(pixel_model(tmp_path / "learned", channels=3, out_channels=6), tmp_path)

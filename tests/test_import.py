@@ -154,9 +154,9 @@ ALLOWED = {
     ),
     "sdfast.bound": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
-        "sdfast.training.captions",
+        "sdfast.training.captions", "sdfast.training.images",
     ),
-    "sdfast.bound_command": ("sdfast._arguments", "sdfast.bound", "sdfast.request", "sdfast.figures", "sdfast.models.weights"),
+    "sdfast.bound_command": (*LEAVES, "sdfast.bound", "sdfast.command_line", "sdfast.models.weights"),
     "sdfast.segmentation": (*LEAVES, "sdfast.models"),
     "sdfast.segmentation_file": (*LEAVES, "sdfast.models", "sdfast.segmentation"),
     "sdfast.segmentation_scores": (),
