@@ -149,6 +149,16 @@ def test_training_finds_what_there_is_to_know(covariance, tmp_path):
     assert result.kl > 0.5  # which of the two it is has to go through z
 
 
+@pytest.mark.parametrize(
+    ("pictures", "samples", "message"),
+    [(1, 5, "pictures: got 1, expected at least 2"), (2, 0, "samples: got 0, expected at least 1")],
+)
+def test_too_few_to_evaluate(pictures, samples, message):
+    """One picture has no standard error: NaN, which is no JSON."""
+    with pytest.raises(ValueError, match=message):
+        evaluate(SimpleVAE(SimpleVAEConfig(width=8)), stripes(pictures), samples=samples)
+
+
 def test_training_resumes_to_the_bit(tmp_path):
     def run(folder, **options):
         return train_simple_vae(

@@ -120,12 +120,17 @@ def evaluate(vae: SimpleVAE, pictures: Tensor, *, samples: int = 500, seed: int 
     """The bound and the importance-weighted estimate on pictures that were not trained on.
 
     Args:
-        pictures: (N, channels, image_size, image_size).
+        pictures: (N, channels, image_size, image_size), at least two, for there to be a standard error.
         samples: K of them for each picture. The bound's reconstruction takes the first 50, which are enough.
         seed: of these samples.
+
+    Raises:
+        ValueError: less than one sample or two pictures.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
+    if len(pictures) < 2:
+        raise ValueError(f"pictures: got {len(pictures)}, expected at least 2")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples, len(pictures), vae.config.latent_dim, generator=generator)
     q = as_posterior(*vae.encode(pictures))
