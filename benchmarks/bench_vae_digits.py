@@ -75,6 +75,8 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=50, help="digits for the bound (%(default)s)")
     parser.add_argument("--no-record", action="store_true", help="write no file")
     options = parser.parse_args()
+    if options.images < 2:
+        parser.error(f"--images: got {options.images}, expected at least 2, for there to be a standard error")
     torch.set_num_threads(1)
 
     rows = []

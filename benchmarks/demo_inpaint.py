@@ -43,6 +43,11 @@ def some_of_each(digits: Digits, count: int) -> Digits:
     return Digits(digits.images[rows], digits.labels[rows])
 
 
+def first_of_each(labels: Tensor) -> Tensor:
+    """Where each digit stands first among the labels (N,), of which some may be fewer than others."""
+    return torch.stack([(labels == digit).nonzero()[0, 0] for digit in labels.unique()])
+
+
 def mask_of(side: str) -> Tensor:
     """(1, 1, 32, 32): white in the lower or the right half."""
     mask = torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
@@ -106,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--per-digit", type=int, default=10, help="digits of each kind (%(default)s)")
+    parser.add_argument("--per-digit", type=int, default=10, help="at most, of each digit (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="reverse steps (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, default=Path("inpaint.png"), help="PNG (%(default)s)")
     parser.add_argument("--no-record", action="store_true", help="write no JSON file")
@@ -128,8 +133,8 @@ def main() -> None:
                 f"seam {row['seam']:.2f} of a whole digit's{took}"
             )
     columns.append(outpainted(pipe, digits, arguments.steps))
-    first_of_each = torch.arange(0, len(digits), arguments.per_digit)
-    sheet = torch.stack([column[first_of_each] for column in columns], dim=1).flatten(0, 1)
+    first = first_of_each(digits.labels)
+    sheet = torch.stack([column[first] for column in columns], dim=1).flatten(0, 1)
     save_png(grid(to_pil(sheet), columns=len(columns)), arguments.output)
     print(arguments.output)
     if not arguments.no_record:

@@ -21,19 +21,19 @@ from torch import Tensor
 
 from sdfast._arguments import usable_device
 from sdfast.conditioning import TextConditioner
-from sdfast.diffusion import Bound, NoiseSchedule, bound
+from sdfast.diffusion import Bound, NoiseSchedule, variational_bound
 from sdfast.figures import new_figure, save_figure
 from sdfast.images import as_tensor, read_image
 from sdfast.loading import DIGITS, digits_folder, load_pipeline_parts
 from sdfast.models import UNet2D
 from sdfast.models.checkpoint import CheckpointError, load_components, resolve
 from sdfast.models.weights import read_json
+from sdfast.request import check_count
 from sdfast.training.captions import WORDS
 from sdfast.training.data import enlarge, load_digits
+from sdfast.training.images import SUFFIXES, listing
 
 VARIANCES = ("fixed_large", "fixed_small")
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-_NAMED = 5  # damaged files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,16 +119,18 @@ def bound_of_data(
 
     Raises:
         CheckpointError: the model cannot be loaded, or is of a kind whose bound is not implemented.
-        ValueError: an argument is out of range, or no picture can be read.
+        TypeError, ValueError: an argument is out of range, or no picture can be read.
         FloatingPointError: a term is not finite.
     """
+    _check_images(images)
+    check_count("batch_size", batch_size)
     device = usable_device("device", device)
     subject = (_pixel_subject if _is_pixel_model(model) else _latent_subject)(model, device)
     if subject.latent and clip:
         raise ValueError("clip: is for pixel models; latents go beyond [-1, 1]")
     pictures = read_pictures(data, subject.channels, subject.size, images=images, prompt=prompt)
     x0 = subject.encode(pictures.images, seed)
-    bounds = bound(
+    bounds = variational_bound(
         subject.schedule, subject.denoiser(pictures.prompts), x0, variance=VARIANCES,
         discrete=not subject.latent, clip=not subject.latent if clip is None else clip,
         batch_size=batch_size, seed=seed, on_step=on_step,
@@ -145,8 +147,10 @@ def read_pictures(
 
     Raises:
         ImportError: "digits" needs scikit-learn.
-        ValueError: no folder, or one without a picture that can be read.
+        TypeError, ValueError: `images` is out of range, or no folder, or one without a picture that can be
+            read.
     """
+    _check_images(images)
     if str(data) == DIGITS:
         holdout = load_digits()[1]
         levels = (enlarge(holdout.images[:images], size) + 1) * 127.5
@@ -156,7 +160,7 @@ def read_pictures(
     folder = Path(data)
     if not folder.is_dir():
         raise ValueError(f"data: {folder} is no folder; expected one of pictures, or {DIGITS!r}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     found: list[Tensor] = []
     skipped: list[Path] = []
     for path in paths:
@@ -169,11 +173,16 @@ def read_pictures(
             continue
         found.append(as_tensor(image, height=size, width=size, channels=channels, multiple=1))
     if skipped:
-        names = ", ".join(map(str, skipped[:_NAMED])) + (", ..." if len(skipped) > _NAMED else "")
+        names = listing([str(path) for path in skipped])
         warnings.warn(f"data: {len(skipped)} of {len(paths)} files cannot be read and are left out: {names}")
     if not found:
         raise ValueError(f"data: {folder} holds no picture that can be read ({len(skipped)} cannot)")
     return Pictures(torch.cat(found), [prompt or ""] * len(found), skipped)
+
+
+def _check_images(images: int | None) -> None:
+    if images is not None:
+        check_count("images", images)
 
 
 def _square(image: Image.Image) -> Image.Image:

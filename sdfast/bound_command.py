@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast._arguments import check_file
+from sdfast.command_line import step_bar
 from sdfast.request import check_count, check_seed
 
 _DESCRIPTION = """\
@@ -66,19 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
         check_matplotlib()
     # What follows imports torch.
     import torch
-    from tqdm import tqdm
 
     from sdfast.bound import bound_of_data, plot
     from sdfast.models.weights import write_json
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    with tqdm(unit="step", unit_scale=True, disable=None, dynamic_ncols=True, leave=False) as bar:
-
-        def on_step(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with step_bar() as on_step:
         result = bound_of_data(
             arguments.model,
             arguments.data,

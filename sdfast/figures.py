@@ -24,7 +24,7 @@ def check_matplotlib() -> None:
         raise ImportError("figures are drawn by matplotlib: pip install sdfast[plot]") from error
 
 
-def new_figure(width: float = 6.4, height: float = 4.0) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty figure of so many inches that needs no display.
 
     Raises:

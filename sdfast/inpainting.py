@@ -73,7 +73,7 @@ class Inpainting:
             vae_memory_bytes: what the encoder may take for an image; None sets no limit.
 
         Raises:
-            ValueError: RePaint cannot go with this plan or these numbers.
+            ValueError: RePaint cannot go with this plan or these numbers, or a mask has no latent to paint.
         """
         self.canvas, self.num_images = canvas, num_images
         self.repaint = RePaint(plan, jump_length, resamplings) if method == "repaint" else None
@@ -86,6 +86,11 @@ class Inpainting:
         height, width = (side // vae.downsampling for side in canvas.images.shape[2:])
         self._latent_shape = (vae.config.latent_channels, height, width)
         self._latent_mask = latent_mask(canvas.masks, (height, width)).to(device)
+        if not self._latent_mask.flatten(1).any(dim=1).all():
+            raise ValueError(
+                "mask: has nothing to paint once it is reduced to latents: each is painted if the upper left"
+                f" of its {vae.downsampling}x{vae.downsampling} pixels is white; make what is white larger"
+            )
 
     def start(self, part: slice, generators: list[torch.Generator]) -> Beginning:
         """What the pictures of `part` start from; their generators draw in diffusers' order."""

@@ -1,5 +1,6 @@
 """The scripts that record benchmarks, and the report that is made of records."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import bench_records
 import pytest
+import torch
 from PIL import Image
+
+from sdfast.training.data import Digits
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -44,6 +48,26 @@ def test_a_sheet_of_inpainted_digits(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("of 10 read right") == 8
     assert Image.open(sheet).size == (9 * 34 + 2, 10 * 34 + 2)
+
+
+def test_the_sheet_has_a_row_for_each_digit_however_many_there_are(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    demo = importlib.import_module("demo_inpaint")
+    labels = torch.tensor([3, 1, 1, 0, 3, 1])
+    digits = demo.some_of_each(Digits(torch.arange(6.0).expand(8, 8, 6).permute(2, 0, 1), labels), 2)
+    assert digits.labels.tolist() == [0, 1, 1, 3, 3]  # of one fewer than of the others
+    assert demo.first_of_each(digits.labels).tolist() == [0, 1, 3]
+
+
+def test_one_digit_has_no_standard_error(monkeypatch, capsys):
+    """Refused before eight VAEs are trained."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench = importlib.import_module("bench_vae_digits")
+    monkeypatch.setattr(sys, "argv", ["bench_vae_digits.py", "--images", "1"])
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("a VAE was trained"))
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--images: got 1, expected at least 2" in capsys.readouterr().err
 
 
 def test_operations_of_a_gpu_run_in_the_interpreter():

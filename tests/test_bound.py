@@ -43,7 +43,7 @@ def test_gaussian_data_with_the_exact_model_give_the_analytic_bound(prediction, 
     std, schedule = 0.7, schedule_of(prediction)
     x0 = std * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
     corners = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
-    found = diffusion.bound(
+    found = diffusion.variational_bound(
         schedule, exact_denoiser(schedule, std), x0, variance=variance, discrete=False, dtype=torch.float64,
         draw_noise=lambda t, part: corners[part], batch_size=3,
     )[variance]  # fmt: skip
@@ -89,7 +89,7 @@ def test_more_steps_bring_the_bound_to_the_entropy():
     corners = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     for T in (10, 100, 1000):
         schedule = NoiseSchedule.linear(T, 0.1 / T, 20 / T if T > 20 else 0.9)
-        found = diffusion.bound(
+        found = diffusion.variational_bound(
             schedule, exact_denoiser(schedule, std), std * corners.abs(), variance="fixed_large",
             discrete=False, dtype=torch.float64, draw_noise=lambda t, part: corners[part],
         )["fixed_large"]  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_unet_against_equation_16_written_out(prediction, clip):
     noise = torch.randn(
         schedule.T, 2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
     )
-    found = diffusion.bound(
+    found = diffusion.variational_bound(
         schedule, lambda x_t, _, t: model(x_t, t), x0, variance=VARIANCES, clip=clip, dtype=torch.float64,
         draw_noise=lambda t, part: noise[t, part],
     )  # fmt: skip
@@ -193,7 +193,7 @@ def test_the_discretised_term_of_the_bound_is_a_distribution():
     levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(256, 1)
     alpha, sigma = SHORT.alpha_sigma(0)
     for target in (-1.2, 0.1):  # the noise that makes one x_1 of every x_0
-        found = diffusion.bound(
+        found = diffusion.variational_bound(
             schedule_of("sample"), lambda x_t, _, t: torch.full_like(x_t, 0.3), levels, dtype=torch.float64,
             draw_noise=lambda t, part, target=target: (target - alpha * levels[part]) / sigma,
         )["fixed_large"]  # fmt: skip
@@ -210,14 +210,16 @@ def test_a_sample_has_its_noise_whatever_the_batch():
         return unet(x_t, t)
 
     seen = []
-    whole = diffusion.bound(schedule, denoise, x0, on_step=lambda *done: seen.append(done))["fixed_large"]
+    whole = diffusion.variational_bound(schedule, denoise, x0, on_step=lambda *done: seen.append(done))[
+        "fixed_large"
+    ]
     assert calls == [5] * schedule.T
     assert seen[-1] == (5 * schedule.T, 5 * schedule.T) and len(seen) == schedule.T
-    parts = diffusion.bound(schedule, denoise, x0, batch_size=2)["fixed_large"]
+    parts = diffusion.variational_bound(schedule, denoise, x0, batch_size=2)["fixed_large"]
     torch.testing.assert_close(parts.total, whole.total, rtol=1e-4, atol=0)
-    last = diffusion.bound(schedule, denoise, x0[4:], seed=4)["fixed_large"]
+    last = diffusion.variational_bound(schedule, denoise, x0[4:], seed=4)["fixed_large"]
     torch.testing.assert_close(last.total, whole.total[4:], rtol=1e-4, atol=0)
-    other = diffusion.bound(schedule, denoise, x0, seed=9)["fixed_large"]
+    other = diffusion.variational_bound(schedule, denoise, x0, seed=9)["fixed_large"]
     assert (other.epsilon_mse - whole.epsilon_mse).abs().min() > 0
 
 
@@ -238,9 +240,9 @@ def test_a_sample_has_its_noise_whatever_the_batch():
 def test_errors_name_the_argument(options, message):
     options = {"x0": torch.ones(2, 3)} | options
     with pytest.raises(ValueError, match=message):
-        diffusion.bound(SHORT, lambda x_t, _, t: x_t, **options)
+        diffusion.variational_bound(SHORT, lambda x_t, _, t: x_t, **options)
 
 
 def test_a_term_that_is_not_finite_is_named():
     with pytest.raises(FloatingPointError, match="the bound's term of index 11 is not finite"):
-        diffusion.bound(SHORT.zero_terminal_snr(), lambda x_t, _, t: x_t, torch.ones(2, 3))
+        diffusion.variational_bound(SHORT.zero_terminal_snr(), lambda x_t, _, t: x_t, torch.ones(2, 3))

@@ -73,7 +73,7 @@ def test_pixel_model_equals_diffusers_network(pixels, folder):
     with pytest.warns(UserWarning):
         images = read_pictures(folder, 1, 8).images
     assert images.shape == (3, 1, 8, 8)
-    theirs = diffusion.bound(
+    theirs = diffusion.variational_bound(
         schedule,
         lambda x_t, _, t: unet(x_t, t).sample,
         images,
@@ -100,7 +100,7 @@ def test_latent_model_equals_diffusers_networks(latents, folder):
         codes = [pipe.vae.encode(one[None]).latent_dist.sample(generator) for one in images]
         text, _ = pipe.encode_prompt("a seven", "cpu", 1, False)
     x0 = torch.cat(codes) * pipe.vae.config.scaling_factor
-    theirs = diffusion.bound(
+    theirs = diffusion.variational_bound(
         diffusion.NoiseSchedule.from_config(pipe.scheduler.config),
         lambda x_t, _, t: pipe.unet(x_t, t, text.expand(len(x_t), -1, -1)).sample,
         x0, variance=tuple(found.bounds), discrete=False, seed=3,
@@ -155,6 +155,17 @@ def test_command_writes_json_and_plot(pixels, folder, tmp_path, capsys):
         assert sum(part["terms"]) == pytest.approx(part["transitions"] + part["reconstruction"])
     with Image.open(files[1]) as picture:
         assert picture.size == (960, 960) and len(picture.getcolors(1 << 20)) > 50  # curves, not a blank
+
+
+@pytest.mark.parametrize("images", [0, -1])
+def test_so_many_pictures_are_none(images, folder):
+    for call in (
+        lambda: read_pictures("digits", 1, 8, images=images),
+        lambda: read_pictures(folder, 1, 8, images=images),
+        lambda: bound_of_data("/nowhere", folder, images=images),  # before the model is looked for
+    ):
+        with pytest.raises(ValueError, match=f"^images: got {images}, expected at least 1"):
+            call()
 
 
 def test_models_whose_bound_is_another_are_refused(tmp_path, latents):

@@ -129,7 +129,7 @@ def test_importance_weighted_estimate_lies_between_elbo_and_the_evidence():
     draws = 150
     q = DiagonalPosterior(model.posterior.mean + 0.1, torch.full_like(model.posterior.mean, -1.0))
     noise = randn(draws * 16, *q.mean.shape, seed=13)
-    bound = diffusion.elbo(model.x, q, model.decode, noise, std=model.std)
+    bound = diffusion.evidence_lower_bound(model.x, q, model.decode, noise, std=model.std)
     torch.testing.assert_close(bound.total, bound.reconstruction - bound.kl)
     weights = diffusion.log_weights(model.x, q, model.decode, noise, std=model.std)
     # K = 1 is the ELBO, with the KL by Monte Carlo too.
@@ -155,7 +155,7 @@ def test_the_bound_is_tight_at_the_true_posterior():
     d = noise.shape[-1]
     axes = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).double()
     spread = axes[:, None].expand(-1, len(model.x), -1)
-    bound = diffusion.elbo(model.x, model.posterior, model.decode, spread, std=model.std)
+    bound = diffusion.evidence_lower_bound(model.x, model.posterior, model.decode, spread, std=model.std)
     torch.testing.assert_close(bound.total, model.evidence)
 
 
@@ -178,7 +178,10 @@ X = randn(2, 3)
         ),
         (lambda: diffusion.log_likelihood(X, X[:1]), r"decoded: got shape \(1, 3\), expected \(2, 3\)"),
         (lambda: diffusion.log_likelihood(X, X, std=0.0), "std: got 0.0, expected a number > 0"),
-        (lambda: diffusion.elbo(X, Q, lambda z: z, X), r"noise: got shape \(2, 3\), expected \(K, 2, 3\)"),
+        (
+            lambda: diffusion.evidence_lower_bound(X, Q, lambda z: z, X),
+            r"noise: got shape \(2, 3\), expected \(K, 2, 3\)",
+        ),
         (lambda: diffusion.log_weights(X, Q, lambda z: z, randn(0, 2, 3)), "with K >= 1"),
         (lambda: diffusion.importance_weighted(randn(0, 2)), "weights: got no samples"),
         (

@@ -1,10 +1,13 @@
 """Importing is cheap, asks for nothing that may be absent, and goes one way."""
 
 import ast
+import importlib
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,14 @@ def test_import_loads_no_torch_and_public_names_load_on_use():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="module 'sdfast' has no attribute 'unet'"):
         sdfast.unet  # noqa: B018
+
+
+def test_no_name_hides_a_module():
+    """`import sdfast.diffusion.bound as m` has to give the module; of operations one stem is meant to be both."""
+    for package in ("sdfast", "sdfast.diffusion", "sdfast.models"):
+        home = importlib.import_module(package)
+        modules = {module.name for module in pkgutil.iter_modules(home.__path__)} & set(home.__all__)
+        assert all(isinstance(getattr(home, name), types.ModuleType) for name in modules), package
 
 
 USE = """
@@ -143,9 +154,9 @@ ALLOWED = {
     ),
     "sdfast.bound": (
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
-        "sdfast.training.captions",
+        "sdfast.training.captions", "sdfast.training.images",
     ),
-    "sdfast.bound_command": ("sdfast._arguments", "sdfast.bound", "sdfast.request", "sdfast.figures", "sdfast.models.weights"),
+    "sdfast.bound_command": (*LEAVES, "sdfast.bound", "sdfast.command_line", "sdfast.models.weights"),
     "sdfast.segmentation": (*LEAVES, "sdfast.models"),
     "sdfast.segmentation_file": (*LEAVES, "sdfast.models", "sdfast.segmentation"),
     "sdfast.segmentation_scores": (),

@@ -13,6 +13,7 @@ from tiny_pipelines import assert_same_pictures, picture
 
 import sdfast
 from sdfast import loading
+from sdfast.images import as_tensor
 from sdfast.masks import images_and_masks, latent_mask
 from sdfast.models.checkpoint import CheckpointError
 
@@ -178,6 +179,13 @@ def test_the_known_part_is_the_images_latents(pipes):
         pipes["blend"].inpaint("seven", picture(), mask, method=method, jump_length=2, **run).images[known]
         for method in ("blend", "repaint")
     ]
+    vae = pipes["blend"].vae
+    generator = torch.Generator().manual_seed(run["seed"])  # the encoder draws first
+    with torch.no_grad():
+        q = vae.encode(as_tensor(picture(), height=16, width=16, channels=3, multiple=1))
+    encoded = q.sample(torch.randn(q.mean.shape, generator=generator)) * vae.config.scaling_factor
+    for latents in drawn:
+        torch.testing.assert_close(latents, encoded[known])
     assert torch.equal(*drawn)
     everything = Image.new("L", (16, 16), 255)
     free = pipes["blend"].inpaint("seven", picture(), everything, **run).images[known]
@@ -282,6 +290,11 @@ def test_bad_masks(image, mask, message):
         ({"keep_original": True, "width": 24}, "a picture of 16x16 would be resized, which keep_original"),
         ({"keep_original": True, "image": picture(20), "mask": mask_of(20)}, "20x16 would be resized"),
         ({"sampler": "plms"}, "sampler: got 'plms'"),
+        ({"mask": mask_of(box=(1, 1, 2, 16))}, "mask: has nothing to paint once it is reduced to latents"),
+        (
+            {"image": [picture()] * 2, "mask": [mask_of(), mask_of(box=(3, 3, 4, 4))]},
+            "its 2x2 pixels is white",
+        ),
         ({"time_ids": (1, 2, 3, 4, 5, 6)}, "time_ids"),
     ],
 )

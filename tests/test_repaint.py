@@ -106,6 +106,53 @@ def test_a_jump_reaches_its_level(sampler):
         assert math.isclose(math.sqrt(variance), base.noise_sigma[level - 5].item(), rel_tol=1e-9)
 
 
+def levels_reached(plan):
+    """Mean and standard deviation of x' after each step from its level, for x_0 = 1, which the model knows."""
+    k = dict(zip(("x0_x", "x0_m", "x0", "x", "m", "previous_x0", "noise"), plan.coefficients.T, strict=True))
+    mean = k["x0"] + k["x"] * plan.noise_alpha + k["m"]  # a model that predicts x_0 gives 1
+    std = ((k["x"] * plan.noise_sigma) ** 2 + k["noise"] ** 2).sqrt()
+    return torch.stack([mean, std])
+
+
+def levels_expected(plan):
+    """Those at which the next step begins, and the clean one, to which what is known is noised."""
+    clean = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    return torch.cat([torch.stack([plan.noise_alpha, plan.noise_sigma])[:, 1:], clean], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("ddpm", {"variance": "fixed_small"}),
+        ("ddpm", {"variance": "fixed_small", "spacing": "linspace"}),
+        ("ddim", {}),
+        ("ddim", {"eta": 1.0}),
+        ("ddim", {"spacing": "trailing"}),
+        ("euler", {}),
+        ("euler_a", {}),
+    ],
+)
+def test_a_step_reaches_the_level_of_the_next(sampler, options):
+    """What is painted and what is known have one level, as the steps of these samplers have it."""
+    plan = SAMPLERS[sampler](NoiseSchedule.scaled_linear(), 10, prediction="sample", **options)
+    torch.testing.assert_close(levels_reached(plan), levels_expected(plan), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "rows"),
+    [
+        (10, {"spacing": "linspace"}, range(9)),  # t = 999 goes to 899, the next is 888
+        (30, {"spacing": "trailing"}, range(1, 30, 3)),  # 33 down, the next is 34 down
+        (10, {"set_alpha_to_one": False}, [9]),
+    ],
+)
+def test_steps_of_ddim_that_do_not(steps, options, rows):
+    """Those that the module names, and no others."""
+    plan = ddim(NoiseSchedule.scaled_linear(), steps, prediction="sample", **options)
+    other = (levels_reached(plan) - levels_expected(plan)).abs().amax(dim=0) > 1e-6
+    assert other.nonzero()[:, 0].tolist() == list(rows)
+
+
 def test_what_is_painted_comes_from_the_conditional():
     """Two correlated normals, one known, and the exact denoiser: RePaint's samples follow p(x_1 | x_2).
 

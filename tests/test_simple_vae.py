@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sdfast import cli
-from sdfast.diffusion import as_posterior, elbo
+from sdfast.diffusion import as_posterior, evidence_lower_bound
 from sdfast.models import SimpleVAE, SimpleVAEConfig
 from sdfast.models.checkpoint import CheckpointError, load_model, save_model
 from sdfast.training.data import Digits
@@ -62,7 +62,9 @@ def test_a_factor_without_entries_off_the_diagonal_is_the_diagonal_model():
             state[name] = torch.cat([weight, torch.zeros(3, *weight.shape[1:])])
     full.load_state_dict(state)
     x, noise = torch.rand(4, 1, 8, 8), torch.randn(2, 4, 3)
-    ours, theirs = (elbo(x, as_posterior(*vae.encode(x)), vae.decode, noise) for vae in (full, diagonal))
+    ours, theirs = (
+        evidence_lower_bound(x, as_posterior(*vae.encode(x)), vae.decode, noise) for vae in (full, diagonal)
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -72,7 +74,9 @@ def test_a_factor_without_entries_off_the_diagonal_is_the_diagonal_model():
 def test_a_gradient_reaches_every_parameter(kind, covariance):
     vae = make(kind=kind, covariance=covariance, latent_dim=3, width=4)
     x = torch.rand(4, 1, 8, 8)
-    (-elbo(x, as_posterior(*vae.encode(x)), vae.decode, torch.randn(1, 4, 3)).total.mean()).backward()
+    (
+        -evidence_lower_bound(x, as_posterior(*vae.encode(x)), vae.decode, torch.randn(1, 4, 3)).total.mean()
+    ).backward()
     for name, parameter in vae.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -83,7 +87,7 @@ def test_an_untrained_encoder_that_overflows_gives_finite_numbers():
         with torch.no_grad():
             vae.encoder[-1].bias[2:4] = torch.tensor([1e4, -1e4])  # the log-variances
         x = torch.rand(3, 1, 8, 8)
-        bound = elbo(
+        bound = evidence_lower_bound(
             x, as_posterior(*vae.encode(x)), vae.decode, torch.randn(1, 3, 2), likelihood="bernoulli"
         )
         bound.total.sum().backward()
@@ -143,6 +147,16 @@ def test_training_finds_what_there_is_to_know(covariance, tmp_path):
     assert -2.0 < result.elbo < result.importance_weighted + 0.05
     assert result.importance_weighted < -0.6  # -ln 2 is -0.69
     assert result.kl > 0.5  # which of the two it is has to go through z
+
+
+@pytest.mark.parametrize(
+    ("pictures", "samples", "message"),
+    [(1, 5, "pictures: got 1, expected at least 2"), (2, 0, "samples: got 0, expected at least 1")],
+)
+def test_too_few_to_evaluate(pictures, samples, message):
+    """One picture has no standard error: NaN, which is no JSON."""
+    with pytest.raises(ValueError, match=message):
+        evaluate(SimpleVAE(SimpleVAEConfig(width=8)), stripes(pictures), samples=samples)
 
 
 def test_training_resumes_to_the_bit(tmp_path):

@@ -1,8 +1,8 @@
 """The diffusion process: noise schedules, samplers, and the losses of training."""
 
-from sdfast.diffusion.bound import Bound, bound
+from sdfast.diffusion.bound import Bound, variational_bound
 from sdfast.diffusion.device_loop import sample_on_device
-from sdfast.diffusion.elbo import Elbo, elbo, importance_weighted, log_likelihood, log_weights
+from sdfast.diffusion.elbo import Elbo, evidence_lower_bound, importance_weighted, log_likelihood, log_weights
 from sdfast.diffusion.gaussian import (
     gaussian_kl,
     kl_full_to_standard_normal,
@@ -40,13 +40,12 @@ __all__ = [
     "SamplingPlan",
     "VaeLoss",
     "as_posterior",
-    "bound",
     "ddim",
     "ddpm",
     "dpm_solver_pp_2m",
-    "elbo",
     "euler",
     "euler_ancestral",
+    "evidence_lower_bound",
     "gaussian_kl",
     "importance_weighted",
     "kl_full_to_standard_normal",
@@ -66,5 +65,6 @@ __all__ = [
     "simple_loss",
     "transition_term",
     "vae_loss",
+    "variational_bound",
     "weighted_loss",
 ]

@@ -54,7 +54,7 @@ class Bound:
 
 
 @torch.no_grad()
-def bound(
+def variational_bound(
     schedule: NoiseSchedule,
     denoiser: Denoiser,
     x0: Tensor,

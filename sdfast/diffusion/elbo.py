@@ -84,7 +84,7 @@ def log_likelihood(x: Tensor, decoded: Tensor, likelihood: str = "gaussian", *, 
     return -error / std**2 - dimensions * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
 
-def elbo(
+def evidence_lower_bound(
     x: Tensor,
     posterior: Posterior,
     decode: Decode,
@@ -120,7 +120,10 @@ def log_weights(
     likelihood: str = "gaussian",
     std: float = 1.0,
 ) -> Tensor:
-    """ln p(x|z_k) + ln p(z_k) - ln q(z_k|x) of each sample z_k, (K, N); the arguments are `elbo`'s."""
+    """ln p(x|z_k) + ln p(z_k) - ln q(z_k|x) of each sample z_k, (K, N).
+
+    The arguments are those of `evidence_lower_bound`.
+    """
     _check_noise(noise, posterior)
     weights = []
     for e in noise:

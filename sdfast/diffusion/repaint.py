@@ -5,7 +5,10 @@
 
 Both parts have the noise of one draw, as in diffusers' `RePaintScheduler`: they are different elements of it,
 hence independent. What that scheduler does with η is the sampler's here: `ddpm`, or `ddim` with any eta.
-It takes β from one step too high where its steps skip some of the schedule; here a level is reached exactly.
+It takes β from one step too high where its steps skip some of the schedule; here a jump reaches its level.
+A reverse step does, too, but for some of `ddim`'s, which go down T // n whatever the spacing: past or short
+of the next level with "linspace", and with "trailing" where n does not divide T; the last goes to index 0
+without `set_alpha_to_one`. What is known gets the next step's level there, or is clean, as in diffusers.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class SimpleVAEConfig:
 
 
 class SimpleVAE(nn.Module):
-    """Encoder and decoder. `sdfast.diffusion.as_posterior` and `elbo` do the rest."""
+    """Encoder and decoder. `sdfast.diffusion.as_posterior` and `evidence_lower_bound` do the rest."""
 
     config_class = SimpleVAEConfig
     fixed_config: Mapping[str, object] = {"model_type": "simple_vae"}

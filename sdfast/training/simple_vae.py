@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdfast.diffusion import as_posterior, elbo, importance_weighted, log_weights
+from sdfast.diffusion import as_posterior, evidence_lower_bound, importance_weighted, log_weights
 from sdfast.models import SimpleVAE, SimpleVAEConfig
 from sdfast.training.trainer import Schedule, train
 
@@ -91,7 +91,7 @@ def train_simple_vae(
     def loss(generator: torch.Generator) -> Tensor:
         x = pictures[torch.randint(len(pictures), (settings.batch_size,), generator=generator)]
         noise = torch.randn(1, settings.batch_size, config.latent_dim, generator=generator)
-        bound = elbo(
+        bound = evidence_lower_bound(
             x, as_posterior(*vae.encode(x)), vae.decode, noise, likelihood=config.likelihood, std=config.std
         )
         return -bound.total.mean()
@@ -120,17 +120,22 @@ def evaluate(vae: SimpleVAE, pictures: Tensor, *, samples: int = 500, seed: int 
     """The bound and the importance-weighted estimate on pictures that were not trained on.
 
     Args:
-        pictures: (N, channels, image_size, image_size).
+        pictures: (N, channels, image_size, image_size), at least two, for there to be a standard error.
         samples: K of them for each picture. The bound's reconstruction takes the first 50, which are enough.
         seed: of these samples.
+
+    Raises:
+        ValueError: less than one sample or two pictures.
     """
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
+    if len(pictures) < 2:
+        raise ValueError(f"pictures: got {len(pictures)}, expected at least 2")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples, len(pictures), vae.config.latent_dim, generator=generator)
     q = as_posterior(*vae.encode(pictures))
     options: dict[str, Any] = {"likelihood": vae.config.likelihood, "std": vae.config.std}
-    bound = elbo(pictures, q, vae.decode, noise[:_BOUND_SAMPLES], **options)
+    bound = evidence_lower_bound(pictures, q, vae.decode, noise[:_BOUND_SAMPLES], **options)
     evidence = importance_weighted(log_weights(pictures, q, vae.decode, noise, **options)).double()
     return Evaluation(
         elbo=bound.total.double().mean().item(),
