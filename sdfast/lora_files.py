@@ -239,5 +239,4 @@ def save_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # it comes readable by its owner alone
     return path
