@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -68,6 +68,20 @@ class LoadedLoras:
             others = {other: loaded for other, loaded in self._loaded.items() if other != one}
             self._write(self._loaded[one][1], others)
             del self._loaded[one]  # last: until then another call finds what is left to do
+
+    def sources(self, parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """What these parts' weights were, and the factors that are merged into them, by name.
+
+        Unlike the weights as they are, whose last bits depend on the machine that merged them.
+        """
+        for part, model in parts.items():
+            for name, tensor in model.state_dict().items():
+                yield f"{part}.{name}", self._before.get(Place(part, name.removesuffix(".weight")), tensor)
+        for i, (_, updates) in enumerate(self._loaded.values()):
+            for place, update in updates.items():
+                factor = torch.tensor(update.factor, dtype=torch.float64)
+                for which, tensor in (("down", update.down), ("up", update.up), ("factor", factor)):
+                    yield f"{i}.{place}.{which}", tensor
 
     @torch.no_grad()
     def _write(
