@@ -15,18 +15,20 @@ nothing and leaves every layer to the kernels that serve it: `merge_lora`, or `S
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sdfast.lora_files import save_lora
+from sdfast.lora_files import read_lora, save_lora
 from sdfast.models import CLIPTextEncoder, UNet2D, UNet2DCondition
 from sdfast.models.lora_layers import ADAPTED, LoraLayer, adapt, adapted, restore, write_weight
 from sdfast.request import check_count
 
 __all__ = [
     "add_lora",
+    "load_lora",
     "load_lora_state_dict",
     "lora_state_dict",
     "merge_lora",
@@ -129,11 +131,48 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set the factors of a model to what `lora_state_dict` of one like it returned.
+    """Set the factors of a model to what `lora_state_dict` of one like it returned; α is the model's.
+
+    For a file, whose B holds α / r already, there is `load_lora`.
 
     Raises:
         ValueError: names or shapes differ, or the update is merged; nothing was changed then.
     """
+    _check_fits(model, state, "state")
+    for name, factor in lora_state_dict(model).items():
+        factor.copy_(state[name])
+
+
+def load_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> None:
+    """Set the factors of models to those of a file, to go on training: B A α / r is then what the file says.
+
+    Args:
+        path: of `save_lora`, or as diffusers, peft or kohya's scripts write it.
+        parts: "unet", "text_encoder", "text_encoder_2", all that the file is for; `add_lora` has given each
+            the file's layers and rank. α may be another one.
+
+    Raises:
+        CheckpointError: as `StableDiffusion.load_lora`.
+        ValueError: layers or ranks differ, or an update is merged. Nothing was changed in either case.
+    """
+    updates = read_lora(path, parts)
+    states: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for place, update in updates.items():
+        layer, down, up = parts[place.part].get_submodule(place.layer), update.down, update.up
+        if isinstance(layer, LoraLayer):
+            down = down.reshape(-1, *layer.lora_A.weight.shape[1:])  # files may leave out a 1x1 kernel
+            up = up.reshape(len(up), -1, *layer.lora_B.weight.shape[2:])
+            wide = torch.promote_types(up.dtype, torch.float32)
+            up = up.to(wide) * (update.factor * layer.lora_rank / layer.lora_alpha)
+        for which, factor in (("lora_A", down), ("lora_B", up)):
+            states[place.part][f"{place.layer}.{which}.weight"] = factor
+    for part, state in states.items():
+        _check_fits(parts[part], state, f"{path}: {part}")
+    for part, state in states.items():
+        load_lora_state_dict(parts[part], state)
+
+
+def _check_fits(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     if any(layer.lora_before is not None for _, layer in _all_adapted(model)):
         raise ValueError("model: its LoRA is merged; unmerge_lora it first")
     ours = lora_state_dict(model)
@@ -141,11 +180,9 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     differ += [name for name in ours.keys() & state.keys() if ours[name].shape != state[name].shape]
     if differ:
         raise ValueError(
-            f"state: is of other layers or another rank: {len(differ)} names or shapes differ, the first is"
+            f"{what}: is of other layers or another rank: {len(differ)} names or shapes differ, the first is"
             f" {differ[0]}"
         )
-    for name, factor in ours.items():
-        factor.copy_(state[name])
 
 
 def set_lora_scale(model: nn.Module, scale: float) -> None:

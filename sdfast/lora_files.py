@@ -205,7 +205,10 @@ def _configs(path: Path) -> dict[str, dict[str, Any]]:
 def save_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> Path:
     """Write what `add_lora` added, for `StableDiffusion.load_lora` and diffusers' `load_lora_weights`.
 
-    α / r goes into B: programs differ in where they look for α, and all take what says nothing as s = 1.
+    α / r goes into B: programs differ in where they look for α, and all take what says nothing as s = 1. So
+    the file's factors are not the model's: `load_lora` reads them back, `load_lora_state_dict` would count
+    α / r twice. Where the product could be rounded, half-precision factors are written in fp32. The scale of
+    `set_lora_scale` is the user's and not in the file; `StableDiffusion.load_lora` takes one.
 
     Args:
         path: a name that ends in .safetensors, or a folder, made if need be. The file appears, or is
@@ -226,11 +229,12 @@ def save_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> P
         if not layers:
             raise ValueError(f"parts: {part} has no LoRA; add_lora gives it one")
         for name, layer in layers:
-            down, up = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
-            state[f"{part}.{name}.lora_A.weight"] = down.cpu().contiguous()
-            state[f"{part}.{name}.lora_B.weight"] = (
-                (up * (layer.lora_alpha / layer.lora_rank)).cpu().contiguous()
-            )
+            factor = layer.lora_alpha / layer.lora_rank
+            down, up = (one.weight.detach().cpu() for one in (layer.lora_A, layer.lora_B))
+            if math.frexp(factor)[0] != 0.5:  # no power of two
+                down, up = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in (down, up))
+            state[f"{part}.{name}.lora_A.weight"] = down.contiguous()
+            state[f"{part}.{name}.lora_B.weight"] = (up * factor).contiguous()
     if not state:
         raise ValueError("parts: got none, expected a model with LoRA")
     path = Path(path)
@@ -239,5 +243,4 @@ def save_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # it comes readable by its owner alone
     return path

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdfast import __version__
 from sdfast.conditioning import TextConditioner
@@ -21,6 +22,7 @@ from sdfast.lora_names import PARTS
 from sdfast.memory import total_memory_bytes
 from sdfast.models import AutoencoderKL, CLIPTextEncoder, UNet2DCondition
 from sdfast.models.checkpoint import CheckpointError
+from sdfast.models.fingerprint import fingerprint
 from sdfast.request import SIZE_MULTIPLE, Request, make_request
 from sdfast.tokenizer import CLIPTokenizer
 
@@ -151,11 +153,12 @@ class PipelineBase:
             sdfast.models.checkpoint.CheckpointError: the file is missing, damaged, of another kind of adapter
                 or for another model; the message names what does not fit. Nothing was changed then.
         """
-        parts = dict(zip(PARTS, (self.unet, *self.text_encoders), strict=False))
-        return self._loras.load(parts, path, scale, name)
+        return self._loras.load(self._lora_parts, path, scale, name)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA, or all of them, out again: without any the weights are what they were, bit for bit.
+
+        After an interruption it is still loaded, in part: unload it again.
 
         Raises:
             ValueError: none of that name is loaded.
@@ -166,6 +169,18 @@ class PipelineBase:
     def loras(self) -> dict[str, float]:
         """The LoRAs that are loaded, and their scales."""
         return dict(self._loras.scales)
+
+    @property
+    def _lora_parts(self) -> dict[str, nn.Module]:
+        return dict(zip(PARTS, (self.unet, *self.text_encoders), strict=False))
+
+    def fingerprint(self) -> str:
+        """What tells the weights and the LoRAs in them from others of the same name, on every machine alike.
+
+        Reads all weights, which takes seconds for a large model. Scales of LoRAs are not in it.
+        """
+        vae = ((f"vae.{name}", tensor) for name, tensor in self.vae.state_dict().items())
+        return fingerprint(itertools.chain(self._loras.sources(self._lora_parts), vae))
 
     @property
     def is_xl(self) -> bool:

@@ -1,7 +1,8 @@
 """Draw every line of a list of prompts into a folder, by one process or several, and go on where it stopped.
 
     000001.png, 000002.png, ...      by line, from 1 on; line i has seed + i; a blank line has none
-    settings.json                    what all of them were made with: other settings are refused there
+    settings.json                    what all of them were made with: other settings are refused there, and
+                                     so are other weights under the same name
 
 Consecutive prompts form a batch, and of W processes each takes every W-th batch. They do not talk to each
 other: a picture is there, whole, or it is not. A batch of which one is missing is drawn whole, so that
@@ -12,10 +13,11 @@ with however many interruptions they were made; with another one they are the sa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,9 @@ class PromptList:
                 self._claim_folder()
             for line, image in zip(batch, result.images, strict=True):
                 if line in missing:
-                    own = {"prompt": line.prompt, "seeds": [self.seed + line.number]}
+                    own = {
+                        "prompt": line.prompt, "seeds": [self.seed + line.number], "weights": self._weights,
+                    }  # fmt: skip
                     save_png(image, self._path(line), result.settings | own)
                     progress.made += 1
                     progress.missing -= 1
@@ -124,7 +128,7 @@ class PromptList:
         return self.folder / f"{line.number:06d}.png"
 
     def _is_there(self, line: Line) -> bool:
-        """Whether this line's picture is there and whole; that of another line is refused."""
+        """Whether this line's picture is there and whole; that of another line or settings is refused."""
         path = self._path(line)
         if not path.exists():
             return False
@@ -142,13 +146,27 @@ class PromptList:
                 f"--output: {path} shows {settings.get('prompt')!r}, but line {line.number} is now"
                 f" {line.prompt!r}; delete the picture, or choose another folder"
             )
+        # settings.json may be gone. Pictures name no LoRA where there is none.
+        theirs = {"loras": {}, "weights": None} | settings
+        ours = self._settings
+        if differ := _differences(theirs, ours, [name for name in ours if name in theirs]):
+            raise ValueError(
+                f"--output: {path} was made with other settings ({differ}); choose another folder, or delete"
+                " that picture"
+            )
         return True
 
+    @functools.cached_property
+    def _weights(self) -> str:
+        return self.pipe.fingerprint()
+
+    @property
     def _settings(self) -> dict[str, Any]:
         """What all pictures of the folder are made with."""
         height, width = self._size()
         return {
             "model": self.pipe.name,
+            "weights": self._weights,
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
             "loras": self.pipe.loras,
             "seed": self.seed,
@@ -165,27 +183,22 @@ class PromptList:
     def _claim_folder(self) -> None:
         """Note the settings in the folder, or compare with what another process has noted meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._settings(), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
         _write_if_absent(self._settings_path, text)
         self._compare_settings()
 
     def _compare_settings(self) -> None:
-        path, ours = self._settings_path, self._settings()
+        path = self._settings_path
         try:
             theirs = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"--output: {path} holds no settings ({error}); choose another folder"
             ) from error
-        differ = [
-            f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
-            for name in {**ours, **theirs}
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differ:
+        if differ := _differences(theirs, self._settings, {**self._settings, **theirs}):
             raise ValueError(
-                f"--output: {self.folder} holds pictures of other settings ({'; '.join(differ)}); choose"
-                " another folder, or delete that one"
+                f"--output: {self.folder} holds pictures of other settings ({differ}); choose another folder,"
+                " or delete that one"
             )
 
     def _sweep(self, lines: Sequence[Line]) -> None:
@@ -194,6 +207,15 @@ class PromptList:
         for left in self.folder.glob(".*.png.*.tmp"):
             if left.name[1:].split(".png.")[0] + ".png" in names:
                 left.unlink(missing_ok=True)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Which of these differ, and how; empty where none does."""
+    return "; ".join(
+        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    )
 
 
 def _shifted(on_step: OnStep, batch: int, batches: int) -> OnStep:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import sdfast
 from sdfast import cli, lora, prompt_list
 from sdfast.images import read_settings, save_png
+from sdfast.loading import digits_folder
 from sdfast.prompt_lines import Share, read_prompts, share_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +75,8 @@ def test_each_line_is_a_picture_of_its_own_seed(generate, pipe):
     assert list(found) == [f"{number:06d}.png" for number in NUMBERS]
     alone = pipe.text_to_image([LINES[0], LINES[1]], seed=[41, 42], steps=2)
     assert [image.tobytes() for image in alone.images] == [found["000001.png"], found["000002.png"]]
-    assert read_settings(folder / "000005.png") == alone.settings | {"prompt": LINES[4], "seeds": [45]}
+    own = {"prompt": LINES[4], "seeds": [45], "weights": pipe.fingerprint()}
+    assert read_settings(folder / "000005.png") == alone.settings | own
     status, out, _, _ = generate()
     assert status == 0 and out == f"{folder}: 0 images made, 7 there before\n"
 
@@ -152,16 +154,27 @@ def test_a_damaged_picture_is_made_anew(generate):
     assert pictures(folder) == expected
 
 
-def test_another_number_of_processes_goes_on(generate, prompts, pipe):
-    """What was begun by two is finished by one; lines may be added at the end."""
-    expected = pictures(generate()[3])
-    folder = prompts.parent / "out"
-    for number in (3, 5, 8):
-        (folder / f"{number:06d}.png").unlink()
+def test_another_number_of_processes_goes_on(generate, prompts, monkeypatch):
+    """What was begun by two, one of which was interrupted, is finished by one; lines may be added at the end."""
+    expected = pictures(generate(folder="whole")[3])
+
+    def interrupted(image, path, settings):
+        if path.name == "000005.png":
+            raise KeyboardInterrupt
+        save_png(image, path, settings)
+
+    with monkeypatch.context() as two:
+        two.setenv("WORLD_SIZE", "2")
+        two.setattr(prompt_list, "save_png", interrupted)
+        for rank, status, made in (("0", 0, (1, 2, 6, 7)), ("1", 130, (1, 2, 3, 6, 7))):
+            two.setenv("RANK", rank)
+            outcome, _, _, folder = generate()
+            assert outcome == status
+            assert list(pictures(folder)) == [f"{number:06d}.png" for number in made]
     with prompts.open("a", encoding="utf-8") as file:
         file.write("\na handwritten nine\n")
     status, out, _, _ = generate()
-    assert status == 0 and "4 images made, 4 there before" in out
+    assert status == 0 and "3 images made, 5 there before" in out
     found = pictures(folder)
     assert found.pop("000009.png") and {**found, "000008.png": b""} == {**expected, "000008.png": b""}
 
@@ -180,17 +193,49 @@ def test_another_number_of_processes_goes_on(generate, prompts, pipe):
         (["--dtype", "bfloat16"], "dtype is 'float32' there and 'bfloat16' here"),
     ],
 )
-def test_a_folder_of_other_settings(generate, tmp_path, arguments, message):
+def test_a_folder_of_other_settings(generate, pipe, tmp_path, arguments, message):
     folder = tmp_path / "out"
     folder.mkdir()
     settings = {
-        "model": "digits", "dtype": "float32", "loras": {}, "seed": 40, "negative_prompt": None, "height": 32,
-        "width": 32, "steps": 2, "guidance_scale": 7.5, "sampler": sdfast.diffusion.sampler_name(
-            sdfast.StableDiffusion.digits().scheduler_config, None),
+        "model": "digits", "weights": pipe.fingerprint(), "dtype": "float32", "loras": {}, "seed": 40, "negative_prompt": None, "height": 32,
+        "width": 32, "steps": 2, "guidance_scale": 7.5,
+        "sampler": sdfast.diffusion.sampler_name(pipe.scheduler_config, None),
     }  # fmt: skip
     (folder / "settings.json").write_text(json.dumps(settings))
     refused(generate(*arguments), message)
     assert [path.name for path in folder.iterdir()] == ["settings.json"]
+
+
+def test_pictures_tell_without_settings_json(generate):
+    folder = generate()[3]
+    expected = pictures(folder)
+    settings = folder / "settings.json"
+    settings.unlink()
+    refused(
+        generate("--steps", "3"),
+        "000001.png was made with other settings (steps is 2 there and 3 here); choose",
+    )
+    refused(generate("--guidance-scale", "2"), "guidance_scale is 7.5 there and 2.0 here")
+    assert pictures(folder) == expected and not settings.exists()
+    (folder / "000008.png").unlink()
+    assert "1 image made, 6 there before" in generate()[1]
+    assert pictures(folder) == expected and settings.exists()
+
+
+def test_weights_of_the_same_name_that_were_trained_anew(generate, tmp_path):
+    model = tmp_path / "my-ldm"
+    shutil.copytree(digits_folder(), model)
+    assert generate("--model", model)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    model = model.rename(tmp_path / "elsewhere" / "my-ldm")
+    assert "0 images made, 7 there before" in generate("--model", model)[1]
+    file = next((model / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["decoder.conv_out.bias"] += 2**-6
+    save_file(tensors, file, {"format": "pt"})
+    refused(generate("--model", model), "holds pictures of other settings (weights is '")
+    (tmp_path / "out" / "settings.json").unlink()
+    refused(generate("--model", model), "000001.png was made with other settings (weights is '")
 
 
 def test_pictures_of_other_lines_and_other_hands(generate, prompts):
@@ -300,3 +345,7 @@ def test_loras_on_the_command_line(generate, tmp_path, pipe, capsys):
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert generate("--lora", files[1])[0] == 0
     refused(generate(), "loras is {")
+    tensors = load_file(files[1])
+    save_file({name: -tensor for name, tensor in tensors.items() if "lora_B" in name} | {
+        name: tensor for name, tensor in tensors.items() if "lora_A" in name}, files[1])  # fmt: skip
+    refused(generate("--lora", files[1]), "holds pictures of other settings (weights is '")

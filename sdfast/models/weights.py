@@ -21,6 +21,7 @@ import os
 import pathlib
 import pickle
 import re
+import stat
 import sys
 import threading
 import zipfile
@@ -319,7 +320,6 @@ def write_weights(model: nn.Module, folder: pathlib.Path, stem: str, max_shard_b
         dense = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
         with replacing(folder / name) as temporary:
             save_file(dense, temporary, metadata={"format": "pt"})
-            temporary.chmod(folder.stat().st_mode & 0o666)  # it comes readable by its owner alone
     index = folder / f"{stem}.safetensors.index.json"
     if count > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -338,10 +338,17 @@ def write_json(path: pathlib.Path, value: object) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`, moved over it if the block succeeds and removed otherwise."""
+    """A temporary name beside `path`, moved over it if the block succeeds and removed otherwise.
+
+    Whoever writes it, safetensors for its owner alone, the file may be read as any new one in that folder.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # of a killed process that had this number
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; asking for it would set it
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
