@@ -229,6 +229,14 @@ def test_from_scratch_at_another_resolution_samples_and_pipeline_have_its_size(t
     assert json.loads((kept.output / "unet" / "config.json").read_text())["sample_size"] == 8
 
 
+def test_samples_of_a_size_that_cannot_be_drawn_are_refused_before_any_work(train, monkeypatch):
+    monkeypatch.setattr("sdfast.training.ldm._Work", None)
+    with pytest.raises(
+        ValueError, match="sample_steps: pictures are drawn at multiples of 8, got resolution 20"
+    ):
+        train(resolution=20, running=dataclasses.replace(QUIET, sample_steps=1))
+
+
 def test_a_lora_begins_alike_on_every_device_and_is_no_part_of_the_model(train, model, tmp_path):
     train(lora_rank=2)
     (state,) = (tmp_path / "out-run" / "unet").glob("*5/state.json")

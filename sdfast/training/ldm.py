@@ -9,6 +9,7 @@ In one process or in those that torchrun started; the gradient is the same, to r
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sdfast.lora import save_lora
 from sdfast.models import AutoencoderKL
 from sdfast.models.checkpoint import save_components
 from sdfast.pipelines import StableDiffusion
-from sdfast.request import check_seed
+from sdfast.request import SIZE_MULTIPLE, check_seed
 from sdfast.training.buckets import Batches, Size
 from sdfast.training.checkpoints import ShardedRunFolder, seconds_of
 from sdfast.training.distributed import Parallel, Processes, processes
@@ -130,6 +131,13 @@ def _train(
     shapes = image_shapes(
         parts["unet"], parts["vae"], training.resolution, aspect_buckets=training.aspect_buckets
     )
+    if training.phase == "unet" and training.resolution is not None and running.sample_steps is not None:
+        multiple = math.lcm(SIZE_MULTIPLE, parts["vae"].downsampling)
+        if training.resolution % multiple:
+            raise ValueError(
+                f"sample_steps: pictures are drawn at multiples of {multiple}, got resolution"
+                f" {training.resolution}; draw none, or take another one"
+            )
     # One process decides for all which images there are: a disk may fail one machine and not the next.
     images, content = group.main_first(lambda: _readable(listed, shapes))
     run = _run_folder(run_dir / training.phase, training, content, parts, group, seed)
