@@ -83,15 +83,19 @@ WORKER = """
             for name in expected:
                 error = relative_error(found[name], expected[name])
                 assert error < 1e-4, (kind, recompute, name, error)
-        # Saved by two processes at step 2, continued by two, and later by one.
+        # Saved by two processes at step 2, continued by two, to the same bits, and later by one.
+        trained("ddp", group, FOLDER / "ddp", 2)
+        resumed, whole = trained("ddp", group, FOLDER / "ddp", 4), trained("ddp", group, FOLDER / "whole-ddp", 4)
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
         trained("fsdp", group, FOLDER / "run", 2)
         dist.barrier()
         if rank == 0:
             import shutil
             shutil.copytree(FOLDER / "run", FOLDER / "alone")
         dist.barrier()
-        full = trained("fsdp", group, FOLDER / "run", 4)
+        full, whole = trained("fsdp", group, FOLDER / "run", 4), trained("fsdp", group, FOLDER / "whole", 4)
         if rank == 0:
+            assert all(torch.equal(full[name], whole[name]) for name in whole)
             torch.save(full, FOLDER / "two.pt")
         dist.barrier()
         dist.destroy_process_group()
@@ -120,14 +124,18 @@ def test_two_processes_equal_one_and_checkpoints_load_into_another_number(model,
     assert "equal" in run_python(source)
 
 
-# The second process dies in step 3 of the job's first life. Each writes down the steps that it takes.
+# The second process dies in step 3 of the job's first life. Each writes down the steps that it takes. Which
+# images can be opened is for the first to say.
 DIES = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from sdfast.cli import main
+from sdfast.training import ldm_data
 from sdfast.training.ldm_losses import SharedLoss
 step = SharedLoss.__call__
 life, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+if rank == "1":
+    ldm_data.image_size = None
 def dying(self, number):
     if (life, rank, number) == ("0", "1", 3):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -155,7 +163,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(model, tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, "-m", *torchrun, script, tmp_path / "steps", *arguments, tmp_path / "two"]
     done = subprocess.run(
-        [*map(str, command), "--parallel", "ddp"], capture_output=True, text=True, cwd=TESTS, timeout=300,
+        [*map(str, command), "--parallel", "ddp", "--restart"], capture_output=True, text=True, cwd=TESTS, timeout=300,
         env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -102,6 +102,38 @@ def test_randomness_depends_on_seed_and_step():
     assert len({tuple(draw(seed, step)) for seed in range(4) for step in range(4)}) == 16
 
 
+def test_a_gradient_that_is_not_finite_is_refused_before_it_reaches_weights_and_checkpoints(tmp_path):
+    weight = nn.Parameter(torch.tensor([0.0, 1.0]))
+    module = nn.ParameterList([weight])
+    calls = 0
+
+    def loss(_):
+        nonlocal calls
+        calls += 1
+        return weight.square().sum() if calls < 4 else weight[0].abs().sqrt()  # 0, its derivative infinite
+
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 3"):
+        train(
+            module, loss, Schedule(steps=4, learning_rate=1e-2), folder=tmp_path, settings={}, seed=0,
+            checkpoint_steps=1, progress=False,
+        )  # fmt: skip
+    assert weight.isfinite().all() and _names(tmp_path)[-1] == "checkpoint-00000003.pt"
+
+
+def test_restart_forgets_the_runs_before_but_not_what_torchruns_job_has_saved(tmp_path, monkeypatch):
+    _toy(tmp_path)
+
+    def fails(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the same command, after a process died
+    _toy(tmp_path, resume=False, loss=fails)  # all is done
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ZeroDivisionError):
+        _toy(tmp_path, resume=False, loss=fails)
+    assert _names(tmp_path) == []
+
+
 def test_only_two_checkpoints_are_kept(tmp_path):
     _toy(tmp_path, checkpoint_steps=5)
     assert _names(tmp_path) == ["checkpoint-00000015.pt", "checkpoint-00000020.pt"]

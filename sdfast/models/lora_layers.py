@@ -172,8 +172,9 @@ def adapt(layer: nn.Module, rank: int, alpha: float, dtype: torch.dtype | None) 
     """Give a layer of a kind in `ADAPTED` an update that is zero: A as peft draws it, B zeros."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    down = torch.empty((rank, *weight.shape[1:]), dtype=dtype or weight.dtype, device=weight.device)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    down = torch.empty((rank, *weight.shape[1:]), dtype=dtype or weight.dtype, device="cpu")
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # there, so that a seed means the same on every device
+    down = down.to(weight.device)
     up = down.new_zeros((weight.shape[0], rank, *(1 for _ in weight.shape[2:])))
     kind = ADAPTED[type(layer)]
     layer.__class__ = kind

@@ -93,7 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from sdfast.loading import digits_folder
-    from sdfast.training.ldm import DataOptions, LDMTraining, Running, Schedule, train_ldm
+    from sdfast.training.ldm import DataOptions, LDMTraining, Running, train_ldm
+    from sdfast.training.optimizer import Schedule
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

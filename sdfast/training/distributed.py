@@ -103,7 +103,7 @@ def processes(device: str) -> Iterator[Processes]:
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         # The store outlives a restart, and with it the addresses of processes that are dead. (Machines count
         # restarts each for itself; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun renew it.)
-        store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(f"life {restarts()}", store)
     backend = "nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     with warnings.catch_warnings():
@@ -113,6 +113,11 @@ def processes(device: str) -> Iterator[Processes]:
         yield Processes(rank, world, where)
     # Not after an error: its traceback holds a model that would wait forever if it went after its group.
     dist.destroy_process_group()
+
+
+def restarts() -> int:
+    """How often torchrun has started this process again after one of its job died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 class Parallel:
@@ -126,6 +131,9 @@ class Parallel:
         processes: who takes part.
         recompute: keep only what enters each ResNet block and transformer; the backward computes the rest
             again (Chen et al. 2016). The gradients are the same bits.
+
+    Raises:
+        ValueError: no such kind or precision.
     """
 
     def __init__(
@@ -137,6 +145,9 @@ class Parallel:
         *,
         recompute: bool = False,
     ) -> None:
+        for name, value, known in (("kind", kind, (None, *PARALLEL)), ("precision", precision, PRECISIONS)):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}")
         self.module = module
         self.precision = precision
         self._device = processes.device

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import posixpath
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -24,6 +26,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _METADATA = "metadata.jsonl"
 _MOST_NAMES = 5  # in an error
+_TAIL_BYTES = 4096
 _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # of Exif: those that swap width and height
 
 
@@ -131,8 +134,14 @@ def cut_away(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def fingerprint(images: Sequence[CaptionedImage]) -> str:
-    """What tells these images and captions from others, by name."""
-    text = json.dumps([(image.name, image.caption) for image in images])
+    """What tells these images and captions from others: names, captions, and of each file length and tail.
+
+    A copy of a file is the same image, whenever it was made. (What is compressed differs in its last bytes.)
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    text = json.dumps([(image.name, image.caption, *_length_and_tail(image.path)) for image in images])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -140,6 +149,13 @@ def listing(names: Sequence[str]) -> str:
     """The first few, and how many more."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _length_and_tail(path: Path) -> tuple[int, int]:
+    with path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - _TAIL_BYTES))
+        return length, zlib.crc32(file.read())
 
 
 def _caption(path: Path, listed: str | None) -> str:

@@ -9,6 +9,7 @@ In one process or in those that torchrun started; the gradient is the same, to r
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from sdfast.lora import save_lora
 from sdfast.models import AutoencoderKL
 from sdfast.models.checkpoint import save_components
 from sdfast.pipelines import StableDiffusion
-from sdfast.training.buckets import Batches
+from sdfast.request import SIZE_MULTIPLE, check_seed
+from sdfast.training.buckets import Batches, Size
 from sdfast.training.checkpoints import ShardedRunFolder, seconds_of
 from sdfast.training.distributed import Parallel, Processes, processes
 from sdfast.training.images import CaptionedImage, fingerprint
@@ -38,78 +40,14 @@ from sdfast.training.ldm_parts import (
     texts_of,
     whole,
 )
-from sdfast.training.optimizer import Schedule
+from sdfast.training.ldm_settings import LDMTraining, Running, check_shares
 from sdfast.training.output import check_output, write_output
 from sdfast.training.trainer import train_steps
-from sdfast.training.vae import scaling_factor
 from sdfast.training.watching import Watcher, drawer, reconstructor
 
 _SAMPLE_STEPS = 20
 _DRAWN = 8
 _MEASURED = 500  # pictures are enough to know the latents' variance
-
-
-@dataclasses.dataclass(frozen=True)
-class LDMTraining:
-    """What decides the result of `train_ldm`, to rounding.
-
-    Attributes:
-        schedule: length, rates and average of the weights.
-        phase: "unet" or "vae".
-        batch_size: images in a step, over all processes.
-        resolution: side of the square, in pixels; None for the model's own.
-        aspect_buckets: cut images to the nearest of several shapes of as many pixels, instead of to a square.
-        prediction: "epsilon" or "v_prediction"; None for the model's own. Another one has to be learned.
-        min_snr_gamma: γ of Hang et al. 2023; None weighs all timesteps 1.
-        caption_dropout: the share of captions replaced by the empty one, for guidance.
-        kl_weight: of the KL term in the phase "vae".
-        precision: see `sdfast.training.distributed.Parallel`.
-        from_scratch: forget the weights of what is trained, and keep its sizes.
-        lora_rank: train updates of this rank of the U-Net's attention instead of its weights (`sdfast.lora`).
-    """
-
-    schedule: Schedule = Schedule(steps=1000, learning_rate=1e-5, decay="constant", ema_decay=0.9999)
-    phase: str = "unet"
-    batch_size: int = 16
-    resolution: int | None = None
-    aspect_buckets: bool = False
-    prediction: str | None = None
-    min_snr_gamma: float | None = None
-    caption_dropout: float = 0.1
-    kl_weight: float = 1e-6
-    precision: str = "fp32"
-    from_scratch: bool = False
-    lora_rank: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Running:
-    """How `train_ldm` is carried out; changes no more than rounding, and may differ from start to start.
-
-    Attributes:
-        micro_batch: images in one forward; None takes a process's whole share of the batch.
-        recompute: activations are computed twice instead of kept.
-        parallel: "ddp" or "fsdp" over the processes of torchrun; None in one.
-        device: "cpu" or "cuda".
-        checkpoint_seconds, checkpoint_steps: as in `sdfast.training.trainer.train`.
-        tensorboard: write events into the run folder.
-        sample_steps: draw pictures every so many steps; None draws none.
-        sample_prompts: what is drawn; the captions of the first images when empty.
-        resume: False deletes the run's checkpoints and starts anew.
-        progress: show progress bars.
-    """
-
-    micro_batch: int | None = None
-    recompute: bool = False
-    parallel: str | None = None
-    device: str = "cpu"
-    checkpoint_seconds: float = 300.0
-    checkpoint_steps: int | None = None
-    tensorboard: bool = False
-    sample_steps: int | None = None
-    sample_prompts: tuple[str, ...] = ()
-    resume: bool = True
-    progress: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +80,8 @@ def train_ldm(
 ) -> Trained:
     """Train the U-Net or the VAE of a pipeline, or a LoRA, and write it with the averaged weights.
 
-    May be killed at any moment: called again with the same arguments it goes on from the last checkpoint, on
-    the same number of processes to the same bits, on another to the same numbers but for rounding.
+    May be killed at any moment: called again with the same arguments it goes on from the last checkpoint, to
+    the same numbers but for rounding. On the CPU, in one process or again in two, these are the same bits.
 
     Args:
         data: a folder of images, or a Hugging Face data set.
@@ -165,6 +103,7 @@ def train_ldm(
     """
     output, run_dir = Path(output), Path(run_dir)
     check_output(output)
+    check_seed("seed", seed)
     cache = Path(cache_dir) if cache_dir is not None else run_dir / "cache"
     with processes(running.device) as group:
         # What holds a process group has to be gone before it is.
@@ -183,7 +122,7 @@ def _train(
     seed: int,
     group: Processes,
 ) -> Trained:
-    _check_shares(training, running, group)
+    check_shares(training, running, group)
     if training.phase == "vae":  # it learns from pictures alone
         options = dataclasses.replace(options, allow_missing_captions=True)
     listed = find_images(data, cache, options, group, progress=running.progress)
@@ -191,14 +130,26 @@ def _train(
         model, prediction=training.prediction, device=group.device,
         anew=(training.phase, seed) if training.from_scratch else None,
     )  # fmt: skip
-    choose_trained(parts, training.phase, training.lora_rank, seed)
     shapes = image_shapes(
         parts["unet"], parts["vae"], training.resolution, aspect_buckets=training.aspect_buckets
     )
-    run = _run_folder(run_dir / training.phase, training, listed, parts, group, seed)
+    if training.phase == "unet" and training.resolution is not None and running.sample_steps is not None:
+        multiple = math.lcm(SIZE_MULTIPLE, parts["vae"].downsampling)
+        if training.resolution % multiple:
+            raise ValueError(
+                f"sample_steps: pictures are drawn at multiples of {multiple}, got resolution"
+                f" {training.resolution}; draw none, or take another one"
+            )
+    # One process decides for all which images there are: a disk may fail one machine and not the next.
+    images, content = group.main_first(lambda: _readable(listed, shapes))
+    run = _run_folder(run_dir / training.phase, training, content, parts, group, seed)
     if running.resume:
         run.refuse_other_settings()
-    images = TrainingImages(listed, shapes)
+    choose_trained(parts, training.phase, training.lora_rank, seed)
+    if training.phase == "unet" and training.from_scratch and training.resolution is not None:
+        parts["unet"].config = dataclasses.replace(
+            parts["unet"].config, sample_size=training.resolution // parts["vae"].downsampling
+        )  # what it draws where nobody says a size
     work = _Work(images, parts, training, running, cache, group, seed)
     train_steps(
         work.module,
@@ -282,33 +233,16 @@ class _Work:
         return self.images.pixels(index, self.vae.config.in_channels)
 
 
-def _check_shares(training: LDMTraining, running: Running, group: Processes) -> None:
-    if training.phase not in ("unet", "vae"):
-        raise ValueError(f"phase: got {training.phase!r}, expected unet or vae")
-    if training.lora_rank is not None and (training.phase, training.from_scratch) != ("unet", False):
-        raise ValueError("lora_rank: updates the weights of a U-Net; not in another phase, nor from scratch")
-    if training.lora_rank is not None and running.parallel == "fsdp":
-        raise ValueError("lora_rank: not under fsdp; what ddp keeps of a LoRA in every process is small")
-    if group.world > 1 and running.parallel is None:
-        raise ValueError(f"parallel: {group.world} processes were started, expected ddp or fsdp")
-    if group.world == 1 and running.parallel is not None:
-        raise ValueError(
-            f"parallel: {running.parallel!r} needs several processes: torchrun --nproc-per-node N -m sdfast"
-            " train ldm ..."
-        )
-    if running.parallel == "fsdp" and running.sample_steps is not None:
-        raise ValueError("sample_steps: not under fsdp, whose weights are spread over the processes")
-    if training.batch_size % group.world:
-        raise ValueError(
-            f"batch_size: got {training.batch_size}, expected a multiple of {group.world}, one share for each"
-            " process"
-        )
+def _readable(listed: Sequence[CaptionedImage], shapes: Sequence[Size]) -> tuple[TrainingImages, str]:
+    """The images that can be opened, and what tells them from others."""
+    images = TrainingImages(listed, shapes)
+    return images, fingerprint(images.images)
 
 
 def _run_folder(
     folder: Path,
     training: LDMTraining,
-    images: Sequence[CaptionedImage],
+    content: str,
     parts: Mapping[str, Any],
     group: Processes,
     seed: int,
@@ -318,7 +252,7 @@ def _run_folder(
     settings = {
         **dataclasses.asdict(training),
         "seed": seed,
-        "data": fingerprint(images),
+        "data": content,
         "model": weights,
         "noise": schedule,
     }
@@ -326,14 +260,21 @@ def _run_folder(
 
 
 def _measure(vae: Any, work: _Work) -> None:
-    """A new autoencoder has latents of another size, which its scaling factor makes 1."""
+    """A new autoencoder has latents of another size: its scaling factor makes their standard deviation 1.
+
+    As `sdfast.training.vae.scaling_factor`, over pictures that need not have one size.
+    """
     weight = vae.encoder.conv_in.weight
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
     with torch.no_grad():
-        squares = [
-            scaling_factor(vae.encode(work.pixels(i)[None].to(weight))) ** -2
-            for i in range(min(len(work.images.images), _MEASURED))
-        ]
-    vae.config = dataclasses.replace(vae.config, scaling_factor=(sum(squares) / len(squares)) ** -0.5)
+        for i in range(min(len(work.images.images), _MEASURED)):
+            posterior = vae.encode(work.pixels(i)[None].to(weight))
+            mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+            sums += torch.stack([mean.sum(), mean.square().sum(), variance.sum()])
+            count += mean.numel()
+    mean, square, variance = sums / count
+    factor = float((square - mean**2 + variance).rsqrt())
+    vae.config = dataclasses.replace(vae.config, scaling_factor=factor)
 
 
 def _watcher(work: _Work, folder: Path, running: Running, training: LDMTraining, seed: int) -> Watcher:
@@ -348,7 +289,7 @@ def _watcher(work: _Work, folder: Path, running: Running, training: LDMTraining,
             work.parts["unet"], work.vae, work.texts.encoders, work.texts.tokenizers,
             work.parts["scheduler"], zero_empty_negative=work.texts.zero_empty, cuda_graphs=False,
         )  # fmt: skip
-        draw = drawer(pipe, prompts, steps=_SAMPLE_STEPS, seed=seed)
+        draw = drawer(pipe, prompts, side=training.resolution, steps=_SAMPLE_STEPS, seed=seed)
     return Watcher(
         folder, tensorboard=running.tensorboard, draw=draw, draw_steps=running.sample_steps,
         steps=training.schedule.steps,

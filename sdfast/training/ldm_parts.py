@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ def load_parts(
         parts["scheduler"] = {**parts["scheduler"], "prediction_type": prediction}
     if anew is not None:
         name, seed = anew
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _seeded(seed):
             fresh = type(parts[name])(parts[name].config)
         parts[name] = fresh.to(device, memory_format=torch.channels_last)
     return parts
@@ -76,9 +76,16 @@ def choose_trained(parts: Mapping[str, Any], phase: str, lora_rank: int | None =
     if lora_rank is None:
         parts[phase].requires_grad_(True)
         return
-    with torch.random.fork_rng(devices=[]):  # alike in every process
-        torch.manual_seed(seed)
+    with _seeded(seed):  # alike in every process
         add_lora(parts[phase], lora_rank)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within, the CPU's generator starts from `seed`; no generator is another one afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is for every GPU, too
+        yield
 
 
 def module_fingerprint(module: nn.Module) -> str:

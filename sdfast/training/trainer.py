@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdfast.training.distributed import ALONE, Processes
+from sdfast.training.distributed import ALONE, Processes, restarts
 from sdfast.training.optimizer import EMA, Schedule, adamw, trained_state
 from sdfast.training.run_folder import RunFolder
 
@@ -82,7 +82,8 @@ def train(
         settings: JSON values that tell this run from another. Checkpoints of other settings are refused.
         seed: of the run's randomness.
         title: heads the progress bar.
-        resume: False deletes the checkpoints in `folder` and starts anew.
+        resume: False deletes the checkpoints in `folder` and starts anew; a job that torchrun has restarted
+            goes on.
         checkpoint_seconds: a checkpoint is written when the last one is this old, and at the end.
         checkpoint_steps: also whenever so many steps are done.
         progress: show a bar with loss, steps per second and time left.
@@ -93,7 +94,7 @@ def train(
     Raises:
         ValueError: `folder` holds checkpoints of other settings.
         TrainingInterrupted: Ctrl-C; a checkpoint was written.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or its gradient is no longer finite.
     """
     run = RunFolder(folder, {**settings, "schedule": dataclasses.asdict(schedule), "seed": seed})
     return train_steps(
@@ -137,7 +138,10 @@ def train_steps(
         ValueError, TrainingInterrupted, FloatingPointError: as `train`.
         OSError: the last checkpoint could not be written.
     """
-    if not resume:
+    # torchrun repeats the command when a process died, and what the job itself has saved is to stay. Machines
+    # count restarts each for itself.
+    (repeated,) = processes.sum(restarts())
+    if not resume and not repeated:
         processes.main_first(run.clear)
     module.train()
     optimizer = adamw(module, schedule)
@@ -174,7 +178,11 @@ def train_steps(
             value = total / processes.world
             if not math.isfinite(value):
                 raise FloatingPointError(f"the loss is {value} at step {step}; try a lower learning rate")
-            nn.utils.clip_grad_norm_(module.parameters(), schedule.max_grad_norm)
+            norm = _whole(nn.utils.clip_grad_norm_(module.parameters(), schedule.max_grad_norm))
+            if not math.isfinite(norm):  # the weights would follow, and then the checkpoints
+                raise FloatingPointError(
+                    f"the gradient's norm is {norm} at step {step}; try a lower learning rate"
+                )
             optimizer.step()
             if ema is not None:
                 ema.update(module)
@@ -211,6 +219,11 @@ def _differentiate(losses: Tensor | Iterable[Tensor]) -> float:
         value.backward()
         total += float(value.detach())
     return total
+
+
+def _whole(norm: Tensor) -> float:
+    """A norm; that of shards is put together, which every process has to call."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

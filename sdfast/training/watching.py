@@ -62,9 +62,14 @@ class Watcher:
                 self._writer.close()
 
 
-def drawer(pipe: StableDiffusion, prompts: Sequence[str], *, steps: int, seed: int) -> Draw:
-    """One picture of each prompt, from the same noise every time."""
-    return lambda: list(pipe.text_to_image(prompts, steps=steps, seed=[seed] * len(prompts)).images)
+def drawer(pipe: StableDiffusion, prompts: Sequence[str], *, side: int | None, steps: int, seed: int) -> Draw:
+    """One square picture of each prompt, from the same noise every time; `side` None is the model's own."""
+
+    def draw() -> list[Image.Image]:
+        seeds = [seed] * len(prompts)
+        return list(pipe.text_to_image(prompts, height=side, width=side, steps=steps, seed=seeds).images)
+
+    return draw
 
 
 def reconstructor(vae: AutoencoderKL, pictures: Callable[[], torch.Tensor]) -> Draw:
