@@ -142,7 +142,7 @@ _TINY_CONTROL = {key: value for key, value in _TINY_UNET.items() if key != "up_b
 ZOO = {
     "sd15": Model("SD 1.5 U-Net", "UNet2DConditionModel", _SD1, _TINY_UNET),
     "sd21": Model("SD 2.1 U-Net", "UNet2DConditionModel", _SD2, _TINY_UNET, (32, 48)),
-    "sdxl": Model("SDXL U-Net, 1 to 2 transformers deep", "UNet2DConditionModel", _SDXL, _TINY_UNET, (32, 48)),
+    "sdxl": Model("SDXL U-Net, 2 transformers deep", "UNet2DConditionModel", _SDXL, _TINY_UNET, (32, 48)),
     "ddpm": Model("DDPM U-Net for CIFAR-10", "UNet2DModel", _DDPM, _TINY_DDPM),
     "vae": Model("VAE decode", "AutoencoderKL", _VAE, _TINY_VAE, (16, 32), "decode"),
     "controlnet": Model("ControlNet of SD 1.5", "ControlNetModel", _SD1, _TINY_CONTROL, (32, 48)),
