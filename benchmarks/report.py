@@ -26,6 +26,7 @@ from _report_models import (
     profile_lines,
     tiled_vae_lines,
     zoo_lines,
+    zoo_sentence,
 )
 from _report_quality import digits_lines, inpainting_lines, lora_lines, train_ldm_lines
 from _report_seed import seed_lines
@@ -95,7 +96,7 @@ def _model_rows(records: dict[str, Row], device: str) -> Row:
 
 
 def results_md(records: dict[str, Row]) -> list[str]:
-    """RESULTS.md, device by device."""
+    """RESULTS.md, kind by kind."""
     lines = [
         "# Recorded results",
         "",
@@ -145,6 +146,8 @@ def readme_block(records: dict[str, Row]) -> list[str]:
             if kernels:
                 head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
                 lines += ["", *markdown_table(head, kernels)]
+        elif name.endswith("/zoo.json"):
+            lines += ["", zoo_sentence(record)]
         elif name.endswith("/digits_quality.json"):
             first = record["rows"][0]
             lines += [
@@ -166,9 +169,9 @@ def read_records(results: Path) -> dict[str, Row]:
     return dict(sorted(records.items(), key=_place))
 
 
-def _place(item: tuple[str, Row]) -> tuple[str, int]:
+def _place(item: tuple[str, Row]) -> tuple[int, str]:
     device, file = item[0].split("/")
-    return device, list(_SECTIONS).index(file.removesuffix(".json"))
+    return list(_SECTIONS).index(file.removesuffix(".json")), device
 
 
 def written(records: dict[str, Row]) -> dict[Path, str]:

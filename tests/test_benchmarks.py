@@ -133,6 +133,9 @@ def test_report_of_the_zoo(report):
         {**row, "model": "sd15", "title": "SD 1.5 U-Net", "first_call_seconds": 9.0, "batch": 4},
         {**row, "model": "vae", "title": "VAE decode", "first_call_seconds": 1.25},
     ]
+    machine = {"cpu": "a CPU", "threads": 2}
+    sentence = report.zoo_sentence({"rows": rows, "environment": machine})
+    assert "SD 1.5 U-Net, VAE decode; two sizes" in sentence and "2.00 in the median of 3." in sentence
     text = "\n".join(report.zoo_lines({"rows": rows}))
     assert "than the next cost 2.2 s." in text
     assert "| SD 1.5 U-Net | float32 | 4x32x32 | 2000 (contiguous) | 1000 | **2.00x** | 1.90–2.10 |" in text
