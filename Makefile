@@ -21,6 +21,7 @@ bench: $(VENV)/.installed-dev
 	$(RUN) -m sdfast bench --dtype float32,bfloat16 --output 'benchmarks/results/{machine}' \
 	    --against eager,eager-contiguous,sdfast-low,sdfast-optimize,compile,openvino,onnxruntime
 	$(RUN) benchmarks/bench_zoo.py
+	$(RUN) benchmarks/bench_training_memory.py
 	$(RUN) benchmarks/bench_tiled_vae.py
 	$(RUN) benchmarks/bench_digits_quality.py
 	$(RUN) benchmarks/bench_vae_digits.py

@@ -25,6 +25,7 @@ from _report_models import (
     peers_lines,
     profile_lines,
     tiled_vae_lines,
+    training_memory_lines,
     zoo_lines,
     zoo_sentence,
 )
@@ -50,6 +51,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "zoo": ("diffusers' models, optimized", zoo_lines),
     "tiled_vae": ("large images through the VAE", tiled_vae_lines),
     "training": ("training", models_lines),
+    "training_memory": ("memory of a training step", training_memory_lines),
     "profile": ("a profile of one step", profile_lines),
     "conv2d": ("conv2d", conv2d_lines),
     "linear": ("linear", products_lines),
