@@ -205,8 +205,9 @@ def plans_of(
         tiles = _FP32 if aligned else _UNALIGNED_FP32
     elif not aligned:
         tiles = _UNALIGNED
-    elif kind == "finished" or (paired and not machine.reads_shared_memory):
-        # Larger ones leave no registers for residuals, an activation's terms or the factors of a pair.
+    elif kind == "finished" or (paired and not machine.reads_shared_memory) or machine.architecture == 100:
+        # Larger ones leave no registers for residuals, an activation's terms or the factors of a pair, nor for
+        # the accumulators of sm_100, on their way from the tensor cores' own memory.
         tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]
     plans = []
     for tile in tiles:
