@@ -206,8 +206,8 @@ def plans_of(
     elif not aligned:
         tiles = _UNALIGNED
     elif kind == "finished" or (paired and not machine.reads_shared_memory) or machine.architecture == 100:
-        # Larger ones leave no registers for residuals, an activation's terms or the factors of a pair, nor for
-        # the accumulators of sm_100, on their way from the tensor cores' own memory.
+        # Larger ones leave no registers for residuals, an activation's terms, the factors of a pair, or on
+        # sm_100 the accumulators, which come from the tensor cores' own memory.
         tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]
     plans = []
     for tile in tiles:
