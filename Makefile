@@ -52,7 +52,7 @@ sanitize: $(VENV)/.installed-dev
 
 # Compiles every Triton and CUDA C++ kernel for every GPU we support. Needs nvcc and no GPU; takes minutes.
 check-gpu-code: $(VENV)/.installed-dev
-	PYTHONPATH=. $(RUN) tests/triton_code.py
+	PYTHONPATH=. $(RUN) tests/triton_code.py --all-plans
 	PYTHONPATH=. $(RUN) tests/cuda_code.py
 
 # On a GPU, in ten minutes: tests, operations and models beside eager and compiled torch, compute-sanitizer.
