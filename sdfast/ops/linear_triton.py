@@ -205,10 +205,11 @@ def plans_of(
         tiles = _FP32 if aligned else _UNALIGNED_FP32
     elif not aligned:
         tiles = _UNALIGNED
-    elif kind == "finished" or (paired and not machine.reads_shared_memory) or machine.architecture == 100:
-        # Larger ones leave no registers for residuals, an activation's terms, the factors of a pair, or on
-        # sm_100 the accumulators, which come from the tensor cores' own memory.
+    elif kind == "finished" or (paired and not machine.reads_shared_memory):
+        # Larger ones leave no registers for residuals, an activation's terms or the factors of a pair.
         tiles = [tile for tile in tiles if tile.m * tile.n <= 128 * 128]
+    if machine.architecture == 100:  # accumulators come from the tensor cores' own memory, all at once
+        tiles = [tile for tile in tiles if tile.m * tile.n <= 64 * 32 * tile.num_warps]
     plans = []
     for tile in tiles:
         tile_n = tile.n // 2 if paired and tile.n > 64 else tile.n
