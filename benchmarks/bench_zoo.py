@@ -140,7 +140,7 @@ _TINY_VAE = {
 _TINY_CONTROL = {key: value for key, value in _TINY_UNET.items() if key != "up_block_types"}
 
 ZOO = {
-    "sd15": Model("SD 1.5 U-Net", "UNet2DConditionModel", _SD1, _TINY_UNET),
+    "sd15": Model("SD 1.5 U-Net", "UNet2DConditionModel", _SD1, _TINY_UNET, (32, 48)),
     "sd21": Model("SD 2.1 U-Net", "UNet2DConditionModel", _SD2, _TINY_UNET, (32, 48)),
     "sdxl": Model("SDXL U-Net, 2 transformers deep", "UNet2DConditionModel", _SDXL, _TINY_UNET, (32, 48)),
     "ddpm": Model("DDPM U-Net for CIFAR-10", "UNet2DModel", _DDPM, _TINY_DDPM),
