@@ -23,7 +23,11 @@ bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/bench_zoo.py
 	$(RUN) benchmarks/bench_training_memory.py
 	$(RUN) benchmarks/bench_tiled_vae.py
+	$(RUN) benchmarks/bench_build.py
 	$(RUN) benchmarks/bench_digits_quality.py
+	$(RUN) benchmarks/demo_inpaint.py
+	$(RUN) benchmarks/bench_lora.py
+	$(RUN) benchmarks/bench_train_ldm.py
 	$(RUN) benchmarks/bench_vae_digits.py
 	$(RUN) benchmarks/bench_segmentation.py accuracy
 	$(RUN) benchmarks/bench_segmentation.py large
