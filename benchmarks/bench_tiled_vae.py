@@ -13,21 +13,17 @@ to `bands` where the whole image is not decoded.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import gc
-import multiprocessing
 import pathlib
-import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from _record import error_text, results_path, write_json
+from _own_process import PeakMemory, in_own_process
+from _record import results_path, write_json
 from torch import Tensor
 
 from sdfast import packing, tiled_vae
@@ -38,7 +34,6 @@ from sdfast.testing import relative_error
 BUDGETS = {512: 5 * 10**8, 1024: 10**9, 2048: 3 * 10**9}
 _LARGEST_WHOLE = 1024
 SIDES = ("eager", "whole", "bands", "tiling")
-_CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,52 +66,28 @@ class Task:
         return lambda z: tiled_vae.decode(ours, z, memory_bytes=budget)
 
 
-def _resident(name: str) -> int:
-    """VmRSS or VmHWM, bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    found = re.search(rf"{name}:\s*(\d+) kB", status)
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-def serve(connection: Connection, task: Task, path: str) -> None:
-    """The main function of a side's process: decodes, saves the image, answers with seconds and memory."""
+def run(task: Task, path: str) -> dict[str, Any]:
+    """A side's seconds and memory; writes its image."""
     torch.set_num_threads(task.threads)
-    try:
-        with torch.inference_mode():
-            run, z = task.make(), task.latent(task.size)
-            run(task.latent(task.size // 8))
-            packing.clear()
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            pathlib.Path("/proc/self/clear_refs").write_text("5")
-            before, samples = _resident("VmRSS"), []
-            for _ in range(task.rounds):
-                image = None  # of the round before
-                began = time.perf_counter()
-                image = run(z)
-                samples.append(time.perf_counter() - began)
-            peak = _resident("VmHWM") - before
-            torch.save(image.contiguous(), path)
-        connection.send({"samples": samples, "peak_bytes": peak})
-    except Exception as error:
-        connection.send(error_text(error))
+    with torch.inference_mode():
+        decode, z = task.make(), task.latent(task.size)
+        decode(task.latent(task.size // 8))
+        packing.clear()
+        memory, samples = PeakMemory(), []
+        for _ in range(task.rounds):
+            image = None  # of the round before
+            began = time.perf_counter()
+            image = decode(z)
+            samples.append(time.perf_counter() - began)
+        peak_bytes = memory.above()
+        torch.save(image.contiguous(), path)
+    return {"samples": samples, "peak_bytes": peak_bytes}
 
 
 def measure(task: Task, folder: pathlib.Path) -> dict[str, Any]:
     """A row, without its difference."""
-    ours, theirs = _CONTEXT.Pipe()
     path = folder / f"{task.side}.pt"
-    process = _CONTEXT.Process(target=serve, args=(theirs, task, str(path)))
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError:  # the kernel ended it, most likely for its memory
-        answer = "it died"
-    process.join()
-    if isinstance(answer, str):
-        raise RuntimeError(f"{task.side}, {task.size}: {answer}")
+    answer = in_own_process(f"{task.side}, {task.size}", run, task, str(path))
     return {
         "side": task.side, "size": task.size, "seconds": statistics.median(answer["samples"]), **answer,
         "budget_bytes": BUDGETS.get(task.size) if task.side == "bands" else None,

@@ -12,93 +12,52 @@ the sides in turns.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
-import multiprocessing
 import pathlib
-import re
 import statistics
 import tempfile
 import time
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from _record import error_text, results_path, write_json
+from _own_process import PeakMemory, in_own_process
+from _record import results_path, write_json
 from torch import Tensor
 
 from sdfast.bench.training import LARGEST_FP32_ERROR, largest_error
 from sdfast.bench.works import TINY_WORKS, WORKS
 
 SIDES = ("eager", "compile", "sdfast")
-_CONTEXT = multiprocessing.get_context("spawn")
 
 
-def _resident(name: str) -> int:
-    """VmRSS or VmHWM, bytes."""
-    found = re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-def serve(connection: Connection, side: str, rounds: int, threads: int, tiny: bool, path: str) -> None:
-    """The main function of a side's process: steps, saves gradients, answers with seconds and memory."""
+def run(side: str, rounds: int, threads: int, tiny: bool, path: str) -> dict[str, Any]:
+    """A side's row without its error; writes its gradients."""
     torch.set_num_threads(threads)
-    try:
-        work = (TINY_WORKS if tiny else WORKS)["unet"]
-        theirs = work.make_theirs().to(memory_format=torch.channels_last)
-        model: Any = work.make_ours(theirs) if side == "sdfast" else theirs
-        model.requires_grad_(True)
-        names = sorted(name for name, _ in model.named_parameters())
-        called = torch.compile(model) if side == "compile" else model
-        n, channels, height, width = work.shapes[0]
-        size = (n, channels, height // 2, width // 2)
-        draw = torch.Generator().manual_seed(1)
-        sample, text, noise = (torch.randn(shape, generator=draw) for shape in (size, work.shapes[2], size))
-        sample = sample.to(memory_format=torch.channels_last)
-
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            y = called(sample, torch.tensor(500), text)
-            torch.nn.functional.mse_loss(y if isinstance(y, Tensor) else y.sample, noise).backward()
-
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-        before, samples = _resident("VmRSS"), []
-        for _ in range(1 + rounds):
-            began = time.perf_counter()
-            step()
-            samples.append(time.perf_counter() - began)
-        peak = _resident("VmHWM") - before
-        parameters = dict(model.named_parameters())
-        torch.save([parameters[name].grad.contiguous() for name in names], path)
-        weights = sum(parameter.nbytes for parameter in parameters.values())
-        connection.send(
-            {
-                "side": side, "first_seconds": samples[0], "seconds": statistics.median(samples[1:]),
-                "peak_bytes": peak, "weight_bytes": weights,
-            }
-        )  # fmt: skip
-    except Exception as error:
-        connection.send(error_text(error))
-
-
-def measure(side: str, options: argparse.Namespace, path: pathlib.Path) -> dict[str, Any]:
-    ours, theirs = _CONTEXT.Pipe()
-    arguments = (theirs, side, options.rounds, options.threads, options.tiny, str(path))
-    process = _CONTEXT.Process(target=serve, args=arguments)
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError:  # the kernel ended it, most likely for its memory
-        answer = "it died"
-    process.join()
-    if isinstance(answer, str):
-        raise RuntimeError(f"{side}: {answer}")
-    return answer
+    work = (TINY_WORKS if tiny else WORKS)["unet"]
+    theirs = work.make_theirs().to(memory_format=torch.channels_last)
+    model: Any = work.make_ours(theirs) if side == "sdfast" else theirs
+    model.requires_grad_(True)
+    names = sorted(name for name, _ in model.named_parameters())
+    called = torch.compile(model) if side == "compile" else model
+    n, channels, height, width = work.shapes[0]
+    size = (n, channels, height // 2, width // 2)
+    draw = torch.Generator().manual_seed(1)
+    sample, text, noise = (torch.randn(shape, generator=draw) for shape in (size, work.shapes[2], size))
+    sample = sample.to(memory_format=torch.channels_last)
+    memory, samples = PeakMemory(), []
+    for _ in range(1 + rounds):
+        began = time.perf_counter()
+        model.zero_grad(set_to_none=True)
+        y = called(sample, torch.tensor(500), text)
+        torch.nn.functional.mse_loss(y if isinstance(y, Tensor) else y.sample, noise).backward()
+        samples.append(time.perf_counter() - began)
+    peak_bytes = memory.above()
+    parameters = dict(model.named_parameters())
+    torch.save([parameters[name].grad.contiguous() for name in names], path)
+    return {
+        "side": side, "first_seconds": samples[0], "seconds": statistics.median(samples[1:]),
+        "peak_bytes": peak_bytes, "weight_bytes": sum(each.nbytes for each in parameters.values()),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -116,7 +75,7 @@ def main() -> None:
         expected: list[Tensor] | None = None
         for side in options.sides:
             path = pathlib.Path(name) / f"{side}.pt"
-            row = measure(side, options, path)
+            row = in_own_process(side, run, side, options.rounds, options.threads, options.tiny, str(path))
             gradients = torch.load(path)
             expected = gradients if expected is None else expected
             row["error"] = largest_error(gradients, expected)

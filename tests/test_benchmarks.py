@@ -70,6 +70,16 @@ def test_one_digit_has_no_standard_error(monkeypatch, capsys):
     assert "--images: got 1, expected at least 2" in capsys.readouterr().err
 
 
+def test_memory_of_a_training_step():
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "bench_training_memory.py", "--tiny", "--rounds", "1", "--sides", "eager", "sdfast"],
+        capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]  # which it is not where a gradient is wrong
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["eager", "sdfast"]
+
+
 def test_operations_of_a_gpu_run_in_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(

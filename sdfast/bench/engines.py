@@ -177,6 +177,7 @@ def load_compile(task: Task, ready: Ready, mode: str | None = None) -> Run:
 
 
 def load_compile_autotune(task: Task, ready: Ready) -> Run:
+    """Compiled as `load_compile`, every kernel by the fastest of its candidates."""
     return load_compile(task, ready, mode="max-autotune-no-cudagraphs")
 
 
@@ -201,6 +202,7 @@ def load_openvino(task: Task, ready: Ready) -> Run:
 
 
 def load_onnxruntime(task: Task, ready: Ready) -> Run:
+    """All of its graph's optimisations, threads that stop spinning when a run ends."""
     import onnxruntime
 
     ready()

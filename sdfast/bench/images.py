@@ -67,6 +67,7 @@ def optimized(request: Request, dtype: torch.dtype) -> Draw:
 def by_diffusers(
     diffusers: Any, request: Request, dtype: torch.dtype, prepare: Callable[[Any], object] | None = None
 ) -> Draw:
+    """diffusers' pipeline, after `prepare` where there is one."""
     pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(digits_folder())
     pipe = pipe.to(request.device, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -98,6 +99,7 @@ def imported() -> Any:
 
 
 def ours(request: Request, dtype: torch.dtype) -> Draw:
+    """sdfast's own pipeline."""
     pipe = StableDiffusion.digits(dtype=dtype, device=request.device)
 
     def chosen() -> contextlib.AbstractContextManager[object]:

@@ -93,4 +93,5 @@ def replace(modules: Iterable[nn.Module]) -> bool:
 
 
 def is_replaced(module: nn.Module) -> bool:
+    """Whether CUDA graphs replay this module's forward."""
     return isinstance(module.__dict__.get("forward"), Forward)

@@ -62,7 +62,7 @@ def read_folder(
     """
     folder = Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError(f"data: {folder}: no such folder, nor a hub id of the form owner/name")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is no folder of images")
     visible = visible_names(folder)
