@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdfast.files import write_text
 from sdfast.ops import _launch_table
 from sdfast.ops._launch_table import Key, exploring, preferring
 from sdfast.ops._triton import architecture
@@ -168,14 +169,12 @@ class Record:
         if torch.cuda.is_available() and (name := torch.cuda.get_device_name()) not in self.devices:
             self.devices.append(name)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
         left_out = {
             kernel: {bucket: reasons for bucket, reasons in buckets.items() if reasons}
             for kernel, buckets in self.left_out.items()
         }
         content = {"devices": self.devices, "plans": self.plans, "ms": self.ms, "left_out": left_out}
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_text(self.file, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def cases(ops: list[str], only: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -31,6 +31,13 @@ def check_file(name: str, path: Path, *suffixes: str) -> None:
     check_folder(name, path.parent)
 
 
+def check_inputs(files: Mapping[str, Path | None]) -> None:
+    """Raises ValueError where a file that is to be read, given by the name of its argument, is none."""
+    for name, path in files.items():
+        if path is not None and (path.is_dir() or not path.exists()):
+            raise ValueError(f"{name}: {path} is {'a folder' if path.is_dir() else 'no such file'}")
+
+
 def check_not_input(name: str, output: Path, others: Mapping[str, Path | None]) -> None:
     """Raises ValueError where `output` is another file of the same command, say what it reads.
 

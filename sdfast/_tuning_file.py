@@ -11,9 +11,10 @@ import json
 import math
 import os
 import pathlib
-import threading
 import warnings
 from collections.abc import Hashable, Mapping
+
+from sdfast.files import write_text
 
 Shape = tuple[Hashable, ...]  # of str, int, bool and tuples of these
 Times = dict[str, float]  # candidate -> ms, from the fastest
@@ -64,24 +65,12 @@ def save(machine: str, added: Mapping[Shape, Times]) -> None:
             os.replace(file, file.with_name(f"{file.name}.damaged"))
             machines = {}
         machines[machine] = {**machines.get(machine, {}), **added}
-        _replace(file, _text(machines))
+        write_text(file, _text(machines), synced=True)
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"the times measured cannot be kept ({error}) and serve this process alone; name a folder that"
             " can be written to in SDFAST_CACHE_DIR"
         )
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())  # or a power failure could leave the new name with no content
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _text(machines: Mapping[str, Table]) -> str:

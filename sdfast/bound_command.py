@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from sdfast.bound import bound_of_data, plot
-    from sdfast.models.weights import write_json
+    from sdfast.files import write_json
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

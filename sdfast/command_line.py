@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_file, check_not_input, usable_device
+from sdfast._arguments import check_file, check_inputs, check_not_input, usable_device
 from sdfast.dispatch import BACKENDS, ORDER
 from sdfast.request import (
     MAX_STEPS,
@@ -192,11 +192,13 @@ def check_output(arguments: argparse.Namespace, path: Path, **read: Path | None)
     """Raises ValueError where images cannot be written to `path`, or would replace one that is read.
 
     Args:
-        read: files, by their options' names.
+        read: files, by their options' names; they have to be there.
     """
+    inputs = {f"--{name}": file for name, file in read.items()}
+    check_inputs(inputs)
     check_file("--output", path, ".png")
     for written in image_paths(path, arguments.num_images, separate=arguments.separate):
-        check_not_input("--output", written, {f"--{name}": file for name, file in read.items()})
+        check_not_input("--output", written, inputs)
 
 
 @contextlib.contextmanager

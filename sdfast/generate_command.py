@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast import command_line
-from sdfast._arguments import check_folder
+from sdfast._arguments import check_folder, check_inputs
 from sdfast.prompt_lines import read_prompts, share_of
 from sdfast.request import check_count, check_strength
 
@@ -77,6 +77,7 @@ def _draw_list(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise ValueError("--output: --prompts needs a folder to draw into: -o DIR")
     check_folder("--output", arguments.output)
+    check_inputs({"--prompts": arguments.prompts})
     options = command_line.sampling_options(arguments)
     seed, batch_size = options.pop("seed") or 0, options.pop("batch_size")
     lines, share = read_prompts(arguments.prompts), share_of()

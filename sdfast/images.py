@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from sdfast.files import replacing
 from sdfast.request import check_size
 
 _GRID_BACKGROUND = 255  # white
@@ -186,14 +185,8 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any] |
     if settings is not None:
         info.add_itxt("parameters", _parameters_text(settings))
         info.add_itxt("sdfast", json.dumps(settings, ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdfast.files import replacing
 from sdfast.lora_names import PARTS, Names, Place
 from sdfast.models.checkpoint import CheckpointError
 from sdfast.models.lora_layers import adapted, product
-from sdfast.models.weights import LazyTensor, read_file, read_json, replacing
+from sdfast.models.weights import LazyTensor, read_file, read_json
 
 # What diffusers, and then peft, call the file in a folder of its own.
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

@@ -12,6 +12,7 @@ from typing import Any
 from sdfast._arguments import (
     check_file,
     check_folder,
+    check_inputs,
     check_model_folder,
     check_not_input,
     usable_device,
@@ -146,6 +147,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--memory: got {arguments.memory}, expected at least {_LEAST_MEMORY_MB} MB")
     check_file("--output", arguments.output, ".png", ".npy")
     read = {"IMAGE": arguments.image, "--truth": arguments.truth}
+    check_inputs(read)
     check_not_input("--output", arguments.output, read)
     if arguments.overlay is not None:
         check_file("--overlay", arguments.overlay, ".png")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sdfast.files import write_json
 from sdfast.images import save_png
 from sdfast.models import SegmentationUNet
-from sdfast.models.weights import write_json
 from sdfast.segmentation import check_prediction, predict
 
 _NOTED_SECONDS = 10.0

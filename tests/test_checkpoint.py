@@ -1,7 +1,6 @@
 """Folders and hub ids: what diffusers and transformers save loads here, and the other way round."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -260,22 +259,6 @@ def test_pipeline_folder_round_trip(tmp_path):
     assert back.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     with pytest.raises(ValueError, match="_class_name"):
         ckpt.save_components(tmp_path / "x", {"unet": components["unet"]})
-
-
-def test_files_are_for_whom_the_umask_says(tmp_path):
-    """However open the folder is, as /tmp, and whatever an earlier process with this number left there."""
-    tmp_path.chmod(0o777)
-    (tmp_path / f".weights.safetensors.{os.getpid()}.tmp").touch(0o600)
-    before = os.umask(0o027)
-    try:
-        weights.write_weights(torch.nn.Linear(2, 2), tmp_path, "weights", 2**30)
-        weights.write_json(tmp_path / "config.json", {})
-    finally:
-        os.umask(before)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
-        "weights.safetensors": 0o640,
-        "config.json": 0o640,
-    }
 
 
 def test_buffers_outside_the_checkpoint_are_real():

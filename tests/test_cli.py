@@ -162,7 +162,7 @@ def test_the_model_that_ships(tmp_path):
         (["--backend", "triton"], "--backend: 'triton' does not run on cpu"),
         (["--tokenizer", "."], "tokenizer: got '.'"),
         (["--model", "no/such/folder"], "no/such/folder: no such file or folder"),
-        (["--image", "absent.png"], "No such file or directory: 'absent.png'"),
+        (["--image", "absent.png"], "--image: absent.png is no such file"),
         (["-o", "no/such/folder/seven.png"], "the folder no/such/folder does not exist"),
         (["-o", "seven.jpg"], "expected a name that ends in .png"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),

@@ -91,12 +91,13 @@ def test_works_without_the_native_library(tmp_path):
 # What everybody may use: no layer of its own, and it imports nothing of ours but these.
 LEAVES = (
     "sdfast.__version__", "sdfast.request", "sdfast.memory", "sdfast.images", "sdfast.figures", "sdfast.tokenizer",
-    "sdfast._arguments",
+    "sdfast._arguments", "sdfast.files",
 )  # fmt: skip
 ALLOWED = {
     "sdfast.__init__": ("sdfast",),
     "sdfast.__main__": ("sdfast.cli",),
     "sdfast._arguments": (),
+    "sdfast.files": (),
     "sdfast._cuda_archs": (),
     "sdfast._library": ("sdfast._cuda_archs",),
     "sdfast.dispatch": ("sdfast._library",),
@@ -114,9 +115,9 @@ ALLOWED = {
     "sdfast.tuning": (
         "sdfast.__version__", "sdfast._library", "sdfast._tuning_file", "sdfast.dispatch", "sdfast.packing",
     ),
-    "sdfast._tuning_file": (),
+    "sdfast._tuning_file": ("sdfast.files",),
     "sdfast.models.vae": ("sdfast.ops", "sdfast.models", "sdfast.tiled_vae"),
-    "sdfast.models": ("sdfast.ops", "sdfast.models"),
+    "sdfast.models": ("sdfast.files", "sdfast.ops", "sdfast.models"),
     "sdfast.tiled_vae": (
         *LEAVES, "sdfast.ops", "sdfast.packing", "sdfast._bands", "sdfast._tiled_resnet", "sdfast._tiled_stages",
     ),
@@ -156,7 +157,7 @@ ALLOWED = {
         *LEAVES, "sdfast.models", "sdfast.diffusion", "sdfast.conditioning", "sdfast.loading", "sdfast.training.data",
         "sdfast.training.captions", "sdfast.training.images",
     ),
-    "sdfast.bound_command": (*LEAVES, "sdfast.bound", "sdfast.command_line", "sdfast.models.weights"),
+    "sdfast.bound_command": (*LEAVES, "sdfast.bound", "sdfast.command_line"),
     "sdfast.segmentation": (*LEAVES, "sdfast.models"),
     "sdfast.segmentation_file": (*LEAVES, "sdfast.models", "sdfast.segmentation"),
     "sdfast.segmentation_scores": (),

@@ -86,7 +86,7 @@ def test_outpaint(run):
             ["--image", "in.png", "--mask", "small.png"],
             "--mask: is 8x8 (width x height), the image 16x16",
         ),
-        ("inpaint", ["--image", "in.png", "--mask", "absent.png"], "No such file or directory: 'absent.png'"),
+        ("inpaint", ["--image", "in.png", "--mask", "absent.png"], "--mask: absent.png is no such file"),
         (
             "inpaint",
             ["--image", "in.png", "--method", "paint"],

@@ -135,7 +135,7 @@ def test_interrupted_and_resumed(generate, monkeypatch):
     assert err == "\nsdfast: interrupted: 3 images are there, 4 to go; the same command goes on from here\n"
     first = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert len(first) == 3
-    (folder / ".000005.png.123.tmp").write_bytes(b"of a process that was killed")
+    (folder / ".000005.png.123.7.tmp").write_bytes(b"of a process that was killed")
     monkeypatch.undo()
     status, out, err, _ = generate(folder="again")
     assert status == 0 and out.startswith(f"{folder}: 4 images made, 3 there before; ") and err == ""
@@ -258,7 +258,7 @@ def test_pictures_of_other_lines_and_other_hands(generate, prompts):
         (["--image", "in.png"], "--image: not with --prompts"),
         (["--strength", "0.5"], "--strength: not with --prompts"),
         (["--steps", "0"], "--steps: got 0"),
-        (["--prompts", "absent.txt"], "No such file or directory: 'absent.txt'"),
+        (["--prompts", "absent.txt"], "--prompts: absent.txt is no such file"),
         (["--lora", "absent.safetensors:0.5"], "--lora: absent.safetensors: no such file or folder"),
         (["--output", "prompts.txt"], "--output: "),
     ],

@@ -151,7 +151,7 @@ def test_absent_picture_is_refused(place, capsys):
             str(place / "m.png"),
         ]
     )
-    assert refused(status, capsys, "No such file")
+    assert refused(status, capsys, "IMAGE: .*none.png is no such file")
 
 
 def test_refused_without_torch():

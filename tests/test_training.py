@@ -160,7 +160,7 @@ def test_damaged_checkpoint_falls_back_and_ends_the_same(tmp_path, damage):
 
 def test_interrupted_write_leaves_no_trace(tmp_path):
     _toy(tmp_path, checkpoint_steps=10)
-    (tmp_path / "checkpoint-00000030.123.tmp").write_bytes(b"half")
+    (tmp_path / ".checkpoint-00000030.pt.123.7.tmp").write_bytes(b"half")
     (tmp_path / "checkpoint-00000020.pt").unlink()
     _toy(tmp_path, checkpoint_steps=10)
     assert _names(tmp_path) == ["checkpoint-00000010.pt", "checkpoint-00000020.pt"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sdfast.files import write_text
 
 FORMAT = "sdfast bench 1"
 
@@ -15,25 +15,13 @@ Row = dict[str, Any]
 Record = dict[str, Any]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name, then renamed: whoever reads sees the file before or this one.
+def write(path: Path, record: Record) -> None:
+    """As JSON, in one step.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-
-
-def write(path: Path, record: Record) -> None:
-    """As JSON, by way of a temporary name."""
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 

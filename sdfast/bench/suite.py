@@ -15,6 +15,7 @@ import torch
 
 from sdfast.bench import machine, page, record, tables
 from sdfast.bench.request import ENGINES, Request
+from sdfast.files import write_text
 from sdfast.memory import keep_freed_memory
 
 # A quick run starts nothing after this; what it then does is done within two minutes.
@@ -103,5 +104,5 @@ def busy_line(environment: dict[str, Any]) -> str | None:
 def write(result: record.Record, output: Any) -> None:
     """The three files."""
     record.write(output / "bench.json", result)
-    record.write_text(output / "bench.md", "\n".join(tables.markdown(result)) + "\n")
-    record.write_text(output / "bench.html", page.html(result))
+    write_text(output / "bench.md", "\n".join(tables.markdown(result)) + "\n")
+    write_text(output / "bench.html", page.html(result))

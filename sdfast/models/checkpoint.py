@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from sdfast.files import write_json
 from sdfast.models import weights
 from sdfast.models.config import config_from_dict, config_to_dict
 from sdfast.models.ldm_keys import current_name
@@ -179,7 +180,7 @@ def save_model(model: nn.Module, folder: Path, *, max_shard_bytes: int = _DEFAUL
     path.mkdir(parents=True, exist_ok=True)
     stem = "diffusion_pytorch_model" if hasattr(model, "diffusers_class") else "model"
     weights.write_weights(model, path, stem, max_shard_bytes)
-    weights.write_json(path / "config.json", config_to_dict(model))
+    write_json(path / "config.json", config_to_dict(model))
 
 
 def load_components(
@@ -270,8 +271,8 @@ def save_components(
             if "_class_name" not in value:
                 raise ValueError(f"components: {part}: '_class_name' is missing, such as 'DDIMScheduler'")
             target.mkdir(parents=True, exist_ok=True)
-            weights.write_json(target / "scheduler_config.json", dict(value))
+            write_json(target / "scheduler_config.json", dict(value))
             index[part] = ["diffusers", value["_class_name"]]
         else:
             index[part] = [None, None] if value is None else value
-    weights.write_json(path / "model_index.json", index)
+    write_json(path / "model_index.json", index)

@@ -21,7 +21,6 @@ import os
 import pathlib
 import pickle
 import re
-import stat
 import sys
 import threading
 import zipfile
@@ -32,6 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from sdfast.files import replacing, write_json
 
 _MOST_NAMES_IN_ERROR = 20
 
@@ -328,27 +329,3 @@ def write_weights(model: nn.Module, folder: pathlib.Path, stem: str, max_shard_b
     for stale in [folder / f"{stem}.safetensors", index, *folder.glob(f"{stem}-*-of-*.safetensors")]:
         if stale.name not in names:
             stale.unlink(missing_ok=True)
-
-
-def write_json(path: pathlib.Path, value: object) -> None:
-    """Write JSON in one step, as `write_weights` does."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`, moved over it if the block succeeds and removed otherwise.
-
-    Whoever writes it, safetensors for its owner alone, the file may be read as any new one in that folder.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a killed process that had this number
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask leaves; asking for it would set it
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from sdfast.models import (
     UNet2DCondition,
     UNet2DConditionConfig,
 )
-from sdfast.training.trainer import Schedule, train
+from sdfast.training.trainer import Schedule, seeded, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,7 @@ def train_ddpm(
     Raises:
         ValueError, TrainingInterrupted, FloatingPointError: as in `sdfast.training.trainer.train`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = TextConditionedUNet(unet, text_encoder)
 
     def loss(generator: torch.Generator) -> Tensor:

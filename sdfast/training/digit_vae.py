@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sdfast import __version__
 from sdfast.figures import check_matplotlib
+from sdfast.files import write_json
 from sdfast.models import SimpleVAE, SimpleVAEConfig
 from sdfast.models.checkpoint import save_model
-from sdfast.models.weights import write_json
 from sdfast.training.data import Digits, load_digits
 from sdfast.training.simple_vae import Evaluation, SimpleVAETraining, evaluate, train_simple_vae
 from sdfast.training.vae_pictures import write_pictures

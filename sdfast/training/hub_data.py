@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sdfast.models.weights import replacing
+from sdfast.files import replacing
 from sdfast.training.images import CAPTION_COLUMNS, SUFFIXES, visible_names
 
 _COMPLETE = "complete.json"

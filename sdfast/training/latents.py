@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sdfast.files import replacing
 from sdfast.models import AutoencoderKL
-from sdfast.models.weights import replacing
 from sdfast.training.buckets import Size
 from sdfast.training.distributed import ALONE, Processes
 from sdfast.training.images import CaptionedImage, read_pixels

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training.buckets import Size, bucket_sizes
 from sdfast.training.distributed import full_state
 from sdfast.training.ldm_losses import Texts
+from sdfast.training.trainer import seeded
 
 
 def load_parts(
@@ -59,7 +59,7 @@ def load_parts(
         parts["scheduler"] = {**parts["scheduler"], "prediction_type": prediction}
     if anew is not None:
         name, seed = anew
-        with _seeded(seed):
+        with seeded(seed):
             fresh = type(parts[name])(parts[name].config)
         parts[name] = fresh.to(device, memory_format=torch.channels_last)
     return parts
@@ -76,16 +76,8 @@ def choose_trained(parts: Mapping[str, Any], phase: str, lora_rank: int | None =
     if lora_rank is None:
         parts[phase].requires_grad_(True)
         return
-    with _seeded(seed):  # alike in every process
+    with seeded(seed):  # alike in every process
         add_lora(parts[phase], lora_rank)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within, the CPU's generator starts from `seed`; no generator is another one afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed is for every GPU, too
-        yield
 
 
 def module_fingerprint(module: nn.Module) -> str:

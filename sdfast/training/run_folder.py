@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from sdfast.files import replacing
+
 _DIGEST_BYTES = hashlib.sha256().digest_size
 KEPT = 2
 
@@ -47,23 +49,15 @@ class RunFolder:
         torch.save({"step": step, "settings": json.dumps(self.settings), **state}, buffer)
         payload = buffer.getbuffer()
         path = self.folder / f"checkpoint-{step:08d}.pt"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(hashlib.sha256(payload).digest())
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:  # on a full disk, what was written of it is in the way
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path, synced=True) as temporary, temporary.open("wb") as file:
+            file.write(hashlib.sha256(payload).digest())
+            file.write(payload)
         sync_folder(self.folder)
         # A newer one can only be damaged: the run had to go back behind it.
         kept = [known for known in self._newest_first() if known <= path][:KEPT]
         for old in set(self._newest_first()) - set(kept):
             old.unlink()
-        for left_by_a_kill in self.folder.glob("checkpoint-*.tmp"):
+        for left_by_a_kill in self.folder.glob(".checkpoint-*.tmp"):
             left_by_a_kill.unlink(missing_ok=True)
         return path
 
@@ -88,7 +82,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the checkpoints, and nothing else."""
-        for path in [*self._newest_first(), *self.folder.glob("checkpoint-*.tmp")]:
+        for path in [*self._newest_first(), *self.folder.glob(".checkpoint-*.tmp")]:
             path.unlink()
 
     def _newest_first(self) -> list[Path]:

@@ -20,7 +20,7 @@ from sdfast.models import SegmentationUNet, SegmentationUNetConfig
 from sdfast.request import check_count
 from sdfast.training.deformation import Augmentation, points, recolour, sample
 from sdfast.training.segmentation_data import Annotated
-from sdfast.training.trainer import Schedule, train
+from sdfast.training.trainer import Schedule, seeded, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +117,13 @@ def train_segmentation(
         raise ValueError(f"out_channels: got {config.out_channels}, expected 2, background and cells")
     check_count("batch_size", settings.batch_size)
     data.balance  # noqa: B018, raises before any work
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = SegmentationUNet(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(generator: torch.Generator) -> Tensor:
         x, classes, weights = draw_tiles(data, config, settings, generator)
-        with torch.random.fork_rng(devices=[]):  # dropout knows no generator but the global one
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        # Dropout knows no generator but the global one.
+        with seeded(int(torch.randint(2**62, (), generator=generator))):
             return weighted_cross_entropy(model(x), classes, weights)
 
     train(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdfast.diffusion import as_posterior, evidence_lower_bound, importance_weighted, log_weights
 from sdfast.models import SimpleVAE, SimpleVAEConfig
-from sdfast.training.trainer import Schedule, train
+from sdfast.training.trainer import Schedule, seeded, train
 
 _BOUND_SAMPLES = 50
 
@@ -84,8 +84,7 @@ def train_simple_vae(
     Raises:
         ValueError, TrainingInterrupted, FloatingPointError: as in `sdfast.training.trainer.train`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vae = SimpleVAE(config)
 
     def loss(generator: torch.Generator) -> Tensor:

@@ -30,7 +30,9 @@ from sdfast.training.distributed import ALONE, Processes, restarts
 from sdfast.training.optimizer import EMA, Schedule, adamw, trained_state
 from sdfast.training.run_folder import RunFolder
 
-__all__ = ["EMA", "Schedule", "Step", "TrainingInterrupted", "step_generator", "train", "train_steps"]
+__all__ = [
+    "EMA", "Schedule", "Step", "TrainingInterrupted", "seeded", "step_generator", "train", "train_steps",
+]  # fmt: skip
 
 # Draws whatever the step needs from the generator it is given, and nothing from the global one.
 Loss = Callable[[torch.Generator], Tensor]
@@ -210,6 +212,14 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of everything random in one step."""
     # SeedSequence mixes the pair; torch's CPU generator itself would look at 32 bits of a plain sum.
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, the CPU's global generator starts from `seed`; afterwards no generator is another one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is for every GPU, too
+        yield
 
 
 def _differentiate(losses: Tensor | Iterable[Tensor]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdfast.diffusion import vae_loss
 from sdfast.models import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
-from sdfast.training.trainer import Schedule, train
+from sdfast.training.trainer import Schedule, seeded, train
 
 _ENCODING_BATCH = 250
 _MEASURED = 2000  # pictures are enough to know the latents' variance
@@ -69,8 +69,7 @@ def train_vae(
     Raises:
         ValueError, TrainingInterrupted, FloatingPointError: as in `sdfast.training.trainer.train`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vae = AutoencoderKL(config)
 
     def loss(generator: torch.Generator) -> Tensor:
