@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import packing
+from sdfast.ops._conv2d_call import Call
 from sdfast.ops._conv2d_choice import folds
 from sdfast.ops._conv2d_cpu import fold, values_of
 from sdfast.ops._conv2d_operations import cuda_kernel_op, cuda_statistics_op
 from sdfast.ops._triton import product_precision
-from sdfast.ops.group_norm import group_norm
 
 _LARGEST_KERNEL, _LARGEST_STRIDE = 3, 2
 # A known norm is applied to the halo tiles of a 3x3 kernel where y has at most this many channels. Each block
@@ -44,46 +44,25 @@ def _values(weight: Tensor, folded: bool) -> Tensor:
     return values if folded else values.permute(0, 3, 1, 2)
 
 
-def conv2d_cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    *,
-    upsample: bool = False,
-    time_embedding: Tensor | None = None,
-    residual: Tensor | None = None,
-    skip: Tensor | None = None,
-    norm_groups: int = 0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    norm_silu: bool = False,
-    norm_statistics: tuple[Tensor, Tensor] | None = None,
-    stats_groups: int = 0,
-    stats_eps: float = 1e-5,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """y, or with `stats_groups` y, mean and rstd."""
-    norm: list[Tensor] = []
-    pays = weight.shape[0] <= _MOST_NORMED_CHANNELS or weight.shape[2:] == (1, 1)
-    if norm_groups and norm_statistics is not None and pays:
-        norm = [*norm_statistics, cast(Tensor, norm_weight), cast(Tensor, norm_bias)]
-    elif norm_groups:
-        x = group_norm(
-            x, norm_groups, norm_weight, norm_bias, norm_eps, activation="silu" if norm_silu else None,
-            skip=skip, statistics=norm_statistics if skip is None else None, backend="cuda",
-        )  # fmt: skip
-        skip = None
+def conv2d_cuda(call: Call, statistics: tuple[int, float] | None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """y, or with the groups and eps of `statistics` y, mean and rstd."""
+    norm, silu = call.norm, False
+    pays = call.weight.shape[0] <= _MOST_NORMED_CHANNELS or call.weight.shape[2:] == (1, 1)
+    operands: list[Tensor] = []
+    if norm is not None and norm.statistics is not None and pays:
+        operands, silu = [*norm.statistics, norm.weight, norm.bias], norm.silu
+    else:
+        call = call.normalised("cuda")
+    x, weight, bias, stride, padding, upsample, time_embedding, residual, skip, _ = call
     if upsample and not folds(weight.shape[2:], stride, padding):
         # A norm of known statistics is the same, of each pixel of the larger image.
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         skip = None if skip is None else F.interpolate(skip, scale_factor=2.0, mode="nearest")
         upsample = False
-    operands = (
+    arguments = (
         x, _values(weight, upsample), bias, stride, list(padding), upsample, time_embedding, residual, skip,
-        norm, norm_silu,
+        operands, silu,
     )  # fmt: skip
-    if stats_groups:
-        return cast("tuple[Tensor, Tensor, Tensor]", cuda_statistics_op(*operands, stats_groups, stats_eps))
-    return cast(Tensor, cuda_kernel_op(*operands))
+    if statistics is not None:
+        return cast("tuple[Tensor, Tensor, Tensor]", cuda_statistics_op(*arguments, *statistics))
+    return cast(Tensor, cuda_kernel_op(*arguments))

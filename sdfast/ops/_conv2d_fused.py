@@ -7,88 +7,44 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sdfast.ops._conv2d_call import Call
 from sdfast.ops._conv2d_operations import kernel_op, statistics_op
 from sdfast.ops._conv2d_training import TRITON, conv2d_training
 from sdfast.ops._linear_rows import rows_triton_op
-from sdfast.ops.group_norm import group_norm
 
 
-def conv2d_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    *,
-    upsample: bool = False,
-    time_embedding: Tensor | None = None,
-    residual: Tensor | None = None,
-    skip: Tensor | None = None,
-    norm_groups: int = 0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    norm_silu: bool = False,
-    norm_statistics: tuple[Tensor, Tensor] | None = None,
-    stats_groups: int = 0,
-    stats_eps: float = 1e-5,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """y, or with `stats_groups` y, mean and rstd."""
-    is_pointwise = weight.shape[2:] == (1, 1)
-    norm: list[Tensor] = []
-    if norm_groups and is_pointwise and norm_statistics is not None:
-        norm = [*norm_statistics, cast(Tensor, norm_weight), cast(Tensor, norm_bias)]
-    elif norm_groups:
-        # A larger kernel loads each pixel several times: a pass of its own costs less than as many SiLUs.
-        known = norm_statistics if skip is None else None
-        x = group_norm(
-            x, norm_groups, norm_weight, norm_bias, norm_eps, activation="silu" if norm_silu else None,
-            skip=skip, statistics=known, backend="triton",
-        )  # fmt: skip
-        skip = None
-    operands = (
-        x, weight, bias, stride, list(padding), upsample, time_embedding, residual, skip, norm, norm_silu
+def conv2d_triton(call: Call, statistics: tuple[int, float] | None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """y, or with the groups and eps of `statistics` y, mean and rstd."""
+    norm, silu = call.norm, False
+    is_pointwise = call.weight.shape[2:] == (1, 1)
+    operands: list[Tensor] = []
+    if norm is not None and norm.statistics is not None and is_pointwise:
+        operands, silu = [*norm.statistics, norm.weight, norm.bias], norm.silu
+    else:  # A larger kernel loads each pixel several times: a pass of its own costs less than as many SiLUs.
+        call = call.normalised("triton")
+    x, weight, bias, stride, padding, upsample, time_embedding, residual, skip, _ = call
+    arguments = (
+        x, weight, bias, stride, list(padding), upsample, time_embedding, residual, skip, operands, silu,
     )  # fmt: skip
-    if stats_groups:
-        return cast("tuple[Tensor, Tensor, Tensor]", statistics_op(*operands, stats_groups, stats_eps))
+    if statistics is not None:
+        return cast("tuple[Tensor, Tensor, Tensor]", statistics_op(*arguments, *statistics))
     is_product = is_pointwise and stride == 1 and not any(padding) and not upsample
     is_product = is_product and x.dtype is not torch.float32  # whose precision torch sets apart for the two
-    if is_product and not norm and skip is None and time_embedding is None:
+    if is_product and not operands and skip is None and time_embedding is None:
         return _product(x, weight, bias, residual)
-    return cast(Tensor, kernel_op(*operands))
+    return cast(Tensor, kernel_op(*arguments))
 
 
-def conv2d_triton_training(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    *,
-    upsample: bool = False,
-    time_embedding: Tensor | None = None,
-    residual: Tensor | None = None,
-    skip: Tensor | None = None,
-    norm_groups: int = 0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    norm_silu: bool = False,
-    norm_statistics: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def conv2d_triton_training(call: Call) -> Tensor:
     """y, with a gradient that cannot be differentiated again; torch's can.
 
     The weight's gradient needs what the convolution read, as one image: `skip` is concatenated, and the norm
     is an operation of its own, with a gradient of its own.
     """
-    if norm_groups:
-        x = group_norm(
-            x, norm_groups, norm_weight, norm_bias, norm_eps, activation="silu" if norm_silu else None,
-            skip=skip, statistics=norm_statistics if skip is None else None, backend="triton",
-        )  # fmt: skip
-    elif skip is not None:
-        x = torch.cat([x, skip], 1)
-    return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual, TRITON)
+    call = call.normalised("triton")
+    if call.skip is not None:
+        call = call._replace(x=torch.cat([call.x, call.skip], 1), skip=None)
+    return conv2d_training(call, TRITON)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

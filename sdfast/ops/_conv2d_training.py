@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
+from sdfast.ops._conv2d_call import Call
 from sdfast.ops._conv2d_choice import folds, suits_torch
 from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
 from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
@@ -60,12 +61,13 @@ _weight_gradient_op = _library.define_native(
 _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32
 
 
-def suits_torch_in_training(x: Tensor, weight: Tensor, upsample: bool) -> bool:
+def suits_torch_in_training(call: Call) -> bool:
     """Few channels, so little work that Python decides, and bf16, which torch multiplies as pairs.
 
     Measured, forward and backward: fp32 is faster here from about 2^20 products on, bf16 was slower at most
     sizes, fp16 many times faster than torch's.
     """
+    x, weight, upsample = call.x, call.weight, call.upsample
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
     return few or x.dtype == torch.bfloat16
@@ -238,18 +240,9 @@ def _weight_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return cast(Tensor, operations.weight_gradient(dy, x, *kernel, *ctx.geometry, ctx.winograd))
 
 
-def conv2d_training(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: tuple[int, int, int, int],
-    upsample: bool,
-    time_embedding: Tensor | None,
-    residual: Tensor | None,
-    operations: Operations = CPU,
-) -> Tensor:
-    """As `conv2d.conv2d`, with a gradient that cannot be differentiated again; torch's can."""
+def conv2d_training(call: Call, operations: Operations = CPU) -> Tensor:
+    """y of a call without `norm` and `skip`; its gradient cannot be differentiated again, torch's can."""
+    x, weight, bias, stride, padding, upsample, time_embedding, residual, *_ = call
     if upsample and not folds(weight.shape[2:], stride, padding):
         x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
     x, weight = (t.contiguous(memory_format=_LAYOUT) for t in (x, weight))

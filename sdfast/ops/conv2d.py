@@ -12,9 +12,8 @@ to find.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from torch import Tensor
 from sdfast import _library, dispatch, tuning
 from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
 from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
+from sdfast.ops._conv2d_call import Call, NormPrologue
 from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
 from sdfast.ops._conv2d_cuda import conv2d_cuda, why_not_cuda
@@ -30,29 +30,6 @@ from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
 from sdfast.ops._native import requires_grad, unavailable
-from sdfast.ops.group_norm import group_norm
-
-
-class NormPrologue(NamedTuple):
-    """GroupNorm (and SiLU) applied to the input while it is loaded.
-
-    Attributes:
-        num_groups: G, divides the input channels.
-        weight, bias: (C_in,).
-        eps: added to the variance.
-        silu: whether SiLU follows.
-        statistics: mean and rstd of the input in every group, (N, num_groups) both, fp32 (fp64 for fp64), as
-            `conv2d` returned them with `stats_groups` and this eps. It is a promise: CUDA and Triton read the
-            input once where they know them, with a 1x1 kernel while the tiles are loaded, and CUDA with a 3x3
-            kernel too, to at most 320 channels; others find their own.
-    """
-
-    num_groups: int
-    weight: Tensor
-    bias: Tensor
-    eps: float = 1e-5
-    silu: bool = True
-    statistics: tuple[Tensor, Tensor] | None = None
 
 
 def conv2d_torch(
@@ -103,49 +80,41 @@ _library.define(
 tuning.register("conv2d", measure)
 
 
-def conv2d_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    *,
-    upsample: bool = False,
-    time_embedding: Tensor | None = None,
-    residual: Tensor | None = None,
-    norm_groups: int = 0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    norm_silu: bool = False,
-    or_torch: bool = True,
-) -> Tensor:
+def conv2d_cpu(call: Call, or_torch: bool = True) -> Tensor:
     """The compiled CPU kernels, or torch's where `or_torch` and that was measured here to be faster.
 
     Their gradient cannot be differentiated again; torch's can.
     """
-    if norm_groups:
-        activation = "silu" if norm_silu else None
-        normed = group_norm(x, norm_groups, norm_weight, norm_bias, norm_eps, activation=activation)
-        x = cast(Tensor, normed)
-    if requires_grad(x, weight, bias, time_embedding, residual):
-        return conv2d_training(x, weight, bias, stride, padding, upsample, time_embedding, residual)
+    call = call.normalised(None)
+    if requires_grad(*call.tensors()):
+        return conv2d_training(call)
     run = forward_op if torch.compiler.is_compiling() else forward
     algorithm = None if or_torch else "compiled"
+    x, weight, bias, stride, padding, upsample, time_embedding, residual, *_ = call
     return cast(
         Tensor, run(x, weight, bias, stride, list(padding), upsample, time_embedding, residual, algorithm)
     )
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "cpu": conv2d_cpu,
-    "reference": cast(Callable[..., Tensor], conv2d_reference),
-}
+def _composite(call: Call, formula: Callable[..., object]) -> Tensor:
+    """`conv2d_torch` or `conv2d_reference` of a call without `skip`."""
+    norm: dict[str, Any] = {}
+    if call.norm is not None:
+        norm = {
+            "norm_groups": call.norm.num_groups, "norm_weight": call.norm.weight,
+            "norm_bias": call.norm.bias, "norm_eps": call.norm.eps, "norm_silu": call.norm.silu,
+        }  # fmt: skip
+    x, weight, bias, stride, padding, upsample, time_embedding, residual, *_ = call
+    y = formula(
+        x, weight, bias, stride, padding, upsample=upsample, time_embedding=time_embedding, residual=residual,
+        **norm,
+    )  # fmt: skip
+    return cast(Tensor, y)
 
 
-def _unavailable(x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str, str]:
+def _unavailable(x: Tensor, weight: Tensor, *others: Tensor) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
-    if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
+    if not x.numel() or not weight.numel() or any(t.dtype != x.dtype for t in others):
         reason = "it takes tensors of one dtype that are not empty"
     elif is_autocast(x.device.type):
         reason = "under autocast torch decides the dtypes"
@@ -245,65 +214,46 @@ def conv2d(
     if stats_groups is not None:
         check_groups("stats_groups", stats_groups, channels_out)
 
-    fused: dict[str, Any] = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
-    if norm is not None:
-        fused |= {
-            "norm_groups": norm.num_groups, "norm_weight": norm.weight, "norm_bias": norm.bias,
-            "norm_eps": norm.eps, "norm_silu": norm.silu,
-        }  # fmt: skip
-    others = (time_embedding, residual, skip, *((norm.weight, norm.bias) if norm else ()))
-    reasons = _unavailable(x, weight, bias, *others)
-    named, trains = dispatch.is_named(backend), requires_grad(x, weight, bias, *others)
+    call = Call(x, weight, bias, stride, sides, upsample, time_embedding, residual, skip, norm)
+    reasons = _unavailable(*call.tensors())
+    named, trains = dispatch.is_named(backend), requires_grad(*call.tensors())
     if "cuda" not in reasons and (why := why_not_cuda(weight, stride, trains)) is not None:
         reasons["cuda"] = why
     fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend) if named else None
-    if fused_by in ("cuda", "triton"):
-        more: dict[str, Any] = {"skip": skip, "norm_statistics": norm.statistics if norm else None}
-        if trains:
-            y = conv2d_triton_training(x, weight, bias, stride, sides, **fused, **more)
-            return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
-        more |= {"stats_groups": stats_groups or 0, "stats_eps": stats_eps}
+    if fused_by in ("cuda", "triton") and not trains:
         fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton
-        return fusing(x, weight, bias, stride, sides, **fused, **more)
-    if skip is not None:
-        x = torch.cat([x, skip], 1)
-    order: tuple[str, ...] | None = None
+        return fusing(call, None if stats_groups is None else (stats_groups, stats_eps))
+    y = conv2d_triton_training(call) if fused_by == "triton" else _unfused(call, reasons, backend)
+    return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
+
+
+def _unfused(call: Call, reasons: dict[str, str], backend: str | None) -> Tensor:
+    """By a backend that concatenates `skip` and gathers no statistics."""
+    if call.skip is not None:
+        call = call._replace(x=torch.cat([call.x, call.skip], 1), skip=None)
+    named, order = dispatch.is_named(backend), None
     if "cpu" not in reasons and not named:
-        if trains:
-            to_torch = suits_torch_in_training(x, weight, upsample)
-        else:
-            to_torch = _suits_torch(x, weight, stride, sides, upsample, time_embedding, residual)
+        trains = requires_grad(*call.tensors())
+        to_torch = suits_torch_in_training(call) if trains else _suits_torch(call)
         order = ("torch",) if to_torch else None
-    serve = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
-    run = _BACKENDS.get(serve, conv2d_torch)
-    if serve == "cpu" and named:
-        run = functools.partial(conv2d_cpu, or_torch=False)
-    y = cast(Tensor, run(x, weight, bias, stride, sides, **fused))
-    if stats_groups is None:
-        return y
-    mean, rstd = group_statistics(y, stats_groups, stats_eps)
-    return y, mean, rstd
+    serve = dispatch.choose("conv2d", call.x.device.type, reasons, backend, order=order)
+    if serve == "cpu":
+        return conv2d_cpu(call, or_torch=not named)
+    return _composite(call, conv2d_reference if serve == "reference" else conv2d_torch)
 
 
-def _suits_torch(
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    sides: tuple[int, ...],
-    upsample: bool,
-    time_embedding: Tensor | None,
-    residual: Tensor | None,
-) -> bool:
+def _suits_torch(call: Call) -> bool:
     """Whether the built-in rule leaves the whole call to torch. Measured times have precedence, where asked.
 
     A compiled model cannot ask while it is traced, and is served by the rule.
     """
+    x, weight, _, stride, padding, upsample, time_embedding, residual, *_ = call
     if not suits_torch(x, weight, upsample):
         return False
     if torch.compiler.is_compiling():
         return True
     added = (time_embedding is not None) + (residual is not None)
-    return times_of(shape_of(x, weight, stride, sides, upsample, added)) is None
+    return times_of(shape_of(x, weight, stride, padding, upsample, added)) is None
 
 
 def group_statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
