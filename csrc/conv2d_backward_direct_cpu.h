@@ -96,10 +96,11 @@ void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
     gemm::multiply_packing(
         {s.images * pixels, s.channels, dim},
         [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
+          const int64_t apart = gemm::scratch_stride<gemm::Float32>(steps);
           for (int64_t r = 0; r < count; ++r) {
             const int64_t image = (begin + r) / pixels, pixel = (begin + r) % pixels;
             const int64_t y = pixel / parity.columns, x = pixel % parity.columns;
-            float* to = &scratch[r * steps].value;
+            float* to = &scratch[r * apart].value;
             const auto gather = [&](int64_t t, int64_t o, int64_t at, int64_t run) {
               const int64_t row = y + parity.taps[t].y, column = x + parity.taps[t].x;
               if (row < 0 || row >= s.out_height || column < 0 || column >= s.out_width) {
@@ -111,7 +112,7 @@ void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
             };
             for_each_run(s.out_channels, step, steps, gather);
           }
-          return gemm::Rows<gemm::Float32>{scratch, steps};
+          return gemm::Rows<gemm::Float32>{scratch, apart};
         },
         WeightPanels<T>{s, parity, weight},
         [&](int64_t begin, int64_t count, int64_t column, const float* c) {

@@ -81,12 +81,9 @@ void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* 
     using Piece = gemm::Product::Piece;
     const Pixels<T> pixels{s, phase, x, zeros.data()};
     gemm::multiply_weights<Operand>(
-        product,
+        product, weight,
         [&](int64_t token, int64_t count, Piece piece, Operand* to) {
           pixels.pack(token, count, piece, to);
-        },
-        [&](int64_t row, int64_t count, Piece piece, Operand* scratch) {
-          return gemm::rows_of(weight + row * dim + piece.begin, dim, count, piece.count, scratch);
         },
         Epilogue<T>{s, phase, added, y});
     weight += s.out_channels * dim;

@@ -23,6 +23,7 @@
 
 namespace sdfast::gemm {
 
+using simd::kLanes;
 using simd::Vec;
 
 constexpr int kVecs = 2, kColumns = kVecs * simd::kLanes;
@@ -137,6 +138,17 @@ struct Rows {
   const Operand* data;
   int64_t stride;  // from one row to the next, in operands
 };
+
+// Addresses so many bytes apart share a set of the L1 cache: rows of a tile would drive each other
+// out of it.
+constexpr int64_t kWayBytes = 4096;
+constexpr bool crowds(int64_t stride_bytes) { return stride_bytes % kWayBytes == 0; }
+
+// From one row of scratch to the next, in operands.
+template <typename Operand>
+constexpr int64_t scratch_stride(int64_t steps) {
+  return crowds(steps * sizeof(Operand)) ? steps + kLanes : steps;
+}
 
 // Rows of a whole tile: those of the micro-kernel, or two of AMX.
 template <typename Operand>

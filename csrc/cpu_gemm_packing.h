@@ -90,20 +90,20 @@ struct MatrixPanels {
   }
 };
 
-// Rows of a as they lie in a matrix of T, or widened in scratch.
+// Rows of a as they lie in a matrix of T, or spread or widened in scratch.
 template <typename T>
 Rows<Float32> plain_rows(const T* from, int64_t stride, int64_t count, int64_t steps,
                          Float32* scratch) {
   if constexpr (std::is_same_v<T, float>) {
-    return {reinterpret_cast<const Float32*>(from), stride};
-  } else {
-    for (int64_t r = 0; r < count; ++r) {
-      simd::for_each_vector(0, steps, [&](int64_t i, auto lanes) {
-        simd::store(&scratch[r * steps + i].value, simd::load(from + r * stride + i, lanes), lanes);
-      });
-    }
-    return {scratch, steps};
+    if (!crowds(stride * sizeof(T))) return {reinterpret_cast<const Float32*>(from), stride};
   }
+  const int64_t apart = scratch_stride<Float32>(steps);
+  for (int64_t r = 0; r < count; ++r) {
+    simd::for_each_vector(0, steps, [&](int64_t i, auto lanes) {
+      simd::store(&scratch[r * apart + i].value, simd::load(from + r * stride + i, lanes), lanes);
+    });
+  }
+  return {scratch, apart};
 }
 
 // Rows of a by steps: (groups, steps, kGroupRows).
@@ -136,10 +136,10 @@ inline void multiply_rows(const StepRows& a, int64_t row, int64_t, int64_t step,
 }
 
 // c = a b. rows_of(begin, count, first_step, steps, scratch) gives Rows or StepRows of a; scratch
-// holds count * steps operands, count rounded up to whole groups. panels.pack(column, step, steps,
-// to) writes steps of the panel of b that begins with this column, panels.fetch(column, step,
-// steps) fetches what that will read. finish(begin, count, column, c) takes c: (count, kColumns),
-// columns from `column` on.
+// holds count * (steps + kLanes) operands, count rounded up to whole groups. panels.pack(column,
+// step, steps, to) writes steps of the panel of b that begins with this column,
+// panels.fetch(column, step, steps) fetches what that will read. finish(begin, count, column, c)
+// takes c: (count, kColumns), columns from `column` on.
 template <typename RowsOf, typename Panels, typename Finish>
 void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& panels,
                       const Finish& finish) {
@@ -150,7 +150,8 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
   const int64_t scratch_rows = (cut.most_rows() + kGroupRows - 1) / kGroupRows * kGroupRows;
   share(cut.blocks * cut.splits, [&](const auto& next) {
     const Scratch<float> c(sums_size * (parts > 1 ? most_panels : 1));
-    const Scratch<float> rows_scratch(scratch_rows * cut.steps), b(kShortChain * kColumns);
+    const Scratch<float> rows_scratch(scratch_rows * (cut.steps + kLanes));
+    const Scratch<float> b(kShortChain * kColumns);
     auto* a_scratch = reinterpret_cast<Float32*>(rows_scratch.get());
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item / cut.splits, split = item % cut.splits;

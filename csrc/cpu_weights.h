@@ -14,47 +14,58 @@
 
 namespace sdfast::gemm {
 
-using simd::kLanes;
-
 constexpr int64_t kGroup = 4 * kRows;        // rows of W finished at a time: whole vectors
 constexpr int64_t kPackedBytes = 512 << 10;  // of tokens, beside a group of W in L2
 
 // `count` rows of `dim` values of a weight, `stride` apart, as the micro-kernel reads them: where
-// they lie if that can be; else widened, or the last pair completed, in scratch.
+// they lie if that can be; else spread, widened, or the last pair completed, in scratch.
 template <typename T, typename Operand>
 Rows<Operand> rows_of(const T* from, int64_t stride, int64_t count, int64_t dim, Operand* scratch) {
   constexpr int kDepth = Operand::kDepth;
-  const int64_t steps = steps_of(kDepth, dim);
+  const int64_t steps = steps_of(kDepth, dim), apart = scratch_stride<Operand>(steps);
   if constexpr (sizeof(T) * kDepth == sizeof(Operand)) {
-    if (stride % kDepth == 0 && dim % kDepth == 0) {
+    if (stride % kDepth == 0 && dim % kDepth == 0 && !crowds(stride * sizeof(T))) {
       return {reinterpret_cast<const Operand*>(from), stride / kDepth};
     }
     for (int64_t r = 0; r < count; ++r) {
-      T* to = reinterpret_cast<T*>(scratch + r * steps);
-      std::memset(static_cast<void*>(to), 0, steps * sizeof(Operand));
+      T* to = reinterpret_cast<T*>(scratch + r * apart);
+      to[steps * kDepth - 1] = T{};
       std::memcpy(static_cast<void*>(to), from + r * stride, dim * sizeof(T));
     }
   } else {
     for (int64_t r = 0; r < count; ++r) {
       simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
-        simd::store(&scratch[r * steps + i].value, simd::load(from + r * stride + i, lanes), lanes);
+        simd::store(&scratch[r * apart + i].value, simd::load(from + r * stride + i, lanes), lanes);
       });
     }
   }
-  return {scratch, steps};
+  return {scratch, apart};
 }
 
-// Steps [step, step + kLanes) of a row of `dim` values, as the lanes of a vector.
+// kLanes steps of a row, as the lanes of a vector.
+template <typename T>
+SDFAST_INLINE Vec load_whole(Float32, const T* row) {
+  return simd::load(row, simd::FullVector());
+}
+#if defined(__AVX512BF16__)
+SDFAST_INLINE Vec load_whole(BFloat16Pair, const simd::BFloat16* row) {
+  Vec pairs;
+  std::memcpy(&pairs, row, sizeof pairs);
+  return pairs;
+}
+#endif
+
+// Steps [step, step + kLanes) of a row of `dim` values; beyond them zeros.
 template <typename T>
 SDFAST_INLINE Vec load_steps(Float32, const T* row, int64_t step, int64_t dim) {
-  if (step + kLanes <= dim) return simd::load(row + step, simd::FullVector());
+  if (step + kLanes <= dim) return load_whole(Float32(), row + step);
   return simd::load(row + step, static_cast<int>(dim - step));
 }
 #if defined(__AVX512BF16__)
 SDFAST_INLINE Vec load_steps(BFloat16Pair, const simd::BFloat16* row, int64_t step, int64_t dim) {
+  if (2 * (step + kLanes) <= dim) return load_whole(BFloat16Pair(), row + 2 * step);
   Vec pairs{};
-  const int64_t there = std::min<int64_t>(2 * kLanes, dim - 2 * step);
-  std::memcpy(&pairs, row + 2 * step, there * sizeof *row);
+  std::memcpy(&pairs, row + 2 * step, (dim - 2 * step) * sizeof *row);
   return pairs;
 }
 #endif
@@ -143,12 +154,11 @@ struct Cut {
   }
 };
 
-// pack(token, count, piece, to) packs tokens into columns. weights(row, count, piece, scratch)
-// gives Rows of W; scratch holds kGroup rows of a piece, for what cannot be read in place.
-// finish(token, count, row, rows, c, gates) takes sums (count, kGroup) of rows [row, row + rows).
-template <typename Operand, typename Pack, typename Weights, typename Finish>
-void multiply_weights(const Product& p, const Pack& pack, const Weights& weights,
-                      const Finish& finish) {
+// weight: (rows, dim), contiguous, twice the rows where gated. pack(token, count, piece, to) packs
+// tokens into columns. finish(token, count, row, rows, c, gates) takes sums (count, kGroup) of rows
+// [row, row + rows).
+template <typename Operand, typename T, typename Pack, typename Finish>
+void multiply_weights(const Product& p, const T* weight, const Pack& pack, const Finish& finish) {
   constexpr int64_t kSums = kGroup * kColumns;
   const Cut cut = Cut::of<Operand>(p);
   const int64_t panels = p.panels(), groups = p.groups(), parts = p.parts();
@@ -158,12 +168,15 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
   share(cut.blocks * cut.splits, [&](const auto& next) {
     const Tiles<Operand> tiles;
     const Scratch<Operand> packed(most_panels * most_steps * kColumns);
-    const Scratch<Operand> scratch(halves * kGroup * most_steps);
+    const int64_t group_size = kGroup * (most_steps + kLanes);
+    const Scratch<Operand> scratch(halves * group_size);
     // Sums wait for the next part of K, if there is one.
     const Scratch<float> sums(halves * kSums * (parts > 1 ? most_panels * most_groups : 1));
     const Scratch<float> transposed(halves * kSums);
     for (int64_t item; (item = next()) >= 0;) {
-      const int64_t block = item % cut.blocks, split = item / cut.blocks;
+      // From the last one on: what does not divide evenly makes the last ones the largest.
+      const int64_t left = cut.blocks * cut.splits - 1 - item;
+      const int64_t block = left % cut.blocks, split = left / cut.blocks;
       const int64_t first = block * panels / cut.blocks, end = (block + 1) * panels / cut.blocks;
       const int64_t first_group = split * groups / cut.splits;
       const int64_t end_group = (split + 1) * groups / cut.splits;
@@ -185,12 +198,11 @@ void multiply_weights(const Product& p, const Pack& pack, const Weights& weights
           Rows<Operand> a[2];
           Ahead next_group[2];
           for (int64_t half = 0; half < halves; ++half) {
-            Operand* own = scratch.get() + half * kGroup * most_steps;
-            a[half] = weights(row + half * p.rows, rows, piece, own);
-            if (a[half].data == own || group + 1 == end_group) continue;
-            next_group[half] =
-                Ahead(a[half].data + rows * a[half].stride, kGroup, steps * sizeof(Operand),
-                      a[half].stride * sizeof(Operand), (end - first) * calls_of(rows, steps));
+            const T* from = weight + (row + half * p.rows) * p.dim + piece.begin;
+            a[half] = rows_of(from, p.dim, rows, piece.count, scratch.get() + half * group_size);
+            if (group + 1 == end_group) continue;
+            next_group[half] = Ahead(from + rows * p.dim, kGroup, piece.count * sizeof(T),
+                                     p.dim * sizeof(T), (end - first) * calls_of(rows, steps));
           }
           for (int64_t panel = first; panel < end; ++panel) {
             for (int64_t half = 0; half < halves; ++half) {

@@ -1,13 +1,14 @@
 // linear on CPU: y = act(x Wᵀ + bias + residual), fp32, bf16 and fp16.
 //
-// Algorithm. cpu_weights.h: W is read where it lies. A panel of tokens and a group of W's rows at a
-// time the sums are finished: bias and residual added, activated, rounded once. For GEGLU the sums
-// of the value and of its gate meet in L1 and the doubled intermediate is never written.
-// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
-// Bytes: x, W and the residual read, y written. Limit: fused multiply-adds.
+// Algorithm. cpu_weights.h, of few tokens cpu_few_tokens.h: W is read where it lies. A panel of
+// tokens and a group of W's rows at a time the sums are finished: bias and residual added,
+// activated, rounded once. For GEGLU the sums of the value and of its gate meet in L1 and the
+// doubled intermediate is never written. bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere
+// bf16 and fp16 are widened to fp32. Bytes: x, W and the residual read, y written. Limit: fused
+// multiply-adds.
+#include "cpu_few_tokens.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"
-#include "cpu_weights.h"
 
 namespace sdfast {
 namespace {
@@ -94,16 +95,16 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
          const Epilogue<T>& epilogue) {
   const bool gated = epilogue.activation == Activation::kGeglu;
   const gemm::Product product{tokens, epilogue.width, k, gemm::even_part<Operand>(k), k, gated};
+  if (tokens <= gemm::kFewTokens) {
+    return gemm::multiply_few_tokens<Operand>(product, x, stride, weight, epilogue);
+  }
   using Piece = gemm::Product::Piece;
   gemm::multiply_weights<Operand>(
-      product,
+      product, weight,
       [&](int64_t token, int64_t count, Piece piece, Operand* to) {
         const T* from = x + token * stride + piece.begin;
         gemm::pack_columns<T>([&](int64_t i) { return from + i * stride; }, count, piece.count,
                               gemm::kColumns * stride, to);
-      },
-      [&](int64_t row, int64_t count, Piece piece, Operand* scratch) {
-        return gemm::rows_of(weight + row * k + piece.begin, k, count, piece.count, scratch);
       },
       epilogue);
 }
