@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sdfast.bench.tables import markdown_table
+from sdfast.bench.training import LARGEST_FP32_ERROR
 
 Row = dict[str, Any]
 TITLES = {
@@ -223,15 +224,19 @@ def training_memory_lines(record: Row) -> list[str]:
         (
             names[row["side"]], f"{row['peak_bytes'] / 1e9:.2f} GB", f"{row['seconds']:.2f} s",
             f"{row['first_seconds']:.1f} s", f"{row['error']:.1e}" if row["error"] else "",
+            f"{row['wrong']} of {row['gradients']}" if row["wrong"] else "none",
         )
         for row in record["rows"]
     ]  # fmt: skip
     return [
         "Forward and backward of SD 1.5's U-Net, batch 2 of 256x256 images, fp32, each side in a process of",
         "its own. Memory is the peak above the weights, gradients included; the weights are"
-        f" {record['rows'][0]['weight_bytes'] / 1e9:.2f} GB.",
+        f" {record['rows'][0]['weight_bytes'] / 1e9:.2f} GB. A gradient is wrong that is more than",
+        f"{LARGEST_FP32_ERROR:.0e} from eager's, in norm.",
         "",
-        *markdown_table(("", "memory", "a step", "the first", "largest error of a gradient"), rows),
+        *markdown_table(
+            ("", "memory", "a step", "the first", "largest error of a gradient", "wrong ones"), rows
+        ),
     ]
 
 

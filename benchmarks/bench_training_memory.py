@@ -5,14 +5,13 @@
 Forward and backward of SD 1.5's U-Net, batch 2 of 256x256 images, fp32, random weights, no optimiser. Each
 side has a process of its own, one after the other: memory is the peak of a step above what is resident once
 the weights are there, gradients included; the time is the median of steps after the first, of which
-`first_seconds` tells. Gradients of all parameters are checked against eager's. `sdfast bench training` times
-the sides in turns.
+`first_seconds` tells. Gradients of all parameters are compared with eager's: ours have to agree, of another
+engine that does not `wrong` says of how many. `sdfast bench training` times the sides in turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import pathlib
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from _own_process import PeakMemory, in_own_process
 from _record import results_path, write_json
 from torch import Tensor
 
-from sdfast.bench.training import LARGEST_FP32_ERROR, largest_error
+from sdfast.bench.training import LARGEST_FP32_ERROR, errors
 from sdfast.bench.works import TINY_WORKS, WORKS
 
 SIDES = ("eager", "compile", "sdfast")
@@ -78,13 +77,16 @@ def main() -> None:
             row = in_own_process(side, run, side, options.rounds, options.threads, options.tiny, str(path))
             gradients = torch.load(path)
             expected = gradients if expected is None else expected
-            row["error"] = largest_error(gradients, expected)
-            if not row["error"] <= LARGEST_FP32_ERROR or math.isnan(row["seconds"]):
+            off = errors(gradients, expected)
+            row["error"], row["gradients"] = max(off), len(off)
+            row["wrong"] = wrong = sum(error > LARGEST_FP32_ERROR for error in off)
+            if wrong and side == "sdfast":
                 raise AssertionError(f"{side}: a gradient's error is {row['error']:.1e}")
             rows.append(row)
             print(
                 f"{side}: {row['seconds']:.2f} s ({row['first_seconds']:.1f} s the first),"
-                f" {row['peak_bytes'] / 1e9:.2f} GB above the weights, error {row['error']:.1e}",
+                f" {row['peak_bytes'] / 1e9:.2f} GB above the weights, error {row['error']:.1e}"
+                f" ({wrong} of {len(off)} gradients are wrong)",
                 flush=True,
             )
     if not options.tiny and tuple(options.sides) == SIDES:

@@ -46,18 +46,23 @@ def rows(request: Request, size: str | None = None) -> Iterator[dict[str, Any]]:
 
 
 def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest relative error of a gradient; inf where one is not finite.
+    """The largest of `errors`."""
+    return max(errors(found, expected))
+
+
+def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """The relative error of each gradient; inf where one is not finite.
 
     One that cancels to almost nothing, as a bias's before a GroupNorm of single channels, is rounding alone:
     a thousandth of the gradients' usual norm divides where that is larger than its own.
     """
     norms = [float(torch.linalg.vector_norm(right)) for right in expected]
     usual = math.sqrt(sum(norm**2 for norm in norms) / len(norms))
-    errors = [
+    found_errors = [
         float(torch.linalg.vector_norm(actual - right)) / max(norm, 1e-3 * usual)
         for actual, right, norm in zip(found, expected, norms, strict=True)
     ]
-    return max(errors) if all(map(math.isfinite, errors)) else math.inf
+    return [error if math.isfinite(error) else math.inf for error in found_errors]
 
 
 def share_parameters(ours: nn.Module, theirs: Any) -> None:
