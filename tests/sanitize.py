@@ -16,7 +16,8 @@ import sys
 
 TESTS = pathlib.Path(__file__).resolve().parent
 OPERATIONS = (
-    "add_noise", "attention", "conv2d", "diffusion_step", "group_norm", "layer_norm", "linear", "reparameterize",
+    "add_noise", "attention", "attention_backward", "conv2d", "conv2d_backward", "diffusion_step", "group_norm",
+    "layer_norm", "linear", "linear_backward", "reparameterize",
 )  # fmt: skip
 BESIDE = "148-byte region"  # what AddressSanitizer says the address lies beside: 37 floats
 FAULTS = {

@@ -98,6 +98,7 @@ OPERATIONS = {
         t.test_layouts(bf16, "odd")
         t.test_causal(bf16)
         t.test_large_logits(bf16)
+        import test_attention_backward as t
         for head_dim in (40, 80):
             t.test_gradients_against_fp64("cpu", bf16, head_dim)
         t.test_causal_gradients(bf16)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import sdfast
-from sdfast import cli, doctor
+from sdfast import cli
 from sdfast._library import LibraryStatus
 from sdfast.images import read_settings
 
@@ -298,89 +298,6 @@ def test_interrupted_while_writing(generate, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: signal.raise_signal(signal.SIGINT))
     assert generate()[0] == 130
     assert list(tmp_path.iterdir()) == []
-
-
-def test_train_digits_passes_its_arguments_on(monkeypatch, capsys, tmp_path):
-    calls = []
-
-    def train_digits(output, **options):
-        calls.append((output, options))
-        return output
-
-    monkeypatch.setattr("sdfast.training.digits.train_digits", train_digits)
-    assert cli.main(["train", "digits", "-o", str(tmp_path / "out"), "--vae-steps", "5", "--restart"]) == 0
-    expected = {"run_dir": Path("runs/digits"), "seed": 0, "resume": False, "threads": 2, "vae_steps": 5}
-    assert calls == [(tmp_path / "out", expected)]
-    assert cli.main(["train", "digits", "--unet-steps", "0"]) == 2
-    assert "--unet-steps: got 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--output", "--run-dir"])
-def test_train_digits_checks_where_it_writes(monkeypatch, capsys, tmp_path, option):
-    def train_digits(*_, **__):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("sdfast.training.digits.train_digits", train_digits)
-    (tmp_path / "file").touch()
-    arguments = {"--output": tmp_path / "out", "--run-dir": tmp_path / "run"}
-
-    def train(path):
-        given = [str(one) for pair in (arguments | {option: path}).items() for one in pair]
-        return cli.main(["train", "digits", *given]), *capsys.readouterr()
-
-    assert refused(train(tmp_path / "file" / "below" / "it"), f"{option}: {tmp_path / 'file'} is no folder")
-    (tmp_path / "locked").mkdir()
-    access = os.access  # root, in a container, may write everywhere
-    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path) and access(path, mode))
-    assert refused(
-        train(tmp_path / "locked" / "a" / "b"), f"{option}: the folder {tmp_path / 'locked'} cannot"
-    )
-
-
-def test_train_digits_does_not_shadow_the_model_that_ships(monkeypatch, capsys, tmp_path, model):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sdfast.training.digits.train_digits", lambda output, **_: output)
-    assert cli.main(["train", "digits"]) == 0
-    assert capsys.readouterr().out.endswith(" --model ./my-digits\n")
-    assert cli.main(["train", "digits", "-o", "digits"]) == 0
-    assert capsys.readouterr().out.endswith(" --model ./digits\n")
-    shutil.copytree(model, "digits")
-    arguments = ["generate", "seven", "--steps", "2"]
-    assert refused((cli.main([*arguments, "--model", "digits"]), *capsys.readouterr()), "./digits")
-    assert cli.main([*arguments, "--model", "./digits"]) == 0
-    assert Image.open("sdfast.png").size == (16, 16)
-    assert cli.main(arguments) == 0
-    assert Image.open("sdfast.png").size == (32, 32)
-
-
-def test_doctor(capsys):
-    assert cli.main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    for expected in (f"torch {torch.__version__}", "_C_cpu", "triton", "cmake", "threads", "CUDA"):
-        assert expected in out
-    assert "could not be found out" not in out
-
-
-def test_doctor_never_fails(monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("odd machine")
-
-    monkeypatch.setattr("sdfast._library.status", broken)
-    monkeypatch.setattr("torch.get_num_threads", broken)
-    assert doctor.report().count("could not be found out: RuntimeError: odd machine") == 2
-
-
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["train"], ["paint"]])
-def test_incomplete_commands(arguments, capsys):
-    assert refused((cli.main(arguments), *capsys.readouterr()), "")
-
-
-def test_help_and_version(capsys):
-    for arguments in (["--help"], ["generate", "--help"], ["train", "digits", "--help"], ["--version"]):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        assert ended.value.code == 0
-    assert capsys.readouterr().out.endswith(f"sdfast {sdfast.__version__}\n")
 
 
 def run_process(*arguments, **options):

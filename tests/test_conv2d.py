@@ -30,6 +30,7 @@ CASES = (
     (1, 32, 6, 6, 32, 3, 1, 0),
     (1, 2561, 3, 3, 33, 1, 1, 0),  # channels in several parts, odd
     (1, 2560, 3, 3, 33, 1, 1, 0),
+    (1, 2048, 5, 8, 20, 1, 1, 0),  # rows of the weight are a way of the L1 cache apart
 )
 ROUNDS = (2, 1400, 20, 20, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
 WINOGRAD_ERROR = {"winograd4x4": 2e-5, "winograd2x2": 2e-6}  # relative, a layer

@@ -20,6 +20,7 @@ MORE_CASES = (
     (1, 17, 7, 9, 6, 3, 2, (0, 1, 0, 1)),
     (1, 9, 7, 9, 16, 3, 2, (2, 0, 1, 3)),
     (3, 1, 5, 13, 2, 3, 1, 1),
+    (1, 24, 5, 8, 1024, 1, 1, 0),  # rows of dy are a way of the L1 cache apart
 )
 # Many tiles and few, in several blocks; sizes that four does not divide; channels that no vector does, in parts.
 WINOGRAD_CASES = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers_runs import CLASSES, start
 from on_device import OnTheDevice
-from test_graphs import Recorder, Scaled
+from recorded_graphs import Recorder, Scaled
 
 from sdfast import diffusion, graphs
 from sdfast.diffusion import SAMPLERS, NoiseSchedule, sample, sample_on_device

@@ -12,7 +12,11 @@ from sdfast.ops.linear import ACTIVATIONS, linear_torch
 from sdfast.testing import assert_within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 2, 1), (5, 6, 3), (13, 34, 7), (77, 40, 33), (100, 64, 320), (60, 96, 1300), (30, 48, 5200))
+SHAPES = (
+    (1, 2, 1), (5, 6, 3), (13, 34, 7), (77, 40, 33), (100, 64, 320), (60, 96, 1300), (30, 48, 5200),
+    # Few tokens, several chains of additions of them; rows whose distance is that of a way of the L1 cache.
+    (3, 52, 4101), (6, 98, 64), (8, 34, 70), (40, 54, 1024), (33, 34, 4096), (20, 1024, 40),
+)  # fmt: skip
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("linear_rows", "cpu"), reason=_library.load_cpu_library().detail
 )
@@ -67,12 +71,13 @@ def test_nothing_is_left_unwritten(dtype: torch.dtype, poisoned_memory: None) ->
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_stay_in_their_row(value: float, dtype: torch.dtype) -> None:
-    x, weight, bias, _ = make(9, 34, 7, dtype)
-    clean = ops.linear(x, weight, bias, backend="cpu")
-    x[4, 6] = value
-    y = ops.linear(x, weight, bias, backend="cpu")
-    assert not y[4].isfinite().any()
-    assert torch.equal(y[:4], clean[:4]) and torch.equal(y[5:], clean[5:])
+    for tokens in (6, 9):
+        x, weight, bias, _ = make(tokens, 34, 7, dtype)
+        clean = ops.linear(x, weight, bias, backend="cpu")
+        x[4, 6] = value
+        y = ops.linear(x, weight, bias, backend="cpu")
+        assert not y[4].isfinite().any()
+        assert torch.equal(y[:4], clean[:4]) and torch.equal(y[5:], clean[5:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from test_graphs import Recorder
+from recorded_graphs import Recorder
 from test_optimize import MODELS, made
 from test_optimize_pipelines import script
 

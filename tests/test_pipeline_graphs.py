@@ -6,7 +6,7 @@ import pytest
 import tiny_pipelines
 import torch
 from on_device import OnTheDevice
-from test_graphs import Recorder
+from recorded_graphs import Recorder
 
 import sdfast
 from sdfast import generation, graphs, pipeline_base

@@ -6,12 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,28 +13,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import PACKAGE
 from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+import ldm_runs  # noqa: E402
 import tiny_pipelines  # noqa: E402
+from ldm_runs import QUIET, same, weights  # noqa: E402
 
 from sdfast.cli import main  # noqa: E402
 from sdfast.models import AutoencoderKLConfig  # noqa: E402
 from sdfast.pipelines import StableDiffusion  # noqa: E402
-from sdfast.training import checkpoints, watching  # noqa: E402
-from sdfast.training.checkpoints import ShardedRunFolder  # noqa: E402
+from sdfast.training import watching  # noqa: E402
 from sdfast.training.distributed import ALONE, Parallel  # noqa: E402
 from sdfast.training.images import read_pixels  # noqa: E402
-from sdfast.training.ldm import DataOptions, LDMTraining, Running, _measure, train_ldm  # noqa: E402
+from sdfast.training.ldm import LDMTraining, _measure, train_ldm  # noqa: E402
 from sdfast.training.ldm_parts import choose_trained, load_parts, module_fingerprint  # noqa: E402
 from sdfast.training.optimizer import Schedule  # noqa: E402
 from sdfast.training.trainer import Step  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-QUIET = Running(progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,48 +42,12 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Nine pictures of different shapes with their captions; the second is cut short, the third is none."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(9):
-        tiny_pipelines.picture(20 + 4 * (i % 3), 28 - 4 * (i % 3)).rotate(40 * i).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"seven and {i}\n")
-    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
-    (folder / "2.png").write_bytes(b"no image")
-    return folder
+    return ldm_runs.photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
 def train(model, photos, tmp_path):
-    """Five steps of the U-Net, or what the arguments say."""
-
-    def run(
-        name="out",
-        *,
-        data=photos,
-        running=QUIET,
-        model=model,
-        seed=0,
-        options=None,
-        steps=5,
-        lr=1e-3,
-        **settings,
-    ):
-        schedule = Schedule(steps=steps, learning_rate=lr, warmup_steps=1, ema_decay=0.5, decay="constant")
-        return train_ldm(
-            data, tmp_path / name, model=model, run_dir=tmp_path / f"{name}-run", running=running, seed=seed,
-            training=LDMTraining(schedule=schedule, **{"batch_size": 4} | settings),
-            options=options or DataOptions(), cache_dir=tmp_path / "cache",
-        )  # fmt: skip
-
-    return run
-
-
-def weights(folder: Path, part: str = "unet") -> dict[str, torch.Tensor]:
-    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return ldm_runs.trainer(model, photos, tmp_path)
 
 
 def test_damaged_images_are_skipped_and_named_and_the_pipeline_draws(train, model):
@@ -134,23 +90,6 @@ def test_a_lora_is_trained_instead(train, model, precision):
     theirs.load_lora_weights(trained.output)
     images = theirs("seven", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     tiny_pipelines.assert_same_pictures(ours, images)
-
-
-def test_a_lora_goes_on_to_the_same_bits(train, monkeypatch):
-    def factors(name, **more):
-        return load_file(train(name, lora_rank=2, **more).output / "pytorch_lora_weights.safetensors")
-
-    reference, save = factors("whole"), ShardedRunFolder.save
-
-    def save_and_stop(self, *arguments, **keywords):
-        save(self, *arguments, **keywords)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardedRunFolder, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            factors("stopped", running=dataclasses.replace(QUIET, checkpoint_steps=2))
-    assert same(reference, factors("stopped"))
 
 
 def test_unet_learns_to_see_the_noise(train, model):
@@ -201,33 +140,6 @@ def test_vae_needs_no_captions(train, photos, tmp_path):
         train("unet", data=tmp_path / "plain")
 
 
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"steps": 6}, "schedule.steps is 5 there and 6 here"),
-        ({"prediction": "v_prediction"}, "noise.prediction_type is epsilon there and v_prediction here"),
-        ({"data": "swapped"}, r"data is \w+ there and \w+ here"),
-        ({"seed": 1}, "seed is 0 there and 1 here"),
-    ],
-)
-def test_checkpoints_of_other_settings_are_refused_before_any_work(
-    train, photos, tmp_path, monkeypatch, settings, text
-):
-    train()
-    monkeypatch.setattr("sdfast.training.ldm._Work", None)  # what would begin to work
-    if "data" in settings:  # another picture under the name of one
-        settings = {"data": Path(shutil.copytree(photos, tmp_path / settings["data"]))}
-        (settings["data"] / "4.png").write_bytes((photos / "5.png").read_bytes())
-    with pytest.raises(ValueError, match=text):
-        train(**settings)
-
-
-def test_a_copy_of_the_images_is_the_same_data(train, photos, tmp_path):
-    first = train()
-    copy = shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)  # times are new
-    assert same(weights(first.output), weights(train(data=copy).output))
-
-
 def test_from_scratch_at_another_resolution_samples_and_pipeline_have_its_size(train, tmp_path):
     running = dataclasses.replace(QUIET, sample_steps=1, sample_prompts=("seven",))
     trained = train(from_scratch=True, resolution=24, steps=1, running=running)  # the model's own is 16
@@ -262,91 +174,6 @@ def test_a_lora_begins_alike_on_every_device_and_is_no_part_of_the_model(train, 
     assert set(drawn) == {"cpu"}
 
 
-def test_checkpoint_of_another_model_is_refused(train, tmp_path):
-    output = train().output
-    output.rename(tmp_path / "learned")
-    with pytest.raises(ValueError, match=r"model.unet is \w+ there and \w+ here"):
-        train(model=tmp_path / "learned")
-    train(model=tmp_path / "learned", running=dataclasses.replace(QUIET, resume=False))
-
-
-KILLED = """
-import sys, torch
-torch.set_num_threads(1)
-from sdfast.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_bits(model, photos, tmp_path):
-    def arguments(name):
-        return [
-            "train", "ldm", "--data", photos, "--model", model, "-o", tmp_path / name, "--steps", "12", "--lr",
-            "1e-3", "--batch-size", "4", "--ema-decay", "0.9", "--cache-dir", tmp_path / "cache",
-            "--checkpoint-seconds", "1e-9", "--aspect-buckets", "--micro-batch", "3",
-        ]  # fmt: skip
-
-    reference = [*arguments("a")]
-    reference[reference.index("1e-9")] = "1e9"
-    assert main([str(a) for a in reference]) == 0
-    checkpoints = tmp_path / "b-run" / "unet"
-    command = [sys.executable, "-c", KILLED, *map(str, arguments("b"))]
-    process = subprocess.Popen(command, cwd=PACKAGE, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*[3-9]")):
-        assert process.poll() is None and time.monotonic() < deadline, "wrote no checkpoint"
-        time.sleep(0.003)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "b").exists()
-    assert main([str(a) for a in arguments("b")]) == 0
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-
-
-@pytest.fixture
-def small_disk():
-    """A function that lets files grow to so many bytes and no further, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_full_disk_leaves_the_older_checkpoint_whole(train, small_disk, tmp_path):
-    reference = train("a", steps=6)
-    calls = 0
-    save = ShardedRunFolder.save
-
-    def fills(run, step, state):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            small_disk(100_000)
-        return save(run, step, state)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardedRunFolder, "save", fills)
-        running = dataclasses.replace(QUIET, checkpoint_steps=2)
-        with (
-            pytest.warns(UserWarning, match="step 4 could not be written.*training goes on"),
-            pytest.raises(OSError, match="step 6 could not be written.*run the same command again"),
-        ):
-            train("b", steps=6, running=running)
-    assert [path.name for path in (tmp_path / "b-run" / "unet").iterdir()] == ["checkpoint-00000002"]
-    small_disk(resource.RLIM_INFINITY)
-    assert same(weights(reference.output), weights(train("b", steps=6).output))
-
-
-def test_damaged_checkpoint_is_passed_over(train, tmp_path):
-    reference = train("a")
-    train("b", running=dataclasses.replace(QUIET, checkpoint_steps=3))
-    (shard,) = (tmp_path / "b-run" / "unet" / "checkpoint-00000005").glob("*.safetensors")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    with pytest.warns(UserWarning, match="00000005: damaged .the checksum"):
-        assert same(weights(reference.output), weights(train("b").output))
-
-
 def _gradients(model: Path, precision: str = "fp32", *, recompute: bool = False, parts: int = 1):
     loaded = load_parts(model, prediction=None, device=torch.device("cpu"))
     choose_trained(loaded, "unet")
@@ -373,20 +200,6 @@ def test_half_precision_gradients(model, precision):
     exact, found = _gradients(model), _gradients(model, precision)
     assert (found - exact).norm() < 0.03 * exact.norm()
     assert torch.equal(_gradients(model, precision, recompute=True), found)
-
-
-def test_checkpoints_keep_strides_and_copy_only_what_they_must(tmp_path, monkeypatch):
-    x = torch.randn(3, 4, 5, 6)
-    run = ShardedRunFolder(tmp_path, {})
-    run.save(7, {"last": x.to(memory_format=torch.channels_last), "first": x, "moments": {"step": 2.0}})
-    last, first = torch.zeros(3, 4, 5, 6).to(memory_format=torch.channels_last), torch.zeros(3, 4, 5, 6)
-    load, into = checkpoints.dcp.load, {}
-    monkeypatch.setattr(checkpoints.dcp, "load", lambda state, **o: (into.update(state), load(state, **o)))
-    found = run.latest({"last": last, "first": first, "moments": {"step": 0.0}})
-    assert found["step"] == 7 and found["moments"] == {"step": 2.0}
-    assert torch.equal(last, x) and torch.equal(first, x)
-    assert last.is_contiguous(memory_format=torch.channels_last)
-    assert into["first"].data_ptr() == first.data_ptr()
 
 
 class Buffering:
