@@ -115,9 +115,8 @@ SDFAST_INLINE Vecs<N> at_most(const Vecs<N>& a, float bound) {
   return each([&](Vec x) { return at_most(x, bound); }, a);
 }
 
-// exp(v) for v between kExpLow and kExpHigh, where it has reached zero and inf. Relative error
-// about one unit in the last place.
-constexpr float kExpLow = -104.0f, kExpHigh = 89.0f;
+// exp(v) for v between -104 and 89, where it has reached zero and inf. Relative error about one
+// unit in the last place.
 template <typename V>
 SDFAST_INLINE V exp_in_range(const V& v) {
 #if defined(__AVX512F__)
@@ -160,13 +159,6 @@ SDFAST_INLINE V exp_in_range(const V& v) {
       },
       p, shifted);
 #endif
-}
-
-// exp(v) over the whole range: overflow gives inf, underflow goes through the subnormals to zero,
-// NaN stays NaN.
-template <typename V>
-SDFAST_INLINE V exp(const V& v) {
-  return exp_in_range(at_most(at_least(v, kExpLow), kExpHigh));
 }
 
 // a / d for d between 2^-125 and 2^125, a number or inf or NaN.

@@ -261,43 +261,5 @@ __device__ inline float warp_sum(float x) {
   }
   return x;  // the same bits in every lane: addition commutes
 }
-__device__ inline float warp_max(float x) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
-  }
-  return x;
-}
-
-// Count, mean and sum of squared distances from it (Welford 1962; combined as by Chan et al. 1979).
-struct Moments {
-  float count = 0, mean = 0, square = 0;
-
-  __device__ void add(float x) {
-    count += 1;
-    const float distance = x - mean;
-    mean += distance / count;
-    square += distance * (x - mean);
-  }
-  __device__ void add(const Moments& other) {
-    const float total = count + other.count;
-    if (total == 0) return;
-    const float share = other.count / total, distance = other.mean - mean;
-    mean += distance * share;
-    square += other.square + distance * distance * count * share;
-    count = total;
-  }
-};
-
-__device__ inline Moments warp_combine(Moments x) {
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const Moments other{__shfl_down_sync(kAllLanes, x.count, distance),
-                        __shfl_down_sync(kAllLanes, x.mean, distance),
-                        __shfl_down_sync(kAllLanes, x.square, distance)};
-    if ((threadIdx.x % kWarp) % (2 * distance) == 0) x.add(other);
-  }
-  return x;  // lane 0 holds that of the warp
-}
 
 }  // namespace sdfast

@@ -66,11 +66,6 @@ def _legend(entries: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _filled_and_hollow(others: str) -> list[tuple[str, str]]:
-    marks = plots.legend_mark(0), plots.legend_mark(0, hollow=True)
-    return [(marks[0], "filled: sdfast"), (marks[1], f"hollow: {others}")]
-
-
 def _speed(result: Record) -> Iterator[str]:
     """Bars: a summary of each operation, then every row with every engine."""
     rows = _measured(result["rows"])
