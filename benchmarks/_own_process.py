@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
 import pathlib
 import re
@@ -12,6 +10,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from _record import error_text
+
+from sdfast.memory import return_freed_memory
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -49,8 +49,7 @@ class PeakMemory:
     """Counts from what is resident now, once all that is free was given back."""
 
     def __init__(self) -> None:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         self._before = _resident("VmRSS")
 

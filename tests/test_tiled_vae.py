@@ -234,16 +234,16 @@ def test_pipeline_draws_the_same_picture(tmp_path):
 
 
 MEMORY = """
-    import ctypes, gc, os, pathlib, re, torch
+    import os, pathlib, re, torch
     from sdfast import tiled_vae
+    from sdfast.memory import return_freed_memory
     from sdfast.models import AutoencoderKL, AutoencoderKLConfig
 
     def peak(name):
         return 1024 * int(re.search(name + r":\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 
     def most(run):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = peak("VmRSS")
         with torch.inference_mode():

@@ -8,7 +8,6 @@ that this is so.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import re
@@ -22,6 +21,7 @@ import torch
 from sdfast import packing
 from sdfast.bench.engines import ENGINES, EXPORT, Run, Task
 from sdfast.bench.record import error_text
+from sdfast.memory import return_freed_memory
 
 _SPAWN = multiprocessing.get_context("spawn")  # forked children would share the thread pool's state
 
@@ -172,12 +172,12 @@ def _first_run(name: str, task: Task) -> tuple[Run, dict[str, Any]]:
 
 def _reset_peak(device: str) -> None:
     """Give freed pages back, and let the peak begin anew; only Linux can."""
-    gc.collect()
     if device != "cpu":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 

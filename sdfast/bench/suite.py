@@ -16,7 +16,7 @@ import torch
 from sdfast.bench import machine, page, record, tables
 from sdfast.bench.request import ENGINES, Request
 from sdfast.files import write_text
-from sdfast.memory import keep_freed_memory
+from sdfast.memory import keep_freed_memory, return_freed_memory
 
 # A quick run starts nothing after this; what it then does is done within two minutes.
 QUICK_SECONDS = 95.0
@@ -69,6 +69,7 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
             if over(request, began):
                 result["left_out"].append(f"{part} after {row['name']}: the time of a quick run was over")
                 break
+        return_freed_memory()  # other parts' processes need it
         if part == "models" and not over(request, began):
             breakdown = importlib.import_module("sdfast.bench.breakdown")
             for row in breakdown.rows(request):
