@@ -111,6 +111,7 @@ def results_md(records: dict[str, Row]) -> list[str]:
         device, kind = name.removesuffix(".json").split("/")
         lines += ["", f"## {_SECTIONS[kind][0]} on {device}", "", provenance(name, record), ""]
         lines += _SECTIONS[kind][1](record)
+        lines += [line for failure in record.get("failed", ()) for line in ("", f"Failed: {failure}.")]
     lines += goals_lines([r for name, r in records.items() if name.endswith("/gpu_models.json")])
     if _CUDA_CODE.exists():
         lines += cuda_code_lines(json.loads(_CUDA_CODE.read_text()))
@@ -132,23 +133,25 @@ def _gpu_line(records: dict[str, Row]) -> str:
 
 
 def readme_block(records: dict[str, Row]) -> list[str]:
-    """The README's tables, device by device: whole models, the kernel, the shipped model."""
+    """The README's tables: whole models on each device, kernels on the last measured, the shipped model."""
     lines: list[str] = []
+    devices = [name.split("/")[0] for name in records if name.endswith("/models.json")]
+    for device in sorted(devices, reverse=True):
+        record = _model_rows(records, device)
+        lines += [
+            "",
+            f"Measured on {_cpu(device, record)}, beside eager torch in its faster memory format:",
+            "",
+            *models_table(record, records.get(f"{device}/peers.json")),
+        ]
+    if devices:
+        last = max(devices, key=lambda device: records[f"{device}/models.json"]["environment"]["date"])
+        if kernels := kernel_summaries(records, last):
+            head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
+            where = f"Its kernels on {_cpu(last, records[f'{last}/models.json'])}:"
+            lines += ["", *([where, ""] if len(devices) > 1 else []), *markdown_table(head, kernels)]
     for name, record in records.items():
-        machine, device = record["environment"], name.split("/")[0]
-        if name.endswith("/models.json"):
-            lines += [
-                "",
-                f"Measured on {machine['cpu']}, {machine['threads']} threads ({machine['cpu_capability']}),"
-                f" torch {machine['torch']}, beside eager torch in its faster memory format:",
-                "",
-                *models_table(_model_rows(records, device), records.get(f"{device}/peers.json")),
-            ]
-            kernels = kernel_summaries(records, device)
-            if kernels:
-                head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
-                lines += ["", *markdown_table(head, kernels)]
-        elif name.endswith("/zoo.json"):
+        if name.endswith("/zoo.json"):
             lines += ["", zoo_sentence(record)]
         elif name.endswith("/digits_quality.json"):
             first = record["rows"][0]
@@ -158,6 +161,16 @@ def readme_block(records: dict[str, Row]) -> list[str]:
                 f" reads {first['accuracy']:.1%} as the digit asked for.",
             ]
     return [*lines[1:]]
+
+
+def _cpu(device: str, record: Row) -> str:
+    """CPU, threads and torch of a record; of an older one only the folder tells the CPU's family."""
+    machine = record["environment"]
+    family = re.search(r"-amd(\d+)$", device)
+    name = machine["cpu"]
+    if family and "family" not in name:
+        name = f"{name} (family {family[1]})"
+    return f"{name}, {machine['threads']} threads ({machine['cpu_capability']}), torch {machine['torch']}"
 
 
 def read_records(results: Path) -> dict[str, Row]:

@@ -203,7 +203,10 @@ def test_report_of_what_sdfast_bench_recorded(records):
     assert "| VAE decode to 512x512 | float32 | 1900 ms (contiguous) | 1000 ms | **1.90x** |" in text
     assert "| forward and backward | float32 | 3000 ms (channels_last) | 1000 ms | **3.00x** |" in text
     assert "| 2x1280 |  | float32 | 2.00 | 1.00 | 2.00x | 2.00–2.00 |" in text
-    assert "[cpu-x/bench.json](results/cpu-x/bench.json)" in text and "that failed" not in text
+    assert (
+        "[cpu-x/bench.json](results/cpu-x/bench.json)" in text
+        and "Failed: linear that failed, float32: why." in text
+    )
     assert "2100 ms, 2.10x" in text and "1500 ms, 1.50x" in text and "`sdfast::conv2d_kernel`" in text
     assert "**2.00x**" in "\n".join(report.readme_block(records))
 
