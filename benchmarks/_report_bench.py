@@ -23,11 +23,7 @@ def expand(device: str, record: Row) -> dict[str, Row]:
         "copy_gb_per_s": record["limits"]["copy_gb_per_s"],
     }  # fmt: skip
     kinds: dict[str, list[Row]] = {}
-    failed: dict[str, list[str]] = {}
     for row in record["rows"]:
-        if "failed" in row:
-            kind = _TABLES.get(row["op"], row["op"]) if row["part"] == "ops" else row["part"]
-            failed.setdefault(kind, []).append(f"{row['name']}, {row['dtype']}: {row['failed']}")
         if "sides" not in row or row["part"] == "images":
             continue
         if row["part"] == "ops":
@@ -40,10 +36,15 @@ def expand(device: str, record: Row) -> dict[str, Row]:
     breakdown = [{**row, "work": row["name"]} for row in record["breakdown"] if "operations" in row]
     if breakdown:
         kinds["profile"] = breakdown
-    return {
-        f"{device}/{kind}.json": {**shared, "rows": rows, "failed": failed.get(kind, [])}
-        for kind, rows in kinds.items()
-    }
+    expanded = {f"{device}/{kind}.json": {**shared, "rows": rows} for kind, rows in kinds.items()}
+    if expanded:  # what failed is told once, with the models or whatever there is
+        name = f"{device}/models.json"
+        expanded[name if name in expanded else next(iter(expanded))]["failed"] = [
+            f"{row['name']}, {row['dtype']}: {row['failed']}"
+            for row in (*record["rows"], *record["breakdown"])
+            if "failed" in row
+        ]
+    return expanded
 
 
 def _ratio(ratio: Row) -> Row:

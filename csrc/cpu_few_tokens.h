@@ -30,7 +30,7 @@ inline __attribute__((noinline)) void multiply_few(const T* weight, int64_t dim,
       for (int t = 0; t < kT; ++t) values[t] = load(x + t * stride);
       for (int r = 0; r < kR; ++r) {
         const Vec row = load(weight + r * dim);
-        simd::prefetch(weight + (r + kR) * dim + k);  // what the next call reads
+        simd::prefetch(weight + (r + kR) * dim + k);  // the next rows
         for (int t = 0; t < kT; ++t) {
           chains[r][t] = multiply_add(chains[r][t], row, values[t], Operand());
         }

@@ -1,11 +1,11 @@
 // Products with a weight that is read where it lies: y = x Wᵀ for W (rows, K), K contiguous.
 //
 // Algorithm. yᵀ = W xᵀ through the micro-kernel of cpu_gemm.h, which broadcasts its left operand
-// from memory: W needs no packed copy. Panels of kColumns tokens are packed instead, as many as L2
-// holds, and all of W goes past them. Sums of kGroup rows of W and a panel of tokens are transposed
-// in L1 and finished token by token. Limit: fused multiply-adds; W's bytes where tokens are few.
-// Every element is one chain of additions over K, cut at fixed places: the result does not depend
-// on the number of threads.
+// from memory: W needs no packed copy, but where its rows crowd one set of the cache. Panels of
+// kColumns tokens are packed instead, as many as L2 holds, and all of W goes past them. Sums of
+// kGroup rows of W and a panel of tokens are transposed in L1 and finished token by token. Limit:
+// fused multiply-adds; W's bytes where tokens are few. Every element is one chain of additions over
+// K, cut at fixed places: the result does not depend on the number of threads.
 #pragma once
 
 #include "cpu_gemm.h"

@@ -53,7 +53,8 @@ Tensor linear_input_gradient(Tensor dh, Tensor weight) {
     using T = decltype(element);
     const Matrix<T> a(dh), w(weight);
     gemm::multiply_packing(
-        {a.rows, w.columns, w.rows, std::is_same_v<T, float>},
+        {a.rows, w.columns, w.rows,
+         std::is_same_v<T, float> && !gemm::crowds(a.stride * sizeof(T))},
         [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
           return gemm::plain_rows(a.data + begin * a.stride + step, a.stride, count, steps,
                                   scratch);

@@ -208,6 +208,22 @@ def test_compiles_whole() -> None:
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(args[0]), run(args[0]))
     assert packing.packed_bytes() > 0  # it was the kernel
+    x, skip = args[0].split(16, 1)
+    groups, weight = 4, torch.rand(32)
+    for statistics in (
+        None,
+        [torch.zeros(1, groups), torch.ones(1, groups)],
+    ):  # of a promise that nobody reads
+        norm = ops.NormPrologue(groups, weight, weight, statistics=statistics)
+
+        def fused(x: Tensor, skip: Tensor, norm: ops.NormPrologue = norm) -> Tensor:
+            return ops.conv2d(x, *args[1:], norm=norm, skip=skip)
+
+        with torch.no_grad():
+            compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x, skip), fused(x, skip))
+            whole = ops.conv2d(args[0], *args[1:], norm=norm)
+            assert torch.equal(whole, fused(x, skip))
 
 
 def test_a_size_of_a_model_gets_winograd() -> None:

@@ -56,7 +56,8 @@ class Call(NamedTuple):
         if self.norm is None:
             return self
         groups, weight, bias, eps, silu, statistics = self.norm
-        known = statistics if self.skip is None else None  # which are of x alone
+        # group_norm takes them of one source alone.
+        known = None if statistics is None or self.skip is not None else (statistics[0], statistics[1])
         x = group_norm(
             self.x, groups, weight, bias, eps, activation="silu" if silu else None, skip=self.skip,
             statistics=known, backend=backend,
