@@ -195,10 +195,10 @@ def check_output(arguments: argparse.Namespace, path: Path, **read: Path | None)
         read: files, by their options' names; they have to be there.
     """
     inputs = {f"--{name}": file for name, file in read.items()}
-    check_inputs(inputs)
     check_file("--output", path, ".png")
     for written in image_paths(path, arguments.num_images, separate=arguments.separate):
         check_not_input("--output", written, inputs)
+    check_inputs(inputs)
 
 
 @contextlib.contextmanager

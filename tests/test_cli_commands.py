@@ -5,12 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 from PIL import Image
 from test_cli import refused
 
 import sdfast
 from sdfast import cli, doctor
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_pipelines.sd_pipeline(tmp_path_factory.mktemp("cli") / "tiny")
 
 
 def test_train_digits_passes_its_arguments_on(monkeypatch, capsys, tmp_path):

@@ -12,11 +12,9 @@ from sdfast.ops.linear import ACTIVATIONS, linear_torch
 from sdfast.testing import assert_within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = (
-    (1, 2, 1), (5, 6, 3), (13, 34, 7), (77, 40, 33), (100, 64, 320), (60, 96, 1300), (30, 48, 5200),
-    # Few tokens, several chains of additions of them; rows whose distance is that of a way of the L1 cache.
-    (3, 52, 4101), (6, 98, 64), (8, 34, 70), (40, 54, 1024), (33, 34, 4096), (20, 1024, 40),
-)  # fmt: skip
+SHAPES = ((1, 2, 1), (5, 6, 3), (13, 34, 7), (77, 40, 33), (100, 64, 320), (60, 96, 1300), (30, 48, 5200))
+FEW_TOKENS = ((3, 52, 4101), (6, 98, 64), (8, 34, 70))  # the first in several chains of additions
+CROWDED = ((40, 54, 1024), (33, 34, 4096), (20, 1024, 40))  # rows that are a way of the L1 cache apart
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("linear_rows", "cpu"), reason=_library.load_cpu_library().detail
 )
@@ -42,7 +40,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_shapes(activation: str | None, dtype: torch.dtype) -> None:
-    for tokens, rows, k in SHAPES:
+    for tokens, rows, k in (*SHAPES, *FEW_TOKENS, *CROWDED):
         x, weight, bias, residual = make(tokens, rows, k, dtype)
         check(x, weight, bias, residual, activation)
         check(x, weight, None, None, activation)

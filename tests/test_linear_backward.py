@@ -6,7 +6,7 @@ import pytest
 import torch
 from gradients import check_gradients, gradients
 from processes import run_with_library
-from test_linear import DTYPES, SHAPES, make, needs_kernel
+from test_linear import CROWDED, DTYPES, SHAPES, make, needs_kernel
 from torch import Tensor
 
 from sdfast import ops, packing
@@ -34,6 +34,18 @@ def test_shapes(activation: str | None, dtype: torch.dtype) -> None:
                 return linear_torch(x, weight, bias, activation=activation, residual=residual)
 
             check_gradients(ours, eager, given, dy, f"{tokens, rows, k}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_a_way_of_the_cache_apart(dtype: torch.dtype) -> None:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return ops.linear(x, weight, bias, residual=residual, backend="cpu")
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return linear_torch(x, weight, bias, residual=residual)
+
+    for tokens, rows, k in CROWDED:
+        check_gradients(ours, eager, make(tokens, rows, k, dtype), torch.randn(tokens, rows).to(dtype))
 
 
 def test_large_weight_gradients() -> None:
