@@ -12,7 +12,7 @@
 
 namespace sdfast::gemm {
 
-constexpr int64_t kFewTokens = 8;  // up to which this was measured faster than whole vectors
+constexpr int64_t kFewTokens = 8;  // up to which this is faster than whole vectors, or as fast
 // As many sums as the registers hold beside a vector of each token and one of W.
 constexpr int kFewRows = simd::kLanes == 16 ? 4 : 2;
 

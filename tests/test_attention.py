@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,14 +25,7 @@ has_kernel = _library.has_kernel("attention_forward", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
 BACKENDS = ("reference", "torch", pytest.param("cpu", marks=needs_kernel))
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The shapes here are too small for more, and waiting threads are slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclasses.dataclass
