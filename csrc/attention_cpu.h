@@ -8,7 +8,7 @@
 #include <array>
 #include <limits>
 
-#include "cpu_gemm.h"
+#include "cpu_gemm_rows.h"
 #include "cpu_math.h"
 #include "cpu_transpose.h"
 
@@ -116,9 +116,7 @@ inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* t
 template <typename Lanes>
 SDFAST_INLINE Vec value_pairs(const simd::BFloat16* v, int64_t row_stride, int64_t rows,
                               Lanes lanes) {
-  const Vec first = simd::load(v, lanes);
-  const Vec second = rows > 1 ? simd::load(v + row_stride, lanes) : Vec{};
-  return simd::as_floats(simd::as_bits(first) >> 16 | simd::as_bits(second));
+  return gemm::load_step(gemm::BFloat16Pair(), v, rows > 1 ? v + row_stride : nullptr, lanes);
 }
 inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows, int64_t dim,
                        gemm::BFloat16Pair* to) {

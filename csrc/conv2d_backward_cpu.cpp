@@ -121,7 +121,13 @@ Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t w
     const T* from = static_cast<const T*>(dy.const_data_ptr());
     const T* w = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(dx.mutable_data_ptr());
-    if (!winograd) return conv2d::direct::input_gradient(s, from, w, to);
+    if (!winograd) {
+      using Operand = typename gemm::OperandOf<T>::Type;
+      if (s.out_channels % Operand::kDepth == 0) {
+        return conv2d::direct::input_gradient<Operand>(s, from, w, to);
+      }
+      return conv2d::direct::input_gradient<gemm::Float32>(s, from, w, to);
+    }
     Shape turned = s;
     std::swap(turned.channels, turned.out_channels);
     std::swap(turned.height, turned.out_height);
@@ -154,7 +160,7 @@ Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_
     if (winograd) {
       conv2d::winograd::weight_gradient(s, result, from, to);
     } else {
-      conv2d::direct::weight_gradient(s, result, from, to);
+      conv2d::direct::weight_gradient<typename gemm::OperandOf<T>::Type>(s, result, from, to);
     }
   });
   return dw;

@@ -1,4 +1,4 @@
-// The gradients of a convolution as matrix products over the weight as it lies, fp32 arithmetic.
+// The gradients of a convolution as matrix products over the weight as it lies.
 //
 // Algorithm. Two products of cpu_gemm_packing.h. dx: its pixels are rows, taps x out_channels are
 // K; of a stride s, for each of the s x s parities of dx's rows and columns the taps that meet it.
@@ -52,11 +52,15 @@ void for_each_run(int64_t channels, int64_t begin, int64_t count, const F& f) {
   }
 }
 
+// Values along K into a row of operands.
 template <typename T>
-void widen(const T* from, int64_t count, float* to) {
+void put_values(const T* from, int64_t count, float* to) {
   simd::for_each_vector(0, count, [&](int64_t i, auto lanes) {
     simd::store(to + i, simd::load(from + i, lanes), lanes);
   });
+}
+inline void put_values(const simd::BFloat16* from, int64_t count, simd::BFloat16* to) {
+  std::memcpy(static_cast<void*>(to), from, count * sizeof *to);
 }
 
 // The weight that dx's pixels of one parity meet, taps x out_channels by channels.
@@ -66,53 +70,58 @@ struct WeightPanels {
   const Parity& parity;
   const T* weight;
 
-  // Calls f(rows of the weight, their number, the first one's place in [step, step + steps)).
+  // Calls f(rows of the weight, their number, the first one's place in [value, value + values)).
   template <typename F>
-  void for_each_tap(int64_t column, int64_t step, int64_t steps, const F& f) const {
-    for_each_run(s.out_channels, step, steps, [&](int64_t t, int64_t o, int64_t at, int64_t run) {
+  void for_each_tap(int64_t column, int64_t value, int64_t values, const F& f) const {
+    for_each_run(s.out_channels, value, values, [&](int64_t t, int64_t o, int64_t at, int64_t run) {
       const int64_t tap = o * s.kernel_height * s.kernel_width + parity.taps[t].index;
       f(weight + tap * s.channels + column, run, at);
     });
   }
   int64_t stride() const { return s.kernel_height * s.kernel_width * s.channels; }
-  void pack(int64_t column, int64_t step, int64_t steps, float* to) const {
-    for_each_tap(column, step, steps, [&](const T* from, int64_t run, int64_t at) {
-      gemm::copy_panel(from, stride(), run, s.channels - column, to + at * gemm::kColumns);
+  template <typename Operand>
+  void pack(int64_t column, int64_t value, int64_t values, Operand* to) const {
+    for_each_tap(column, value, values, [&](const T* from, int64_t run, int64_t at) {
+      gemm::copy_panel(from, stride(), run, s.channels - column,
+                       to + at / Operand::kDepth * gemm::kColumns);
     });
   }
-  void fetch(int64_t column, int64_t step, int64_t steps) const {
-    for_each_tap(column, step, steps, [&](const T* from, int64_t run, int64_t) {
+  void fetch(int64_t column, int64_t value, int64_t values) const {
+    for_each_tap(column, value, values, [&](const T* from, int64_t run, int64_t) {
       gemm::fetch_panel(from, stride(), run);
     });
   }
 };
 
-// dx as x lies. Pixels that no tap meets are not written.
-template <typename T>
+// dx as x lies. Pixels that no tap meets are not written. Pairs need an even number of
+// out_channels.
+template <typename Operand, typename T>
 void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
   for (const Parity& parity : parities_of(s)) {
     const int64_t pixels = parity.rows * parity.columns;
     const int64_t dim = static_cast<int64_t>(parity.taps.size()) * s.out_channels;
-    gemm::multiply_packing(
+    gemm::multiply_packing<Operand>(
         {s.images * pixels, s.channels, dim},
-        [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
-          const int64_t apart = gemm::scratch_stride<gemm::Float32>(steps);
+        [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
+          using Value = std::conditional_t<Operand::kDepth == 1, float, T>;
+          const int64_t apart =
+              gemm::scratch_stride<Operand>(gemm::steps_of(Operand::kDepth, values));
           for (int64_t r = 0; r < count; ++r) {
             const int64_t image = (begin + r) / pixels, pixel = (begin + r) % pixels;
             const int64_t y = pixel / parity.columns, x = pixel % parity.columns;
-            float* to = &scratch[r * apart].value;
+            Value* to = reinterpret_cast<Value*>(scratch + r * apart);
             const auto gather = [&](int64_t t, int64_t o, int64_t at, int64_t run) {
               const int64_t row = y + parity.taps[t].y, column = x + parity.taps[t].x;
               if (row < 0 || row >= s.out_height || column < 0 || column >= s.out_width) {
-                std::fill_n(to + at, run, 0.0f);
+                std::fill_n(to + at, run, Value{});
               } else {
                 const int64_t from = (image * s.out_height + row) * s.out_width + column;
-                widen(dy + from * s.out_channels + o, run, to + at);
+                put_values(dy + from * s.out_channels + o, run, to + at);
               }
             };
-            for_each_run(s.out_channels, step, steps, gather);
+            for_each_run(s.out_channels, value, values, gather);
           }
-          return gemm::Rows<gemm::Float32>{scratch, apart};
+          return gemm::Rows<Operand>{scratch, apart};
         },
         WeightPanels<T>{s, parity, weight},
         [&](int64_t begin, int64_t count, int64_t column, const float* c) {
@@ -136,29 +145,44 @@ struct PixelPanels {
   const Shape& s;
   const T* x;
 
-  void pack(int64_t column, int64_t step, int64_t steps, float* to) const {
+  template <typename Operand>
+  void pack(int64_t column, int64_t value, int64_t values, Operand* to) const {
+    constexpr int64_t kDepth = Operand::kDepth;
+    static constexpr T kOutside[gemm::kColumns] = {};
+    const int64_t steps = gemm::steps_of(kDepth, values);
     const int64_t width = s.kernel_height * s.kernel_width * s.channels;
     const int64_t columns = std::min<int64_t>(gemm::kColumns, width - column);
-    if (columns < gemm::kColumns) std::fill_n(to, steps * gemm::kColumns, 0.0f);
+    if (columns < gemm::kColumns) {
+      std::memset(static_cast<void*>(to), 0, steps * gemm::kColumns * sizeof(Operand));
+    }
     for (int64_t at = 0; at < columns;) {
       const int64_t t = (column + at) / s.channels, c = (column + at) % s.channels;
       const int64_t run = std::min(s.channels - c, columns - at);
       const int64_t a = t / s.kernel_width - s.top, b = t % s.kernel_width - s.left;
-      int64_t image = step / s.pixels(), row = step % s.pixels() / s.out_width;
-      int64_t col = step % s.out_width;
-      float* out = to + at;
-      for (int64_t i = 0; i < steps; ++i, out += gemm::kColumns) {
+      int64_t image = value / s.pixels(), row = value % s.pixels() / s.out_width;
+      int64_t col = value % s.out_width, left = values;
+      const auto next_pixel = [&]() -> const T* {
+        if (left-- <= 0) return kOutside;  // completes the last pair
         const int64_t from_row = row * s.stride + a, from_col = col * s.stride + b;
-        if (s.inside(from_row, from_col)) {
-          widen(x + s.offset(image, from_row, from_col) + c, run, out);
-        } else {
-          std::fill_n(out, run, 0.0f);
+        const T* pixel =
+            s.inside(from_row, from_col) ? x + s.offset(image, from_row, from_col) + c : kOutside;
+        if (++col == s.out_width) {
+          col = 0;
+          if (++row == s.out_height) {
+            row = 0;
+            ++image;
+          }
         }
-        if (++col < s.out_width) continue;
-        col = 0;
-        if (++row < s.out_height) continue;
-        row = 0;
-        ++image;
+        return pixel;
+      };
+      Operand* out = to + at;
+      for (int64_t i = 0; i < steps; ++i, out += gemm::kColumns) {
+        const T* first = next_pixel();
+        const T* second = kDepth == 2 ? next_pixel() : first;
+        simd::for_each_vector(0, run, [&](int64_t j, auto lanes) {
+          gemm::store_operands(out + j, gemm::load_step(Operand(), first + j, second + j, lanes),
+                               lanes);
+        });
       }
       at += run;
     }
@@ -167,13 +191,13 @@ struct PixelPanels {
 };
 
 // dW: (out_channels, kernel_height, kernel_width, channels).
-template <typename T>
+template <typename Operand, typename T>
 void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
   const int64_t width = s.kernel_height * s.kernel_width * s.channels;
-  gemm::multiply_packing(
+  gemm::multiply_packing<Operand>(
       {s.out_channels, width, s.images * s.pixels()},
-      [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
-        return gemm::step_rows(dy + step * s.out_channels + begin, s.out_channels, count, steps,
+      [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
+        return gemm::step_rows(dy + value * s.out_channels + begin, s.out_channels, count, values,
                                scratch);
       },
       PixelPanels<T>{s, x},

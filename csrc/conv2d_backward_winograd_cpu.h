@@ -124,7 +124,8 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
     });
     torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
       constexpr int64_t kSums = kGroup * kColumns;
-      const Scratch<float> sums(kPoints * kSums), panel(tiles * kColumns);
+      const Scratch<float> sums(kPoints * kSums);
+      const Scratch<gemm::Float32> panel(tiles * kColumns);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item % groups, column = item / groups * kColumns;
         const int64_t rows = std::min(kGroup, s.out_channels - group * kGroup);
@@ -134,8 +135,7 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
           const float* a = dy_points.get() + p * dy_stride + group * kGroup * tiles;
           for (int64_t row = 0; row < rows; row += gemm::kRows) {  // the last may be padding
             gemm::multiply_tile<gemm::kRows, gemm::Float32, true>(
-                tiles, reinterpret_cast<const gemm::Float32*>(a + row), kGroup,
-                reinterpret_cast<const gemm::Float32*>(panel.get()),
+                tiles, reinterpret_cast<const gemm::Float32*>(a + row), kGroup, panel.get(),
                 sums.get() + p * kSums + row * kColumns, false);
           }
         }

@@ -1,4 +1,4 @@
-// Matrix products of operands that lie as tensors do, for training: c = a b in fp32.
+// Matrix products of operands that lie as tensors do, for training: c = a b, fp32 accumulation.
 //
 // A weight changes at every step of an optimiser, and a packed copy of it would serve two products:
 // reading the weight, writing the copy and reading it again costs more than those. Here each thread
@@ -7,7 +7,7 @@
 // tokens or pixels here, which are many.
 #pragma once
 
-#include "cpu_gemm.h"
+#include "cpu_gemm_rows.h"
 #include "cpu_scratch.h"
 #include "cpu_transpose.h"
 
@@ -16,9 +16,9 @@ namespace sdfast::gemm {
 constexpr int64_t kShortChain = 64;
 constexpr int64_t kGroupRows = 4 * kRows;  // of a, whole vectors
 
-// Rows and columns of c, and K in steps. Whether a is multiplied where it lies, or packed.
+// Rows and columns of c, and the values of K. Whether a is multiplied where it lies, or packed.
 struct Shape {
-  int64_t rows, columns, steps;
+  int64_t rows, columns, dim;
   bool in_place = false;
   int64_t panels() const { return (columns + kColumns - 1) / kColumns; }
 };
@@ -30,10 +30,12 @@ struct Shape {
 struct Blocking {
   int64_t tiles, blocks, steps, splits;
 
+  template <typename Operand>
   static Blocking of(const Shape& shape, int64_t threads) {
-    const int64_t parts = std::max<int64_t>(1, (shape.steps + kPartSteps - 1) / kPartSteps);
-    const int64_t steps = std::max<int64_t>(1, (shape.steps + parts - 1) / parts);
-    const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(float)));
+    const int64_t all = steps_of(Operand::kDepth, shape.dim);
+    const int64_t parts = std::max<int64_t>(1, (all + kPartSteps - 1) / kPartSteps);
+    const int64_t steps = std::max<int64_t>(1, (all + parts - 1) / parts);
+    const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
     const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
     const int64_t tiles = (shape.rows + kRows - 1) / kRows;
     const int64_t least = (tiles + most_tiles - 1) / most_tiles;
@@ -47,31 +49,35 @@ struct Blocking {
   int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
 };
 
-// Steps of a panel from rows that hold its columns: to[step][j] = from[step * stride + j] for
-// j < columns, else 0.
-template <int64_t kWidth = kColumns, typename T>
-void copy_panel(const T* from, int64_t stride, int64_t steps, int64_t columns, float* to) {
-  if (columns < kWidth) std::fill_n(to, steps * kWidth, 0.0f);
-  for (int64_t step = 0; step < steps; ++step, from += stride, to += kWidth) {
+// Steps of a panel from `values` rows that hold its columns, `stride` apart; zeros for columns
+// beyond `columns`.
+template <int64_t kWidth = kColumns, typename T, typename Operand>
+void copy_panel(const T* from, int64_t stride, int64_t values, int64_t columns, Operand* to) {
+  constexpr int kDepth = Operand::kDepth;
+  const int64_t steps = steps_of(kDepth, values);
+  if (columns < kWidth) std::memset(static_cast<void*>(to), 0, steps * kWidth * sizeof(Operand));
+  for (int64_t step = 0; step < steps; ++step, from += kDepth * stride, to += kWidth) {
+    const bool has_second = kDepth == 2 && kDepth * step + 1 < values;
+    const auto copy = [&](int64_t j, auto lanes) {
+      const Vec operands =
+          load_step(Operand(), from + j, has_second ? from + stride + j : nullptr, lanes);
+      store_operands(to + j, operands, simd::FullVector());
+    };
     if (columns >= kWidth) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kWidth; j += simd::kLanes) {
-        simd::store(to + j, simd::load(from + j, simd::FullVector()));
-      }
+      for (int j = 0; j < kWidth; j += simd::kLanes) copy(j, simd::FullVector());
     } else {
-      simd::for_each_vector(0, columns, [&](int64_t j, auto lanes) {
-        simd::store(to + j, simd::load(from + j, lanes));
-      });
+      simd::for_each_vector(0, columns, copy);
     }
   }
 }
 
 // Fetches what copy_panel will read: the rows may be pages apart, where nothing else does.
 template <typename T>
-void fetch_panel(const T* from, int64_t stride, int64_t steps) {
-  for (int64_t step = 0; step < steps; ++step, from += stride) {
-    simd::prefetch(from);
-    simd::prefetch(from + kColumns / 2);
+void fetch_panel(const T* from, int64_t stride, int64_t values) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t value = 0; value < values; ++value, from += stride) {
+    for (int64_t j = 0; j < kColumns; j += kLine) simd::prefetch(from + j);
     simd::prefetch(from + kColumns - 1);
   }
 }
@@ -82,77 +88,72 @@ struct MatrixPanels {
   const T* data;
   int64_t stride, columns;
 
-  void pack(int64_t column, int64_t step, int64_t steps, float* to) const {
-    copy_panel(data + step * stride + column, stride, steps, columns - column, to);
+  template <typename Operand>
+  void pack(int64_t column, int64_t value, int64_t values, Operand* to) const {
+    copy_panel(data + value * stride + column, stride, values, columns - column, to);
   }
-  void fetch(int64_t column, int64_t step, int64_t steps) const {
-    fetch_panel(data + step * stride + column, stride, steps);
+  void fetch(int64_t column, int64_t value, int64_t values) const {
+    fetch_panel(data + value * stride + column, stride, values);
   }
 };
 
-// Rows of a as they lie in a matrix of T, or spread or widened in scratch.
-template <typename T>
-Rows<Float32> plain_rows(const T* from, int64_t stride, int64_t count, int64_t steps,
-                         Float32* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (!crowds(stride * sizeof(T))) return {reinterpret_cast<const Float32*>(from), stride};
-  }
-  const int64_t apart = scratch_stride<Float32>(steps);
-  for (int64_t r = 0; r < count; ++r) {
-    simd::for_each_vector(0, steps, [&](int64_t i, auto lanes) {
-      simd::store(&scratch[r * apart + i].value, simd::load(from + r * stride + i, lanes), lanes);
-    });
-  }
-  return {scratch, apart};
-}
-
 // Rows of a by steps: (groups, steps, kGroupRows).
+template <typename Operand>
 struct StepRows {
-  const Float32* data;
+  const Operand* data;
   int64_t steps;
 };
 
 // Rows of a that are columns of a matrix of T.
-template <typename T>
-StepRows step_rows(const T* from, int64_t stride, int64_t count, int64_t steps, Float32* scratch) {
+template <typename T, typename Operand>
+StepRows<Operand> step_rows(const T* from, int64_t stride, int64_t count, int64_t values,
+                            Operand* scratch) {
+  const int64_t steps = steps_of(Operand::kDepth, values);
   for (int64_t row = 0; row < count; row += kGroupRows) {
-    copy_panel<kGroupRows>(from + row, stride, steps, count - row, &scratch[row * steps].value);
+    copy_panel<kGroupRows>(from + row, stride, values, count - row, scratch + row * steps);
   }
   return {scratch, steps};
 }
 
 // c (rows, kColumns) (+)= a b for at most kRows rows from `row`, a multiple, and `count` steps from
 // `step` on.
-inline void multiply_rows(const Rows<Float32>& a, int64_t row, int64_t rows, int64_t step,
-                          int64_t count, const Float32* b, float* c, bool accumulate) {
-  multiply_panel<Float32>(rows, count, {a.data + row * a.stride + step, a.stride}, b, c,
+template <typename Operand>
+void multiply_rows(const Rows<Operand>& a, int64_t row, int64_t rows, int64_t step, int64_t count,
+                   const Operand* b, float* c, bool accumulate) {
+  multiply_panel<Operand>(rows, count, {a.data + row * a.stride + step, a.stride}, b, c,
                           accumulate);
 }
-inline void multiply_rows(const StepRows& a, int64_t row, int64_t, int64_t step, int64_t count,
-                          const Float32* b, float* c, bool accumulate) {
+template <typename Operand>
+void multiply_rows(const StepRows<Operand>& a, int64_t row, int64_t, int64_t step, int64_t count,
+                   const Operand* b, float* c, bool accumulate) {
   const int64_t in_group = row % kGroupRows;
-  const Float32* from = a.data + (row - in_group) * a.steps + step * kGroupRows + in_group;
-  multiply_tile<kRows, Float32, true>(count, from, kGroupRows, b, c, accumulate);
+  const Operand* from = a.data + (row - in_group) * a.steps + step * kGroupRows + in_group;
+  multiply_tile<kRows, Operand, true>(count, from, kGroupRows, b, c, accumulate);
 }
 
-// c = a b. rows_of(begin, count, first_step, steps, scratch) gives Rows or StepRows of a; scratch
-// holds count * (steps + kLanes) operands, count rounded up to whole groups. panels.pack(column,
-// step, steps, to) writes steps of the panel of b that begins with this column,
-// panels.fetch(column, step, steps) fetches what that will read. finish(begin, count, column, c)
-// takes c: (count, kColumns), columns from `column` on.
-template <typename RowsOf, typename Panels, typename Finish>
+// c = a b. rows_of(begin, count, value, values, scratch) gives Rows or StepRows of a, of the values
+// of K from `value` on; scratch holds `count` rows, rounded up to whole groups, of these values'
+// steps and kLanes more. panels.pack(column, value, values, to) writes the steps of the panel of b
+// that begins with this column, panels.fetch(column, value, values) fetches what that will read.
+// finish(begin, count, column, c) takes c: (count, kColumns), columns from `column` on. Pieces of K
+// begin with a whole step.
+template <typename Operand, typename RowsOf, typename Panels, typename Finish>
 void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& panels,
                       const Finish& finish) {
-  const Blocking cut = Blocking::of(shape, torch::stable::get_num_threads());
+  constexpr int64_t kDepth = Operand::kDepth;
+  const Blocking cut = Blocking::of<Operand>(shape, torch::stable::get_num_threads());
   const int64_t count = shape.panels(), most_panels = (count + cut.splits - 1) / cut.splits;
-  const int64_t parts = (shape.steps + cut.steps - 1) / cut.steps;
+  const int64_t all_steps = steps_of(kDepth, shape.dim);
+  const int64_t parts = (all_steps + cut.steps - 1) / cut.steps;
   const int64_t sums_size = cut.most_rows() * kColumns;
   const int64_t scratch_rows = (cut.most_rows() + kGroupRows - 1) / kGroupRows * kGroupRows;
+  const auto values_of = [&](int64_t step, int64_t steps) {
+    return std::min(steps * kDepth, shape.dim - step * kDepth);
+  };
   share(cut.blocks * cut.splits, [&](const auto& next) {
     const Scratch<float> c(sums_size * (parts > 1 ? most_panels : 1));
-    const Scratch<float> rows_scratch(scratch_rows * (cut.steps + kLanes));
-    const Scratch<float> b(kShortChain * kColumns);
-    auto* a_scratch = reinterpret_cast<Float32*>(rows_scratch.get());
+    const Scratch<Operand> rows_scratch(scratch_rows * (cut.steps + kLanes));
+    const Scratch<Operand> b(kShortChain * kColumns);
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item / cut.splits, split = item % cut.splits;
       const int64_t first = cut.first_row(block);
@@ -162,13 +163,14 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
       const int64_t panel_end = (split + 1) * count / cut.splits;
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t step = part * cut.steps;
-        const int64_t steps = std::min(cut.steps, shape.steps - step);
-        const auto a = rows_of(first, rows, step, steps, a_scratch);
+        const int64_t steps = std::min(cut.steps, all_steps - step);
+        const auto a =
+            rows_of(first, rows, step * kDepth, values_of(step, steps), rows_scratch.get());
         for (int64_t p = panel_begin; p < panel_end; ++p) {
           float* sums = c.get() + (parts > 1 ? p - panel_begin : 0) * sums_size;
           for (int64_t done = 0; done < steps; done += kShortChain) {
-            const int64_t chain = std::min(kShortChain, steps - done);
-            panels.pack(p * kColumns, step + done, chain, b.get());
+            const int64_t from = step + done, chain = std::min(kShortChain, steps - done);
+            panels.pack(p * kColumns, from * kDepth, values_of(from, chain), b.get());
             // The next chain is this panel's, or the first of the next panel.
             const bool last = done + chain == steps;
             const int64_t next_panel = last ? p + 1 : p, next_done = last ? 0 : done + chain;
@@ -176,12 +178,12 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
                 next_panel < panel_end ? std::min(kShortChain, steps - next_done) : 0;
             for (int64_t tile = 0; tile < tiles; ++tile) {
               const int64_t fetched = tile * next_chain / tiles;
-              panels.fetch(next_panel * kColumns, step + next_done + fetched,
-                           (tile + 1) * next_chain / tiles - fetched);
+              const int64_t to_fetch = (tile + 1) * next_chain / tiles - fetched;
+              const int64_t ahead = step + next_done + fetched;
+              panels.fetch(next_panel * kColumns, ahead * kDepth, values_of(ahead, to_fetch));
               const int64_t row = tile * kRows;
-              multiply_rows(a, row, std::min<int64_t>(kRows, rows - row), done, chain,
-                            reinterpret_cast<const Float32*>(b.get()), sums + row * kColumns,
-                            part > 0 || done > 0);
+              multiply_rows(a, row, std::min<int64_t>(kRows, rows - row), done, chain, b.get(),
+                            sums + row * kColumns, part > 0 || done > 0);
             }
           }
           if (part + 1 == parts) finish(first, rows, p * kColumns, sums);

@@ -8,7 +8,7 @@
 // K, cut at fixed places: the result does not depend on the number of threads.
 #pragma once
 
-#include "cpu_gemm.h"
+#include "cpu_gemm_rows.h"
 #include "cpu_scratch.h"
 #include "cpu_transpose.h"
 
@@ -16,31 +16,6 @@ namespace sdfast::gemm {
 
 constexpr int64_t kGroup = 4 * kRows;        // rows of W finished at a time: whole vectors
 constexpr int64_t kPackedBytes = 512 << 10;  // of tokens, beside a group of W in L2
-
-// `count` rows of `dim` values of a weight, `stride` apart, as the micro-kernel reads them: where
-// they lie if that can be; else spread, widened, or the last pair completed, in scratch.
-template <typename T, typename Operand>
-Rows<Operand> rows_of(const T* from, int64_t stride, int64_t count, int64_t dim, Operand* scratch) {
-  constexpr int kDepth = Operand::kDepth;
-  const int64_t steps = steps_of(kDepth, dim), apart = scratch_stride<Operand>(steps);
-  if constexpr (sizeof(T) * kDepth == sizeof(Operand)) {
-    if (stride % kDepth == 0 && dim % kDepth == 0 && !crowds(stride * sizeof(T))) {
-      return {reinterpret_cast<const Operand*>(from), stride / kDepth};
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      T* to = reinterpret_cast<T*>(scratch + r * apart);
-      to[steps * kDepth - 1] = T{};
-      std::memcpy(static_cast<void*>(to), from + r * stride, dim * sizeof(T));
-    }
-  } else {
-    for (int64_t r = 0; r < count; ++r) {
-      simd::for_each_vector(0, dim, [&](int64_t i, auto lanes) {
-        simd::store(&scratch[r * apart + i].value, simd::load(from + r * stride + i, lanes), lanes);
-      });
-    }
-  }
-  return {scratch, apart};
-}
 
 // kLanes steps of a row, as the lanes of a vector.
 template <typename T>

@@ -13,7 +13,7 @@
 
 namespace sdfast::group_norm {
 
-// x - center and dz of the same lanes of `count` rows.
+// x - center and dz of the same lanes of `count` rows; the next ones are fetched.
 template <int count>
 struct Gradients {
   simd::Vecs<count> deviation, dz;
@@ -23,8 +23,14 @@ struct Gradients {
                                     const Normalize<kChannelsLast>& norm,
                                     std::bool_constant<kSilu>) {
     Gradients g;
-    g.deviation = simd::make_vecs<count>([&](int j) { return simd::load(x + j * stride, lanes); });
-    g.dz = simd::make_vecs<count>([&](int j) { return simd::load(dy + j * stride, lanes); });
+    g.deviation = simd::make_vecs<count>([&](int j) {
+      simd::prefetch(x + (j + count) * stride);
+      return simd::load(x + j * stride, lanes);
+    });
+    g.dz = simd::make_vecs<count>([&](int j) {
+      simd::prefetch(dy + (j + count) * stride);
+      return simd::load(dy + j * stride, lanes);
+    });
     g.deviation = g.deviation - norm.center;
     if (kSilu) g.dz = g.dz * simd::silu_gradient(g.deviation * norm.gain + norm.offset);
     return g;
@@ -60,7 +66,7 @@ void gradient_sums(const T* x, const T* dy, int64_t rows, int64_t width, const C
   }
 }
 
-template <bool kChannelsLast, bool kSilu, typename T>
+template <bool kChannelsLast, bool kSilu, bool kStreams = false, typename T>
 void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const Coefficients& k,
                     T* dx) {
   for_each_strip(width, [&](int64_t begin, int64_t end) {
@@ -72,8 +78,15 @@ void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const 
       const auto g = Gradients<count>::of(x + from, dy + from, width, lanes, norm,
                                           std::bool_constant<kSilu>());
       const auto result = g.dz * norm.gain - pull - g.deviation * slope;
-      simd::for_each_of(result,
-                        [&](int j, Vec v) { simd::store(dx + from + j * width, v, lanes); });
+      simd::for_each_of(result, [&](int j, Vec v) {
+        T* to = dx + from + j * width;
+        if (kStreams) {
+          simd::stream(to, v, lanes);
+        } else {
+          simd::prefetch_for_write(to + count * width);
+          simd::store(to, v, lanes);
+        }
+      });
     });
   });
 }
@@ -123,6 +136,7 @@ void backward(const Tiling& t, const T* dy, const T* x, const Affine& affine, co
     normalizing_coefficients(t, n, affine, mean + n * t.groups, rstd + n * t.groups, nullptr,
                              of(n));
   }
+  const bool streams = streams_result<kChannelsLast>(t, dx);
   const auto shape_of = [&](const Tile& tile) {
     return kChannelsLast ? std::pair(tile.rows, t.channels)
                          : std::pair<int64_t, int64_t>(1, tile.rows);
@@ -144,8 +158,15 @@ void backward(const Tiling& t, const T* dy, const T* x, const Affine& affine, co
       },
       [&](const Tile& tile) {
         const auto [rows, width] = shape_of(tile);
-        apply_gradient<kChannelsLast, kSilu>(x + tile.offset, dy + tile.offset, rows, width,
-                                             of(tile.image).from(tile.line), dx + tile.offset);
+        const Coefficients own = of(tile.image).from(tile.line);
+        const T *from_x = x + tile.offset, *from_dy = dy + tile.offset;
+        if (streams) {
+          apply_gradient<kChannelsLast, kSilu, true>(from_x, from_dy, rows, width, own,
+                                                     dx + tile.offset);
+          simd::finish_streams();
+        } else {
+          apply_gradient<kChannelsLast, kSilu>(from_x, from_dy, rows, width, own, dx + tile.offset);
+        }
       });
 }
 

@@ -68,6 +68,14 @@ struct Tiling {
   }
 };
 
+// Whether a result is too large for the caches, and whole vectors of it can go past them.
+template <bool kChannelsLast, typename T>
+bool streams_result(const Tiling& t, const T* to) {
+  return kChannelsLast && std::is_same_v<T, float> && simd::is_aligned(to) &&
+         t.channels % simd::kLanes == 0 &&
+         t.images * t.channels * t.pixels > simd::kStreamedElements;
+}
+
 struct Tile {
   int64_t image, line, index;
   int64_t rows;

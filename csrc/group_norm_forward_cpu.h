@@ -255,9 +255,7 @@ void forward(const Tiling& t, const T* x, const Affine& affine, double eps, T* y
       return forward_slabs<kSilu>(t, width, x, affine, eps, y, mean, rstd);
     }
   }
-  const bool streams = kChannelsLast && std::is_same_v<T, float> && simd::is_aligned(y) &&
-                       t.channels % simd::kLanes == 0 &&
-                       t.images * t.channels * t.pixels > simd::kStreamedElements;
+  const bool streams = streams_result<kChannelsLast>(t, y);
   const int64_t stride = Coefficients::kArrays * t.padded;
   const std::unique_ptr<float[]> coefficients(new float[t.images * stride]);
   const auto of = [&](int64_t image) {

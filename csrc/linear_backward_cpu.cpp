@@ -51,13 +51,12 @@ Tensor linear_input_gradient(Tensor dh, Tensor weight) {
   Tensor dx = new_matrix(dh.size(0), weight.size(1), dh.scalar_type());
   with_element_type(dh.scalar_type(), [&](auto element) {
     using T = decltype(element);
+    using Operand = typename gemm::OperandOf<T>::Type;
     const Matrix<T> a(dh), w(weight);
-    gemm::multiply_packing(
-        {a.rows, w.columns, w.rows,
-         std::is_same_v<T, float> && !gemm::crowds(a.stride * sizeof(T))},
-        [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
-          return gemm::plain_rows(a.data + begin * a.stride + step, a.stride, count, steps,
-                                  scratch);
+    gemm::multiply_packing<Operand>(
+        {a.rows, w.columns, w.rows, gemm::lies_ready<Operand, T>(a.stride, w.rows)},
+        [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
+          return gemm::rows_of(a.data + begin * a.stride + value, a.stride, count, values, scratch);
         },
         gemm::MatrixPanels<T>{w.data, w.stride, w.columns},
         gemm::store_to(static_cast<T*>(dx.mutable_data_ptr()), w.columns));
@@ -74,12 +73,14 @@ Tensor linear_weight_gradient(Tensor dh, Tensor x) {
   Tensor dw = new_matrix(dh.size(1), x.size(1), x.scalar_type());
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
+    using Operand = typename gemm::OperandOf<T>::Type;
     const Matrix<T> a(dh), b(x);
     T* to = static_cast<T*>(dw.mutable_data_ptr());
-    gemm::multiply_packing(
+    gemm::multiply_packing<Operand>(
         {a.columns, b.columns, a.rows},
-        [&](int64_t begin, int64_t count, int64_t step, int64_t steps, gemm::Float32* scratch) {
-          return gemm::step_rows(a.data + step * a.stride + begin, a.stride, count, steps, scratch);
+        [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
+          return gemm::step_rows(a.data + value * a.stride + begin, a.stride, count, values,
+                                 scratch);
         },
         gemm::MatrixPanels<T>{b.data, b.stride, b.columns},
         gemm::store_to(to, b.columns, simd::streams_gradient(to, a.columns, b.columns)));

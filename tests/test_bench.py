@@ -88,7 +88,7 @@ def test_a_failed_case_hides_no_other(monkeypatch):
         return real(spec, dtype, request)
 
     monkeypatch.setattr(operations, "measured", measured)
-    first, second = operations.rows(Request(seconds=0.01))
+    first, second = (row.measured() for row in operations.planned(Request(seconds=0.01)))
     assert first["failed"] == "RuntimeError: broken" and "sides" in second
 
 
@@ -143,7 +143,7 @@ def test_absent_packages_come_with_the_command():
 
 def test_models_run_in_processes_and_skip_by_name():
     """Ours, eager and one that cannot take part."""
-    row = next(models.rows(Request(against=("diffusers-tiling",), rounds=2), "tiny"))
+    row = next(models.planned(Request(against=("diffusers-tiling",), rounds=2), "tiny")).measured()
     assert row["work"] == "unet" and "failed" not in row, row
     assert set(row["sides"]) == {"eager", "sdfast"} and set(row["ratios"]) == {"eager"}
     assert row["skipped"] == {"diffusers-tiling": "tiles a VAE, and nothing else"}
@@ -172,7 +172,7 @@ def test_an_engine_that_dies_says_how(tmp_path):
 
 def test_training_compares_gradients_and_refuses_wrong_ones(monkeypatch):
     request = Request(rounds=2, against=("eager-contiguous",))
-    row = next(training.rows(request, "tiny"))
+    row = next(training.planned(request, "tiny")).measured()
     assert set(row["sides"]) == {"eager", "eager-contiguous", "sdfast"}
     assert 0 < row["sides"]["sdfast"]["error"] < 1e-4 and row["ratios"]["eager"]["ratio"] > 0
     real = training.Training.gradients
@@ -181,11 +181,12 @@ def test_training_compares_gradients_and_refuses_wrong_ones(monkeypatch):
         return [g * 2 if name == "sdfast" else g for g in real(self, name)]
 
     monkeypatch.setattr(training.Training, "gradients", doubled)
-    assert "a gradient's error 1.0e+00 exceeds" in next(training.rows(request, "tiny"))["failed"]
+    wrong = next(training.planned(request, "tiny")).measured()
+    assert "a gradient's error 1.0e+00 exceeds" in wrong["failed"]
 
 
 def test_images_of_both_sides_agree():
-    digits, photograph = images.rows(Request(quick=True, rounds=1))
+    digits, photograph = (row.measured() for row in images.planned(Request(quick=True, rounds=1)))
     assert set(digits["sides"]) == set(images.SIDES) and digits["mean_difference"] < 0.5
     eager, ours = (
         np.asarray(

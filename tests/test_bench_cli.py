@@ -1,5 +1,6 @@
 """`sdfast bench`: what it writes, what it refuses, and how two records compare."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from sdfast import cli
 from sdfast.bench import operations, record, suite, tables
+from sdfast.bench.plan import Planned
 from sdfast.bench.request import DTYPES, ENGINES, OPS, PARTS, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,14 +118,99 @@ def test_a_quick_run_leaves_out_what_its_time_does_not_reach(tmp_path, monkeypat
 
 
 def test_what_breaks_off_leaves_the_rows_before_it(tmp_path, monkeypatch):
-    def rows(part, request):
-        yield bench_records.operation()
+    def plan(part, request):
+        yield planned("linear 2x1280 to 1280")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite, "part_rows", rows)
+    monkeypatch.setattr(suite, "plan_of", plan)
     with pytest.raises(KeyboardInterrupt):
         suite.run(Request(parts=("ops",), output=tmp_path), "sdfast bench", lambda line: None)
     assert [row["name"] for row in record.read(tmp_path / "bench.json")["rows"]] == ["linear 2x1280 to 1280"]
+
+
+def planned(name, measure=lambda: {}):
+    row = bench_records.operation(name)
+    return Planned({key: row.pop(key) for key in ("part", "name", "dtype")}, lambda: {**row, **measure()})
+
+
+def failing():
+    raise RuntimeError("no memory")
+
+
+@pytest.fixture
+def resumed(tmp_path, monkeypatch):
+    """Runs a plan, given as {name: measure}; returns the names measured and the record."""
+
+    def run(plan, **settings):
+        measured = []
+
+        def noting(name, measure):
+            def note():
+                measured.append(name)
+                return measure()
+
+            return planned(name, note)
+
+        monkeypatch.setattr(suite, "plan_of", lambda part, request: (noting(*each) for each in plan.items()))
+        request = Request(parts=("ops",), output=tmp_path, resume=settings.pop("resume", True))
+        with contextlib.suppress(KeyboardInterrupt):
+            suite.run(request, settings.pop("command", "sdfast bench"), lambda line: None)
+        return measured, record.read(tmp_path / "bench.json")
+
+    return run
+
+
+def test_resuming_measures_what_is_missing_or_failed(resumed):
+    assert resumed({"linear a": dict, "linear b": failing, "linear c": dict}, resume=False)[0] == [
+        "linear a",
+        "linear b",
+        "linear c",
+    ]
+    measured, result = resumed({"linear a": dict, "linear b": dict, "linear c": dict, "linear d": dict})
+    assert measured == ["linear b", "linear d"]
+    assert [row["name"] for row in result["rows"]] == ["linear a", "linear b", "linear c", "linear d"]
+    assert not any("failed" in row for row in result["rows"])
+    assert resumed({"linear a": dict}, resume=False)[0] == ["linear a"]
+
+
+def test_resuming_loses_nothing_where_it_breaks_off_again(resumed):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    resumed({"linear a": failing, "linear b": dict}, resume=False)
+    _, result = resumed({"linear a": dict, "linear between": interrupted, "linear b": dict})
+    assert [row["name"] for row in result["rows"]] == ["linear a", "linear b"]
+    measured, result = resumed({"linear a": dict, "linear between": dict, "linear b": dict})
+    assert measured == ["linear between"] and [row["name"] for row in result["rows"]] == [
+        "linear a",
+        "linear between",
+        "linear b",
+    ]
+
+
+def test_resuming_another_run_is_refused(resumed, monkeypatch):
+    resumed({"linear a": dict}, resume=False)
+    with pytest.raises(ValueError, match=r"--resume: .*bench.json was made with command 'sdfast bench', not"):
+        resumed({"linear a": dict}, command="sdfast bench --rounds 7")
+    described = suite.machine.description
+    monkeypatch.setattr(
+        suite.machine, "description", lambda *a, **k: {**described(*a, **k), "commit": "of tomorrow"}
+    )
+    with pytest.raises(ValueError, match="was made with commit .*, not 'of tomorrow'; leave --resume out"):
+        resumed({"linear a": dict})
+
+
+def test_resume_is_told_and_not_recorded(bench, tmp_path, monkeypatch):
+    arguments = ("ops", "--quick", "--only", "add_noise", "--dtype", "float32", "-o", tmp_path)
+    records = []
+    for told in (arguments, (*arguments, "--resume")):
+        monkeypatch.setattr(sys, "argv", ["sdfast", "bench", *map(str, told)])
+        bench(*told)
+        records.append(record.read(tmp_path / "bench.json"))
+    first, second = records
+    assert "--resume" not in first["command"] and first["command"].startswith("sdfast bench ops --quick")
+    assert first["rows"] and second["rows"] == first["rows"] and second["command"] == first["command"]
+    assert second["seconds"] > first["seconds"]
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import itertools
 import pickle
 
 import diffusers
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import sdfast
+from sdfast import ops
 from sdfast.drop_in import schedulers
 from sdfast.testing import relative_error
 
@@ -36,6 +39,7 @@ KINDS = {
     "euler": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "leading"}, {}),
     "euler, karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}, {}),
     "euler, churn": (diffusers.EulerDiscreteScheduler, {}, {"s_churn": 3.0}),
+    "euler, ancestral": (diffusers.EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, {}),
     "dpm++": (diffusers.DPMSolverMultistepScheduler, {}, {}),
     "dpm++, heun": (diffusers.DPMSolverMultistepScheduler, {"solver_type": "heun"}, {}),
     "dpm++, first order": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 1}, {}),
@@ -46,7 +50,29 @@ KINDS = {
         {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "euler_at_final": True},
         {},
     ),
+    "pndm": (diffusers.PNDMScheduler, {}, {}),
+    "pndm, stable diffusion": (
+        diffusers.PNDMScheduler,
+        {"skip_prk_steps": True, "steps_offset": 1, "beta_schedule": "scaled_linear"},
+        {},
+    ),
+    "pndm, to x0": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}, {}),
+    "unipc, bh1": (
+        diffusers.UniPCMultistepScheduler,
+        {"solver_type": "bh1", "final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
+        {},
+    ),
+    "unipc, first order": (diffusers.UniPCMultistepScheduler, {"solver_order": 1}, {}),
+    "unipc, third order": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}, {}),
+    "unipc, corrected late": (diffusers.UniPCMultistepScheduler, {"disable_corrector": [0, 1]}, {}),
+    "unipc, epsilon": (
+        diffusers.UniPCMultistepScheduler,
+        {"predict_x0": False, "final_sigmas_type": "sigma_min"},
+        {},
+    ),
 }
+TAKES_NO_SAMPLE = (diffusers.EulerAncestralDiscreteScheduler, diffusers.PNDMScheduler)  # as a model's output
 
 
 class Pipeline:
@@ -56,7 +82,7 @@ class Pipeline:
         self.components = {"unet": torch.nn.Linear(2, 2), "scheduler": scheduler}
 
 
-def sample(scheduler, steps, dtype=torch.float32, **keywords):
+def sample(scheduler, steps, dtype=torch.float32, around_step=contextlib.nullcontext, **keywords):
     """A run with a made-up model; every x' and, where it is told, x̂₀."""
     scheduler.set_timesteps(steps)
     draw = torch.Generator().manual_seed(0)
@@ -66,7 +92,8 @@ def sample(scheduler, steps, dtype=torch.float32, **keywords):
         keywords["generator"] = draw
     for t in scheduler.timesteps:
         m = torch.tanh(scheduler.scale_model_input(x, t).float() + t / 1000).to(dtype)
-        x, *rest = scheduler.step(m, t, x, return_dict=False, **keywords)
+        with around_step():
+            x, *rest = scheduler.step(m, t, x, return_dict=False, **keywords)
         results += [x, *rest]
     return torch.stack([r.float() for r in results])
 
@@ -80,13 +107,28 @@ def test_whole_runs(kind, steps, prediction):
     ours = copy.deepcopy(theirs)
     sdfast.optimize(Pipeline(ours))
     assert schedulers.is_replaced(ours)
+    if prediction == "sample" and make in TAKES_NO_SAMPLE:
+        with pytest.raises((ValueError, NotImplementedError), match="prediction_type"):
+            sample(ours, steps, **keywords)
+        return
     assert relative_error(sample(ours, steps, **keywords), sample(theirs, steps, **keywords)) < 2e-5
     sdfast.restore(Pipeline(ours))
     assert "step" not in ours.__dict__
     assert torch.equal(sample(ours, steps, **keywords), sample(theirs, steps, **keywords))
 
 
-@pytest.mark.parametrize("kind", ["ddim", "euler", "dpm++"])
+@pytest.mark.parametrize("kind", ["dpm++", "pndm, stable diffusion", "unipc"])
+def test_switched_from_step_to_step(kind):
+    """What a scheduler remembers is kept as its own step keeps it, whichever step runs."""
+    make, config, keywords = KINDS[kind]
+    scheduler = make(**config)
+    schedulers.replace(scheduler)
+    turns = itertools.cycle([contextlib.nullcontext, sdfast.disabled, sdfast.disabled])
+    switched = sample(scheduler, 11, around_step=lambda: next(turns)(), **keywords)
+    assert relative_error(switched, sample(make(**config), 11, **keywords)) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["ddim", "euler", "dpm++", "pndm, stable diffusion", "unipc"])
 def test_half_precision(kind):
     """bf16 latents: not further from fp32's run than the scheduler's own."""
     make, config, keywords = KINDS[kind]
@@ -98,20 +140,22 @@ def test_half_precision(kind):
 
 
 def test_one_step_is_one_operation(monkeypatch):
-    """Not the scheduler's own arithmetic: the kernel is reached, once a step."""
+    """Not the scheduler's own arithmetic: the kernel is reached, once a step; thrice for UniPC."""
     calls = []
-    step = schedulers.ops.diffusion_step
-    monkeypatch.setattr(schedulers.ops, "diffusion_step", lambda *a, **k: calls.append(1) or step(*a, **k))
-    for kind in ("ddim", "ddim, eta", "ddpm", "euler", "dpm++"):
+    step = ops.diffusion_step
+    monkeypatch.setattr(ops, "diffusion_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    expected = dict.fromkeys(("ddim", "ddim, eta", "ddpm", "euler", "euler, ancestral", "dpm++"), 5)
+    expected |= {"pndm, stable diffusion": 6, "unipc": 1 + 3 * 4}  # PNDM runs the model once more
+    for kind, launches in expected.items():
         make, config, keywords = KINDS[kind]
         scheduler = make(**config)
         schedulers.replace(scheduler)
         calls.clear()
         sample(scheduler, 5, **keywords)
-        assert len(calls) == 5, kind
+        assert len(calls) == launches, kind
         with sdfast.disabled():
             sample(scheduler, 5, **keywords)
-        assert len(calls) == 5, kind
+        assert len(calls) == launches, kind
 
 
 def test_copies():
@@ -124,8 +168,8 @@ def test_copies():
 
 
 def test_unknown_scheduler_is_left():
-    scheduler = diffusers.PNDMScheduler()
-    with pytest.warns(UserWarning, match="PNDMScheduler"):
+    scheduler = diffusers.HeunDiscreteScheduler()
+    with pytest.warns(UserWarning, match="HeunDiscreteScheduler"):
         report = sdfast.optimize(Pipeline(scheduler))
     assert any(row.name == "scheduler" and row.served_by != "sdfast" for row in report.rows)
     assert "step" not in scheduler.__dict__

@@ -7,6 +7,7 @@ so that their rate is an effective one and may exceed the peak. "other" is every
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdfast.bench.breakdown_kinds import kind
 from sdfast.bench.machine import peak
-from sdfast.bench.record import error_text
+from sdfast.bench.plan import Planned
+from sdfast.bench.record import Row
 from sdfast.bench.request import Request, missing
 from sdfast.bench.works import SIZES, Work
 
@@ -93,7 +95,7 @@ def operations(step: Step, flops: dict[str, int], peak_gflop_per_s: float) -> di
 
 
 @torch.inference_mode()
-def measure(work: Work, dtype: torch.dtype) -> dict[str, Any]:
+def measure(work: Work, dtype: torch.dtype) -> Row:
     """The breakdown of our step and, as `eager`, of diffusers'; GFLOP/s count ours."""
     theirs = work.make_theirs().to(dtype).to(memory_format=torch.channels_last)
     ours = work.make_ours(theirs)
@@ -115,14 +117,11 @@ def measure(work: Work, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows(request: Request, size: str | None = None) -> Iterator[dict[str, Any]]:
+def planned(request: Request, size: str | None = None) -> Iterator[Planned]:
     """The breakdown of each model and dtype: on a CPU, whose profiler sees single operators."""
     if request.device != "cpu" or missing(("diffusers",)):
         return
     for model in SIZES[size or ("quick" if request.quick else "full")].values():
         for dtype in request.dtypes:
             row = {"name": model.title, "dtype": dtype}
-            try:
-                yield {**row, **measure(model, getattr(torch, dtype))}
-            except RuntimeError as error:
-                yield {**row, "failed": error_text(error)}
+            yield Planned(row, functools.partial(measure, model, getattr(torch, dtype)))

@@ -36,6 +36,9 @@ def add_parser(commands: Any) -> None:
     add("--quick", action="store_true", help="few cases, small models; two minutes on two cores")
     folder_help = "folder to write, {machine} in it stands for this machine's name (%(default)s)"
     add("-o", "--output", type=Path, default=Path("sdfast-bench"), help=folder_help)
+    add(
+        "--resume", action="store_true", help="go on with the folder's run: measure what is missing or failed"
+    )
     add("--only", help=f"operations of the part ops: of {', '.join(OPS)}")
     add("--seconds", type=float, help="of timing for each case of ops (3, quick 0.3)")
     add("--rounds", type=int, help="of calls of models, images and training (5, quick 3)")
@@ -63,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sdfast.bench import suite, tables
 
     _check_device(request.device)
-    command = shlex.join(["sdfast", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else "sdfast bench"
+    told = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    command = shlex.join(["sdfast", *told]) if told[:1] == ["bench"] else "sdfast bench"
     result = suite.run(request, command, lambda line: print(line, flush=True))
     return 1 if tables.failures(result) else 0
 
@@ -92,6 +96,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         rounds=arguments.rounds,
         threads=arguments.threads,
         backend=arguments.backend,
+        resume=arguments.resume,
     )
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdfast import StableDiffusion, optimize
-from sdfast.bench.record import error_text
+from sdfast.bench.plan import Planned
 from sdfast.bench.request import Request, missing
 from sdfast.bench.timing import in_turns, ratio, settled, timed, times
 from sdfast.dispatch import use_backend
@@ -143,7 +143,7 @@ def astronaut(size: int) -> Image.Image | None:
         return image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
-def rows(request: Request) -> Iterator[dict[str, Any]]:
+def planned(request: Request) -> Iterator[Planned]:
     """Digits, then the photograph, in each dtype."""
     steps, size = (10, 128) if request.quick else (50, 256)
     generator = torch.Generator().manual_seed(0)
@@ -161,23 +161,24 @@ def rows(request: Request) -> Iterator[dict[str, Any]]:
             x = as_tensor(picture, height=size, width=size, channels=3, multiple=8)
             x = x.to(request.device, kind)
             calls[title] = functools.partial(draw_photograph, x)
-        absent = ("optimized",) if imported() is None else ()
-        loads = {
-            name: timed(functools.partial(load, request, kind))
-            for name, load in SIDES.items()
-            if name not in absent
-        }
+        loads = functools.cache(functools.partial(loaded, request, kind))  # once for both, if at all
         for name, call in calls.items():
             row = {"part": "images", "name": name, "dtype": dtype}
-            try:
-                yield {**row, **measured(call, loads, request, kind)}
-            except (AssertionError, RuntimeError) as error:
-                yield {**row, "failed": error_text(error)}
+            yield Planned(row, functools.partial(measured, call, loads, request, kind))
         if picture is None:
             reason = missing(("skimage",)) or "this scikit-image does not contain it"
-            yield {
-                "part": "images", "name": title, "dtype": dtype, "skipped": dict.fromkeys(SIDES, reason)
-            }  # fmt: skip
+            row = {"part": "images", "name": title, "dtype": dtype}
+            yield Planned({**row, "skipped": dict.fromkeys(SIDES, reason)}, dict)
+
+
+def loaded(request: Request, dtype: torch.dtype) -> dict[str, tuple[float, Draw]]:
+    """The seconds that each side took to load, and what it draws with."""
+    absent = ("optimized",) if imported() is None else ()
+    return {
+        name: timed(functools.partial(load, request, dtype))
+        for name, load in SIDES.items()
+        if name not in absent
+    }
 
 
 def draw_digits(prompts: Sequence[str], latents: Tensor, steps: int, draw: Draw) -> Tensor:
@@ -192,7 +193,7 @@ def draw_photograph(x: Tensor, draw: Draw) -> Tensor:
 
 def measured(
     call: Callable[[Draw], Tensor],
-    loads: dict[str, tuple[float, Any]],
+    load_once: Callable[[], dict[str, tuple[float, Draw]]],
     request: Request,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -201,6 +202,7 @@ def measured(
     Raises:
         AssertionError: ours are not eager's, in fp32.
     """
+    loads = load_once()
     runs = {
         name: settled(functools.partial(call, draw), request.device) for name, (_, draw) in loads.items()
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""The matrix products of Stable Diffusion 1.5's U-Net. Least traffic: x, weight, residual and y once."""
+"""The matrix products of Stable Diffusion 1.5's U-Net.
+
+Least traffic: x, weight, residual and y once; with gradients then x, weight, dy and two gradients, too.
+"""
 
 from __future__ import annotations
 
@@ -22,48 +25,67 @@ SETTINGS = (
     (154, 320, 768, None, False), (154, 1280, 768, None, False),  # the text's keys and values
     (2, 1280, 1280, None, False),  # the time embedding
 )  # fmt: skip
+# A training step at a 32x32 latent, batch 2.
+TRAINING = (
+    (2048, 320, 320, None, False), (512, 640, 640, None, False), (128, 1280, 1280, None, False),
+    (2048, 2560, 320, "geglu", False), (512, 5120, 640, "geglu", False), (128, 10240, 1280, "geglu", False),
+    (2048, 320, 1280, None, False), (128, 1280, 5120, None, False),
+    (154, 320, 768, None, False), (154, 1280, 768, None, False),
+)  # fmt: skip
 
 Setting = tuple[int, int, int, str | None, bool]
 
 
-def make(setting: Setting, dtype: torch.dtype, device: str) -> Case:
+def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> Case:
     tokens, rows, k, activation, with_residual = setting
     torch.manual_seed(0)
     x = torch.randn(tokens, k).to(device, dtype)
     weight, bias = (torch.randn(rows, k) / k**0.5).to(device, dtype), torch.randn(rows).to(device, dtype)
     residual = torch.randn(tokens, rows).to(device, dtype) if with_residual else None
-    few = slice(0, 64)  # of the tokens decide for all
+    leaves = [t.requires_grad_(training) for t in (x, weight, bias)]
+    width = rows // (2 if activation == "geglu" else 1)
+    dy = torch.randn(tokens, width).to(device, dtype)
+    few = slice(0, tokens if training else 64)  # of the tokens decide for all
+
+    def gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(y, inputs, dy)) if training else [y]
 
     def exact() -> list[Tensor]:
         added = None if residual is None else residual[few].double()
-        wide = (x[few].double(), weight.double(), bias.double())
-        return [linear_torch(*wide, activation=activation, residual=added)]
+        wide = [t.detach().double().requires_grad_(training) for t in (x[few], weight, bias)]
+        return gradients(linear_torch(*wide, activation=activation, residual=added), wide, dy.double())
 
     def part(results: Sequence[Tensor]) -> list[Tensor]:
-        return [results[0][few]]
+        return [results[0][few], *results[1:]]
 
-    ways: dict[str, Way] = {
-        "eager": lambda: [linear_torch(x, weight, bias, activation=activation, residual=residual)],
-        "sdfast": lambda: [ops.linear(x, weight, bias, activation=activation, residual=residual)],
-    }
-    results = tokens * rows // (2 if activation == "geglu" else 1)
-    elements = x.numel() + weight.numel() + results * (2 if with_residual else 1)
+    def eager() -> list[Tensor]:
+        return gradients(linear_torch(x, weight, bias, activation=activation, residual=residual), leaves, dy)
+
+    def ours() -> list[Tensor]:
+        return gradients(ops.linear(x, weight, bias, activation=activation, residual=residual), leaves, dy)
+
+    ways: dict[str, Way] = {"eager": eager, "sdfast": ours}
+    elements = x.numel() + weight.numel() + tokens * width * (2 if with_residual else 1)
     return Case(
-        f"{tokens}x{k} to {rows}", dtype, ways, exact, flops=2 * tokens * rows * k,
-        nbytes=elements * dtype.itemsize, part=part,
+        f"{tokens}x{k} to {rows}", dtype, ways, exact, flops=2 * tokens * rows * k * (3 if training else 1),
+        nbytes=(elements + training * (2 * elements - tokens * width)) * dtype.itemsize, part=part,
+        training=training,
         details={"activation": activation or "", "residual": with_residual},
     )  # fmt: skip
 
 
-def _name(setting: Setting) -> str:
+def _name(setting: Setting, training: bool) -> str:
     tokens, rows, k, activation, residual = setting
-    return f"{tokens}x{k} to {rows}" + (f" {activation}" if activation else "") + residual * " residual"
+    activated = f" {activation}" if activation else ""
+    return f"{tokens}x{k} to {rows}" + activated + residual * " residual" + training * " gradients"
 
 
 SPECS = [
     Spec(
-        "linear", "U-Net", _name(setting), functools.partial(make, setting),
-        quick=setting in (SETTINGS[2], SETTINGS[10]),
+        "linear", "training" if training else "U-Net", _name(setting, training),
+        functools.partial(make, setting, training),
+        quick=not training and setting in (SETTINGS[2], SETTINGS[10]),
     )
-    for setting in SETTINGS
+    for training, settings in ((False, SETTINGS), (True, TRAINING))
+    for setting in settings
 ]  # fmt: skip

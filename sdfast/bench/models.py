@@ -8,6 +8,7 @@ may be 1e-4 in fp32, in other types 1.5 times eager's own.
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sdfast.bench.engines import Task, why_not
+from sdfast.bench.plan import Planned
 from sdfast.bench.process import Engine, EngineError, export
-from sdfast.bench.record import error_text
+from sdfast.bench.record import Row
 from sdfast.bench.request import Request, missing
 from sdfast.bench.timing import ratio, times
 from sdfast.bench.works import SIZES
@@ -28,7 +30,7 @@ from sdfast.testing import relative_error
 LARGEST_FP32_ERROR = 1e-4
 
 
-def rows(request: Request, size: str | None = None) -> Iterator[dict[str, Any]]:
+def planned(request: Request, size: str | None = None) -> Iterator[Planned]:
     """A row for each model and dtype.
 
     Args:
@@ -42,14 +44,13 @@ def rows(request: Request, size: str | None = None) -> Iterator[dict[str, Any]]:
             for dtype in request.dtypes:
                 row = {"part": "models", "name": model.title, "work": work, "dtype": dtype}
                 if needs_diffusers:
-                    yield {**row, "skipped": dict.fromkeys(request.engines("models"), needs_diffusers)}
+                    row["skipped"] = dict.fromkeys(request.engines("models"), needs_diffusers)
+                    yield Planned(row, dict)
                     continue
                 threads = torch.get_num_threads()
                 task = Task(size, work, dtype, request.device, Path(folder), threads, request.backend)
-                try:
-                    yield {**row, **Comparison(task, request.call_rounds, exports).run(request)}
-                except (AssertionError, EngineError) as error:
-                    yield {**row, "failed": error_text(error)}
+                comparison = Comparison(task, request.call_rounds, exports)
+                yield Planned(row, functools.partial(comparison.run, request))
 
 
 class Comparison:
@@ -70,7 +71,7 @@ class Comparison:
         self.expected: Tensor | None = None
         self.error = math.inf  # of ours
 
-    def run(self, request: Request) -> dict[str, Any]:
+    def run(self, request: Request) -> Row:
         """
         Raises:
             AssertionError: our result is wrong.

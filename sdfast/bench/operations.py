@@ -14,6 +14,7 @@ import torch
 from sdfast import packing
 from sdfast.bench.case import Case, Results, Spec, measure
 from sdfast.bench.machine import peak
+from sdfast.bench.plan import Planned
 from sdfast.bench.record import error_text
 from sdfast.bench.request import OPS, Request
 from sdfast.dispatch import use_backend
@@ -25,18 +26,15 @@ def specs(only: Iterable[str] = OPS, *, quick: bool = False) -> list[Spec]:
     return [spec for spec in found if spec.quick or not quick]
 
 
-def rows(request: Request) -> Iterator[dict[str, Any]]:
-    """A row for each case and dtype, as soon as it is measured."""
+def planned(request: Request) -> Iterator[Planned]:
+    """A row for each case and dtype."""
     for dtype in request.dtypes:
         for spec in specs(request.only, quick=request.quick):
             row = {
                 "part": "ops", "op": spec.op, "model": spec.model,
                 "name": f"{spec.op} {spec.name}", "dtype": dtype,
             }  # fmt: skip
-            try:
-                yield {**row, **measured(spec, getattr(torch, dtype), request)}
-            except (AssertionError, RuntimeError, ValueError) as error:  # one fault hides no other's time
-                yield {**row, "failed": error_text(error)}
+            yield Planned(row, functools.partial(measured, spec, getattr(torch, dtype), request))
             packing.clear()
             gc.collect()
 

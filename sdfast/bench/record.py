@@ -13,6 +13,7 @@ FORMAT = "sdfast bench 1"
 
 Row = dict[str, Any]
 Record = dict[str, Any]
+Key = tuple[str, str, str]
 
 
 def write(path: Path, record: Record) -> None:
@@ -40,9 +41,9 @@ def read(path: Path) -> Record:
     return record
 
 
-def key(row: Row) -> tuple[str, str, str]:
-    """What identifies a row in another record."""
-    return row["part"], row["name"], row["dtype"]
+def key(row: Row) -> Key:
+    """What identifies a row in another record; those of the breakdown have no part."""
+    return row.get("part", "breakdown"), row["name"], row["dtype"]
 
 
 def of_part(rows: Sequence[Row], part: str) -> list[Row]:

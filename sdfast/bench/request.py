@@ -44,6 +44,7 @@ class Request:
         rounds: of the other parts' calls; None takes 5, or 3 with `quick`.
         threads: of torch and the engines; None leaves torch's choice.
         backend: whose kernels ours are; None takes what `sdfast.dispatch` takes.
+        resume: keep the rows of `output` that did not fail.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -57,6 +58,7 @@ class Request:
     rounds: int | None = None
     threads: int | None = None
     backend: str | None = None
+    resume: bool = False
 
     @property
     def case_seconds(self) -> float:

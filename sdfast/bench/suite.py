@@ -1,6 +1,6 @@
 """Runs the parts that were asked for, and writes what there is after each of their rows.
 
-A run that is interrupted, or that a model is too large for, leaves the rows before that.
+A run that is interrupted, or that a model is too large for, leaves the rows before that, and can be resumed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 
-from sdfast.bench import machine, page, record, tables
+from sdfast.bench import machine, page, record, resume, tables
+from sdfast.bench.plan import Planned
 from sdfast.bench.request import ENGINES, Request
 from sdfast.files import write_text
 from sdfast.memory import keep_freed_memory, return_freed_memory
 
 # A quick run starts nothing after this; what it then does is done within two minutes.
 QUICK_SECONDS = 95.0
-_MODULES = {"ops": "operations", "models": "models", "images": "images", "training": "training"}
+_MODULES = {
+    "ops": ("operations",),
+    "models": ("models", "breakdown"),
+    "images": ("images",),
+    "training": ("training",),
+}
 # From the one with the shortest rows on, so that a slow machine still gets many of them in a quick run.
 _ORDER = ("ops", "images", "training", "models")
 
@@ -34,6 +40,9 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
         request: what to measure.
         command: that asked for it, which the record repeats.
         say: is told every row's line as soon as there is one.
+
+    Raises:
+        ValueError: what is to be resumed is no run like this one.
     """
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -41,11 +50,15 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
     output = request.output
     if "{machine}" in str(output):
         output = type(output)(str(output).replace("{machine}", machine.slug(request.device)))
-    kept = keep_freed_memory()
+    keeps_memory = keep_freed_memory()
+    environment = machine.description(request.device, keeps_freed_memory=keeps_memory)
+    kept, seconds_before = {}, 0.0
+    if request.resume:
+        kept, seconds_before = resume.earlier(output / "bench.json", command, environment)
     result: record.Record = {
         "format": record.FORMAT,
         "command": command,
-        "environment": machine.description(request.device, keeps_freed_memory=kept),
+        "environment": environment,
         "limits": machine.limits(request.dtypes, request.device),
         "quick": request.quick,
         "rows": [],
@@ -56,37 +69,43 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
             if not set(ENGINES[engine][1]) & set(request.parts)
         ],
     }
-    if busy := busy_line(result["environment"]):
+    rows: list[record.Row] = []  # of this run, in its order
+
+    def save() -> None:
+        # What is kept and not reached yet is not lost where this run breaks off.
+        everything = {record.key(row): row for row in rows} | kept
+        result["breakdown"] = [row for key, row in everything.items() if key[0] == "breakdown"]
+        result["rows"] = [row for key, row in everything.items() if key[0] != "breakdown"]
+        result["seconds"] = seconds_before + time.monotonic() - began
+        write(result, output)
+
+    if busy := busy_line(environment):
         say(busy)
     for part in sorted(request.parts, key=_ORDER.index):
         if over(request, began):
             result["left_out"].append(f"{part}: the time of a quick run was over")
             continue
-        for row in part_rows(part, request):
-            result["rows"].append(row)
-            say(tables.line(row))
-            write(result, output)
+        for planned in plan_of(part, request):
+            row = kept.pop(record.key(planned.row), None) or planned.measured()
+            rows.append(row)
+            if "part" in row:
+                say(tables.line(row))
+            save()
             if over(request, began):
                 result["left_out"].append(f"{part} after {row['name']}: the time of a quick run was over")
                 break
         return_freed_memory()  # other parts' processes need it
-        if part == "models" and not over(request, began):
-            breakdown = importlib.import_module("sdfast.bench.breakdown")
-            for row in breakdown.rows(request):
-                result["breakdown"].append(row)
-                write(result, output)
-    result["seconds"] = time.monotonic() - began
-    write(result, output)
+    save()
     for reason in result["left_out"]:
         say(f"left out: {reason}")
     say(f"{output / 'bench.html'}, bench.md and bench.json are written")
     return result
 
 
-def part_rows(part: str, request: Request) -> Iterator[dict[str, Any]]:
-    """What a part measures, row after row; its module is imported only now."""
-    rows: Iterator[dict[str, Any]] = importlib.import_module(f"sdfast.bench.{_MODULES[part]}").rows(request)
-    return rows
+def plan_of(part: str, request: Request) -> Iterator[Planned]:
+    """What a part measures, row after row; its modules are imported only now."""
+    for module in _MODULES[part]:
+        yield from importlib.import_module(f"sdfast.bench.{module}").planned(request)
 
 
 def over(request: Request, began: float) -> bool:

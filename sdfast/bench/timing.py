@@ -6,12 +6,14 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from sdfast.testing import spread, time_alternating
 
+_T = TypeVar("_T")
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
 
@@ -54,7 +56,7 @@ def settled(call: Callable[[], object], device: str) -> Callable[[], object]:
     return run
 
 
-def timed(call: Callable[[], object]) -> tuple[float, object]:
+def timed(call: Callable[[], _T]) -> tuple[float, _T]:
     """Seconds of one call, and its result."""
     began = time.perf_counter()
     result = call()

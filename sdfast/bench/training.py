@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdfast.bench.record import error_text
+from sdfast.bench.plan import Planned
+from sdfast.bench.record import Row
 from sdfast.bench.request import Request, missing
 from sdfast.bench.timing import in_turns, ratio, settled, timed, times
 from sdfast.bench.works import SIZES, Work
@@ -30,19 +32,24 @@ _CHECKED = slice(None, None, 23)  # of the parameters
 Step = Callable[[], None]
 
 
-def rows(request: Request, size: str | None = None) -> Iterator[dict[str, Any]]:
+def planned(request: Request, size: str | None = None) -> Iterator[Planned]:
     """A row for each dtype."""
     work = SIZES[size or ("quick" if request.quick else "full")]["unet"]
     for dtype in request.dtypes:
         title = work.title.replace("guided step", "forward and backward")
         row = {"part": "training", "name": title, "dtype": dtype}
         if reason := missing(("diffusers",)):
-            yield {**row, "skipped": dict.fromkeys(request.engines("training"), reason)}
+            yield Planned({**row, "skipped": dict.fromkeys(request.engines("training"), reason)}, dict)
             continue
-        try:
-            yield {**row, **Training(work, getattr(torch, dtype), request).measure()}
-        except (AssertionError, RuntimeError) as error:
-            yield {**row, "failed": error_text(error)}
+        yield Planned(row, functools.partial(measured, work, getattr(torch, dtype), request))
+
+
+def measured(work: Work, dtype: torch.dtype, request: Request) -> Row:
+    """
+    Raises:
+        AssertionError: our gradients are wrong.
+    """
+    return Training(work, dtype, request).measure()
 
 
 def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -62,15 +62,15 @@ _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32
 
 
 def suits_torch_in_training(call: Call) -> bool:
-    """Few channels, so little work that Python decides, and bf16, which torch multiplies as pairs.
+    """Few channels, so little work that Python decides, and bf16 where torch alone multiplies it as pairs.
 
-    Measured, forward and backward: fp32 is faster here from about 2^20 products on, bf16 was slower at most
-    sizes, fp16 many times faster than torch's.
+    Measured, forward and backward: fp32 is faster here from about 2^20 products on, bf16 widened to fp32 was
+    slower at most sizes, fp16 many times faster than torch's.
     """
     x, weight, upsample = call.x, call.weight, call.upsample
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
-    return few or x.dtype == torch.bfloat16
+    return few or (x.dtype == torch.bfloat16 and not _library.has_kernel("bf16_pairs", "cpu"))
 
 
 def _upsampled(x: Tensor) -> Tensor:

@@ -108,14 +108,15 @@ def _rows(
 
 
 def _is_faster_in_torch(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Gradients of so little that Python decides, and in bf16, which torch multiplies as pairs.
+    """Gradients of so little that Python decides, and in bf16 where torch alone multiplies it as pairs.
 
-    Measured, forward and backward: fp32 is faster here from about 2^22 products on, bf16 was slower, fp16
-    many times faster than torch's.
+    Measured, forward and backward: fp32 is faster here from about 2^22 products on, bf16 widened to fp32 was
+    slower, fp16 many times faster than torch's.
     """
     if not requires_grad(x, weight, *others):
         return False
-    return x.dtype == torch.bfloat16 or x.numel() * weight.shape[0] < 2**22
+    as_fp32 = x.dtype == torch.bfloat16 and not _library.has_kernel("bf16_pairs", "cpu")
+    return as_fp32 or x.numel() * weight.shape[0] < 2**22
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
