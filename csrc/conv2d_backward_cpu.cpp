@@ -150,7 +150,6 @@ Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_
   const Shape s = shape_of(x.sizes(), sizes, stride, padding);
   check_result(dy, s);
   check_winograd(s, winograd);
-  STD_TORCH_CHECK(!winograd || dtype == ScalarType::Float, "winograd: expected float32");
   Tensor dw = new_image(sizes, dtype);
   with_element_type(dtype, [&](auto element) {
     using T = decltype(element);

@@ -1,4 +1,4 @@
-// The gradient of a 3x3 convolution's weight by Winograd's F(4x4, 3x3), fp32.
+// The gradient of a 3x3 convolution's weight by Winograd's F(4x4, 3x3), fp32 arithmetic.
 //
 // Algorithm (the transpose of y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A in g):
 //   dg = Gᵀ [Σ over tiles of (A dy Aᵀ) ⊙ (Bᵀ d B)] G.
@@ -97,9 +97,9 @@ void finish_weights(const float* sums, int64_t point_stride, int64_t column, int
   });
 }
 
-// dW: (out_channels, 3, 3, channels).
-template <typename T>
-void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
+// dW: (out_channels, 3, 3, channels), the sum over rounds.
+template <typename T, typename Sum>
+void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   using gemm::kColumns;
   const Phase phase = phases_of(s).front();
   const Tiling tiling(s, phase, kTile);
@@ -147,6 +147,25 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
       if (streamed) simd::finish_streams();
     });
   }
+}
+
+// dW: (out_channels, 3, 3, channels). Rounds are summed in fp32, and the sum is rounded once.
+template <typename T>
+void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (Tiling(s, phases_of(s).front(), kTile).count > kRoundTiles) {
+      const int64_t width = kTaps * s.channels;
+      const Scratch<float> sums(s.out_channels * width);
+      sum_rounds(s, dy, x, sums.get());
+      torch::stable::parallel_for(0, s.out_channels, 1, [&](int64_t begin, int64_t end) {
+        simd::for_each_vector(begin * width, end * width, [&](int64_t i, auto lanes) {
+          simd::store(dw + i, simd::load(sums.get() + i, lanes), lanes);
+        });
+      });
+      return;
+    }
+  }
+  sum_rounds(s, dy, x, dw);
 }
 
 }  // namespace sdfast::conv2d::winograd

@@ -57,8 +57,9 @@ _weight_gradient_op = _library.define_native(
     lambda dy, x, height, width, *_: _empty(dy, dy.shape[1], x.shape[1], height, width),
 )
 
-# Pixels of y from which Winograd was measured faster, for y and for each gradient.
-_WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS = 128, 32
+# Pixels of y from which Winograd was measured faster, for y and for each gradient. Its arithmetic is fp32: in
+# bf16 it competes with products of pairs.
+_WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS = 128, 32, 128
 
 
 def suits_torch_in_training(call: Call) -> bool:
@@ -167,10 +168,12 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.operations, ctx.geometry, ctx.upsample = operations, (stride, padding), upsample
         suits = tuple(weight.shape[2:]) == (3, 3) and stride == 1 and max(padding) <= 2
-        fp32 = x.dtype == torch.float32 and min(weight.shape[:2]) >= 32
+        suits = suits and min(weight.shape[:2]) >= 32
         # A function of the shape alone: y has as many pixels for the forward as for the backward.
         pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-        winograd = operations.has_winograd and suits and fp32 and dispatch.numerics() == "fast"
+        winograd = operations.has_winograd and suits and dispatch.numerics() == "fast"
+        if x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu"):
+            winograd = winograd and pixels >= _WINOGRAD_PIXELS_OF_PAIRS
         ctx.winograd = winograd and pixels >= _WINOGRAD_GRADIENT_PIXELS
         added = (bias, time_embedding, residual)
         winograd = winograd and pixels >= _WINOGRAD_PIXELS
