@@ -88,7 +88,7 @@ def check_winograd(case: tuple, upsample: bool) -> None:
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd from one pixel on."""
-    for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_GRADIENT_PIXELS"):
+    for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_GRADIENT_PIXELS", "_WINOGRAD_PIXELS_OF_PAIRS"):
         monkeypatch.setattr(_conv2d_training, name, 1)
 
 
@@ -96,6 +96,18 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_winograd(upsample: bool, every_size: None) -> None:
     for case in WINOGRAD_CASES[: 3 if upsample else 5]:
         check_winograd(case, upsample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_winograd_in_half_precision(dtype: torch.dtype, every_size: None) -> None:
+    """Within the budget of the direct kernel; a weight's gradient is summed over rounds before it is rounded."""
+    for case in WINOGRAD_CASES:
+        call = Call(case, dtype)
+        check_gradients(call.ours, call.eager, call.tensors, call.dy, str(case))
+    actual = gradients(call.ours, call.tensors, call.dy)
+    with dispatch.use_numerics("exact"):
+        direct = gradients(call.ours, call.tensors, call.dy)
+    assert not any(map(torch.equal, actual[:3], direct[:3]))  # it was Winograd
 
 
 def test_sizes_of_a_model() -> None:
