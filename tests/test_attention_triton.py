@@ -287,8 +287,16 @@ def test_what_the_kernel_leaves_to_torch() -> None:
             call(*arguments)
     with pytest.raises(ValueError, match="torch.func"):
         torch.vmap(call)(case.q[None])
-    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="autocast"):
-        call(case.q)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="float32, bfloat16"):
+        call(wide.q, wide.k)  # fp64 is not cast
+
+
+def test_autocast() -> None:
+    case = make_case(4, 4, 8, torch.float32)
+    half = case.converted(torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = ops.attention(case.q, case.k, case.v, backend="triton")
+    assert torch.equal(found, ops.attention(half.q, half.k, half.v, backend="triton"))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -241,7 +241,7 @@ def test_an_empty_kernel_is_left_to_torch() -> None:
             torch.ops.sdfast.conv2d_pack(weight, 1)
 
 
-def test_autocast_and_fake_tensors_go_through_torch() -> None:
+def test_autocast_and_fake_tensors() -> None:
     args, _ = make((1, 32, 9, 8, 40, 3, 1, 1), torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert ops.conv2d(*args).dtype == torch.bfloat16

@@ -84,14 +84,16 @@ def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> C
         def wide(*tensors: Tensor) -> list[Tensor]:
             return [t.detach().double().requires_grad_(training) for t in tensors]
 
+        def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return conv2d_torch(x, weight, bias, stride, padding, upsample=upsample)
+
         def gradient(operands: list[Tensor], dy: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-            y = conv2d_torch(*operands, stride, padding, upsample=upsample)
+            y = formula(*operands)
             dy = dy[..., : y.shape[2], : y.shape[3]].double()
             return list(torch.autograd.grad(y, wanted, dy))
 
         if not training:
-            operands = wide(x[:1, :, near, near], weight[few], bias[few])
-            return part([conv2d_torch(*operands, stride, padding, upsample=upsample)])
+            return part([formula(*wide(x[:1, :, near, near], weight[few], bias[few]))])
         pixels = wide(x[:1, few, near, near], weight[:, few], bias)
         rows = wide(x, weight[few], bias[few])
         found = gradient(pixels, dy[:1], pixels[:1]) + gradient(rows, dy[:, few], rows[1:])

@@ -42,7 +42,7 @@ def planned(request: Request, size: str | None = None) -> Iterator[Planned]:
         exports: dict[str, float | EngineError] = {}
         with tempfile.TemporaryDirectory() as folder:
             for dtype in request.dtypes:
-                row = {"part": "models", "name": model.title, "work": work, "dtype": dtype}
+                row: Row = {"part": "models", "name": model.title, "work": work, "dtype": dtype}
                 if needs_diffusers:
                     row["skipped"] = dict.fromkeys(request.engines("models"), needs_diffusers)
                     yield Planned(row, dict)

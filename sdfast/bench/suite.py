@@ -52,7 +52,8 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
         output = type(output)(str(output).replace("{machine}", machine.slug(request.device)))
     keeps_memory = keep_freed_memory()
     environment = machine.description(request.device, keeps_freed_memory=keeps_memory)
-    kept, seconds_before = {}, 0.0
+    kept: dict[record.Key, record.Row] = {}
+    seconds_before = 0.0
     if request.resume:
         kept, seconds_before = resume.earlier(output / "bench.json", command, environment)
     result: record.Record = {

@@ -70,7 +70,7 @@ def dpm_solver_step(
 
 # Weights of ε̂ and of those of the steps before, by how many there are (Liu et al. 2022, "Pseudo Numerical
 # Methods for Diffusion Models on Manifolds", eq. 12 and its lower orders).
-_ADAMS_BASHFORTH = (
+_ADAMS_BASHFORTH: tuple[tuple[float, ...], ...] = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -91,7 +91,8 @@ def pndm_step(
     previous = timestep - stride
     if self.counter == 1:  # the first step once more, with the mean of ε̂ at both of its ends
         previous, timestep = timestep, timestep + stride
-        outputs, weights, sample = [model_output, self.ets[-1]], (0.5, 0.5), self.cur_sample
+        outputs, sample = [model_output, self.ets[-1]], self.cur_sample
+        weights: tuple[float, ...] = (0.5, 0.5)
         self.cur_sample = None
     else:
         self.ets = [*self.ets[-3:], model_output]

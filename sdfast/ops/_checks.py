@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_TensorOrNone = TypeVar("_TensorOrNone", Tensor, Tensor | None)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NO_KERNEL_YET = dict.fromkeys(("cpu", "triton", "cuda"), "no such kernel for this operation")
 
@@ -23,6 +25,21 @@ def is_transformed() -> bool:
 def is_autocast(device_type: str) -> bool:
     """Whether autocast would cast what an operation on such a device is given; torch raises for "meta"."""
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts the tensors of a product to on such a device, or None where it is off."""
+    return torch.get_autocast_dtype(device_type) if is_autocast(device_type) else None
+
+
+def cast_to(dtype: torch.dtype, t: _TensorOrNone) -> _TensorOrNone:
+    """A floating tensor in this dtype; another, or None, as it is."""
+    return t.to(dtype) if t is not None and t.is_floating_point() else t
+
+
+def can_cast(*tensors: Tensor | None) -> bool:
+    """Whether autocast would cast all of them: it leaves fp64 alone."""
+    return all(t is None or t.dtype is not torch.float64 for t in tensors)
 
 
 def check_tensor(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops._checks import NO_KERNEL_YET, check_tensor, is_autocast, widened
+from sdfast.ops._checks import NO_KERNEL_YET, autocast_dtype, can_cast, cast_to, check_tensor, widened
 from sdfast.ops._native import empty_by_token, requires_grad, unavailable
 
 
@@ -160,8 +160,6 @@ def _unavailable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[s
     """Why each backend that cannot take this call cannot."""
     if q.dtype is torch.float64 or k.dtype is not q.dtype or v.dtype is not q.dtype:
         reason = "it takes float32, bfloat16 or float16, the same for all; use torch or reference"
-    elif is_autocast(q.device.type):
-        reason = "under autocast torch decides the dtypes"
     elif mask is not None:
         reason = "it takes no mask; use torch or reference"
     elif q.numel() == 0 or k.numel() == 0:
@@ -201,7 +199,8 @@ def attention(
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        (B, heads, L, D) in the dtype of `q`; from a kernel a transposed view of (B, L, heads, D).
+        (B, heads, L, D) in the dtype of `q`, or autocast's; from a kernel a transposed view of
+        (B, L, heads, D).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -226,6 +225,13 @@ def attention(
         scores = (batch, heads, q.shape[2], k.shape[2])
         if not _broadcasts(mask.shape, scores):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {scores}")
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and can_cast(q, k, v, mask):
+        q, k, v = (cast_to(dtype, t) for t in (q, k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(
+                q, k, v, mask=cast_to(dtype, mask), is_causal=is_causal, scale=scale, backend=backend
+            )
     reasons = _unavailable(q, k, v, mask)
     order = ("torch",) if _is_faster_in_torch(q, k, v) else None
     serve = dispatch.choose("attention", q.device.type, reasons, backend, order=order)

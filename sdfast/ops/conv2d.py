@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, tuning
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
+from sdfast.ops._checks import (
+    NO_KERNEL_YET,
+    autocast_dtype,
+    can_cast,
+    cast_to,
+    check_optional,
+    check_tensor,
+    is_autocast,
+    widened,
+)
 from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
 from sdfast.ops._conv2d_call import Call, NormPrologue
 from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
@@ -175,8 +184,8 @@ def conv2d(
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        y (N, C_out, H_out, W_out) in the dtype of `x`, channels_last where a kernel serves; with
-        `stats_groups` the tuple (y, mean, rstd), the last two (N, stats_groups), fp32 (fp64 for fp64).
+        y (N, C_out, H_out, W_out) in the dtype of `x`, or autocast's, channels_last where a kernel serves;
+        with `stats_groups` the tuple (y, mean, rstd), the last two (N, stats_groups), fp32 (fp64 for fp64).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -215,16 +224,49 @@ def conv2d(
         check_groups("stats_groups", stats_groups, channels_out)
 
     call = Call(x, weight, bias, stride, sides, upsample, time_embedding, residual, skip, norm)
+    statistics = None if stats_groups is None else (stats_groups, stats_eps)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None or not _follows_autocast(call, dtype):
+        return _served(call, statistics, backend)
+    call = call.normalised(backend)  # the norm's parameters keep their dtype
+    call = call._replace(
+        x=cast_to(dtype, call.x), weight=cast_to(dtype, weight), bias=cast_to(dtype, bias),
+        skip=cast_to(dtype, call.skip),
+    )  # fmt: skip
+    with torch.autocast(x.device.type, enabled=False):
+        return _served(call, statistics, backend)
+
+
+def _follows_autocast(call: Call, dtype: torch.dtype) -> bool:
+    """Whether the call is one of tensors in autocast's dtype, when they are cast.
+
+    What else is added decides the sum's dtype, and must be of it. On a CPU inference keeps copies of weights,
+    which would be made anew from each cast weight.
+    """
+    added = (call.time_embedding, call.residual)
+    once = call.x.device.type == "cpu" and not requires_grad(*call.tensors())
+    return (
+        can_cast(call.x, call.weight, call.bias, call.skip)
+        and all(t is None or t.dtype is dtype for t in added)
+        and not (once and call.weight.dtype is not dtype)
+    )
+
+
+def _served(
+    call: Call, statistics: tuple[int, float] | None, backend: str | None
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """y, and its mean and rstd over so many groups where `statistics`, groups and eps, are asked for."""
+    x, weight = call.x, call.weight
     reasons = _unavailable(*call.tensors())
     named, trains = dispatch.is_named(backend), requires_grad(*call.tensors())
-    if "cuda" not in reasons and (why := why_not_cuda(weight, stride, trains)) is not None:
+    if "cuda" not in reasons and (why := why_not_cuda(weight, call.stride, trains)) is not None:
         reasons["cuda"] = why
     fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend) if named else None
     if fused_by in ("cuda", "triton") and not trains:
         fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton
-        return fusing(call, None if stats_groups is None else (stats_groups, stats_eps))
+        return fusing(call, statistics)
     y = conv2d_triton_training(call) if fused_by == "triton" else _unfused(call, reasons, backend)
-    return y if stats_groups is None else (y, *group_statistics(y, stats_groups, stats_eps))
+    return y if statistics is None else (y, *group_statistics(y, *statistics))
 
 
 def _unfused(call: Call, reasons: dict[str, str], backend: str | None) -> Tensor:

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing
-from sdfast.ops._checks import NO_KERNEL_YET, check_optional, check_tensor, is_autocast, widened
+from sdfast.ops._checks import (
+    NO_KERNEL_YET,
+    autocast_dtype,
+    can_cast,
+    cast_to,
+    check_optional,
+    check_tensor,
+    is_autocast,
+    widened,
+)
 from sdfast.ops._linear_gate import linear_cuda
 from sdfast.ops._linear_rows import ACTIVATIONS, rows_op, rows_triton_op
 from sdfast.ops._linear_training import TRITON, linear_training
@@ -166,7 +175,7 @@ def linear(
         backend: see `sdfast.dispatch`; None takes the best that can run.
 
     Returns:
-        (..., M), or with "geglu" (..., M/2), in the dtype of `x`.
+        (..., M), or with "geglu" (..., M/2), in the dtype of `x`, or autocast's.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
@@ -185,6 +194,12 @@ def linear(
         raise ValueError(f"activation: got {activation!r}, expected one of {ACTIVATIONS}")
     if activation == "geglu" and width % 2:
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
+    dtype = autocast_dtype(x.device.type)
+    # Another residual's dtype would be that of the sum.
+    if dtype is not None and can_cast(x, weight, bias) and (residual is None or residual.dtype is dtype):
+        x, weight, bias = cast_to(dtype, x), cast_to(dtype, weight), cast_to(dtype, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
     reasons = _unavailable(activation, x, weight, bias, residual)
     order = ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
     serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)

@@ -61,7 +61,7 @@ def _add_training(group: Any) -> None:
     add("--min-snr-gamma", type=float, metavar="G", help="weigh timesteps by min(SNR, G); 5 is usual")
     add("--caption-dropout", type=float, metavar="P", help="share left out (0.1)")
     add("--kl-weight", type=float, help="with --phase vae (1e-6)")
-    precisions = "bf16: copies of fp32 weights, on sdfast's kernels; autocast: torch's choice (%(default)s)"
+    precisions = "bf16: of weights and all; autocast: where torch.autocast has it (%(default)s)"
     add("--precision", choices=("fp32", "bf16", "autocast"), default="fp32", help=precisions)
     add("--seed", type=int, default=0, help="of everything random (%(default)s)")
 

@@ -126,8 +126,8 @@ class Parallel:
     Args:
         module: what is trained; its parameters stay fp32. Under "fsdp" they become its shards.
         kind: "ddp", "fsdp" (FSDP2's fully_shard) or None for one process.
-        precision: "fp32"; "bf16" computes with bf16 copies of the weights, on the same kernels as fp32;
-            "autocast" leaves the choice to torch.autocast, and most operations to torch's kernels.
+        precision: "fp32"; "bf16" computes with bf16 copies of the weights; "autocast" leaves the choice of
+            what is bf16 to torch.autocast. The kernels are sdfast's in all three.
         processes: who takes part.
         recompute: keep only what enters each ResNet block and transformer; the backward computes the rest
             again (Chen et al. 2016). The gradients are the same bits.
