@@ -1,5 +1,5 @@
-// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3), fp32, whose weight changes at every step:
-// the result of a training step, and its gradient in x.
+// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3), fp32 arithmetic, whose weight changes at
+// every step: the result of a training step, and its gradient in x.
 //
 // Algorithm. As conv2d_winograd_cpu.h where tiles are many, its packed weight made first. Where
 // they are few, that copy of four times the weight costs more than the products, and is not made: a

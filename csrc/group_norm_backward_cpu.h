@@ -13,7 +13,7 @@
 
 namespace sdfast::group_norm {
 
-// x - center and dz of the same lanes of `count` rows; the next ones are fetched.
+// x - center and dz of the same lanes of `count` rows; what lies `count` rows further is fetched.
 template <int count>
 struct Gradients {
   simd::Vecs<count> deviation, dz;

@@ -11,7 +11,6 @@
 namespace sdfast {
 namespace {
 
-using gemm::kColumns;
 using simd::Vec;
 
 enum class Activation : int64_t { kNone, kSilu, kGelu, kQuickGelu, kGeglu };

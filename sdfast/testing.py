@@ -171,15 +171,17 @@ def environment() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """The commit of the source tree, "+changes" where it differs; outside of one what $SDFAST_COMMIT says."""
-    root = pathlib.Path(__file__).parent
+    """The commit of the source tree, "+changes" where it differs; outside of one what $SDFAST_COMMIT says.
+
+    Records are no part of what is measured: one that has just been written makes no difference.
+    """
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     try:
         commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        unchanged = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results"]
+        changed = subprocess.run(unchanged, capture_output=True, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("SDFAST_COMMIT", "unknown")
-    return commit.stdout.strip()
+    return commit + "+changes" * changed

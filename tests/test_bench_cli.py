@@ -138,7 +138,21 @@ def failing():
 
 
 @pytest.fixture
-def resumed(tmp_path, monkeypatch):
+def at_commit(monkeypatch):
+    """Lets a record be of this commit."""
+    described = suite.machine.description
+
+    def at(commit):
+        monkeypatch.setattr(
+            suite.machine, "description", lambda *a, **k: {**described(*a, **k), "commit": commit}
+        )
+
+    at("abc1234")
+    return at
+
+
+@pytest.fixture
+def resumed(tmp_path, monkeypatch, at_commit):
     """Runs a plan, given as {name: measure}; returns the names measured and the record."""
 
     def run(plan, **settings):
@@ -188,19 +202,31 @@ def test_resuming_loses_nothing_where_it_breaks_off_again(resumed):
     ]
 
 
-def test_resuming_another_run_is_refused(resumed, monkeypatch):
+def test_resuming_another_run_is_refused(resumed, at_commit):
     resumed({"linear a": dict}, resume=False)
-    with pytest.raises(ValueError, match=r"--resume: .*bench.json was made with command 'sdfast bench', not"):
+    with pytest.raises(ValueError, match=r"--resume: .*bench.json was made with command 'sdfast bench', and"):
         resumed({"linear a": dict}, command="sdfast bench --rounds 7")
-    described = suite.machine.description
-    monkeypatch.setattr(
-        suite.machine, "description", lambda *a, **k: {**described(*a, **k), "commit": "of tomorrow"}
-    )
-    with pytest.raises(ValueError, match="was made with commit .*, not 'of tomorrow'; leave --resume out"):
+    at_commit("def5678")
+    with pytest.raises(ValueError, match="made with commit 'abc1234', and this is 'def5678'; leave --resume"):
+        resumed({"linear a": dict})
+    at_commit("abc1234+changes")
+    with pytest.raises(ValueError, match="the source tree has changes"):
         resumed({"linear a": dict})
 
 
-def test_resume_is_told_and_not_recorded(bench, tmp_path, monkeypatch):
+def test_resuming_keeps_what_failed_until_it_is_measured(resumed):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    resumed({"linear a": dict, "linear b": failing}, resume=False)
+    _, result = resumed({"linear a": dict, "linear b": interrupted})
+    assert [row.get("failed") for row in result["rows"]] == [None, "RuntimeError: no memory"]
+    _, result = resumed({"linear a": dict, "linear b": lambda: {"ended": ["openvino"]}})
+    assert [row.get("ended") for row in result["rows"]] == [None, ["openvino"]]
+    assert resumed({"linear a": dict, "linear b": dict})[0] == ["linear b"]
+
+
+def test_resume_is_told_and_not_recorded(bench, tmp_path, monkeypatch, at_commit):
     arguments = ("ops", "--quick", "--only", "add_noise", "--dtype", "float32", "-o", tmp_path)
     records = []
     for told in (arguments, (*arguments, "--resume")):

@@ -69,6 +69,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Results
     return silu, ops.linear(x, weight, bias, activation="geglu", residual=residual, backend="cpu")
 
 
+@on((37, 45), (45, 45), (45,))
+def linear_gradients(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    return with_gradients(
+        lambda *tensors: ops.linear(*tensors, activation="gelu", backend="cpu"), x, weight, bias
+    )
+
+
 def convolve(stride: int, padding: int, x: Tensor, weight: Tensor, *added: Tensor) -> Results:
     names = ("bias", "time_embedding", "residual")
     keywords = dict(zip(names, added, strict=False))
@@ -81,6 +88,17 @@ def convolve(stride: int, padding: int, x: Tensor, weight: Tensor, *added: Tenso
 def conv2d(x: Tensor, *others: Tensor) -> Results:
     upsampled = ops.conv2d(x, others[0], others[1], padding=1, upsample=True, backend="cpu")
     return [*convolve(1, 1, x, *others), *convolve(2, 1, x, *others[:3]), upsampled]
+
+
+@on((2, 35, 7, 9), (35, 35, 3, 3), (35,))
+@dispatch.use_numerics("exact")
+def conv2d_gradients(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    return with_gradients(lambda *tensors: ops.conv2d(*tensors, padding=1, backend="cpu"), x, weight, bias)
+
+
+@on((2, 35, 8, 9), (35, 35, 3, 3), (35,))
+def conv2d_gradients_winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    return with_gradients(lambda *tensors: ops.conv2d(*tensors, padding=1, backend="cpu"), x, weight, bias)
 
 
 @on((2, 34, 7, 9), (37, 34, 1, 1), (37,), (2, 37), (2, 37, 7, 9))

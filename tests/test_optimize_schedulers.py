@@ -128,6 +128,24 @@ def test_switched_from_step_to_step(kind):
     assert relative_error(switched, sample(make(**config), 11, **keywords)) < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["dpm++", "pndm, stable diffusion", "unipc"])
+def test_dtypes_that_change_from_step_to_step(kind):
+    """What is remembered in another dtype: the scheduler's own step, and the fused one again when all is alike."""
+    make, config, _ = KINDS[kind]
+    runs = []
+    for fused in (True, False):
+        scheduler = make(**config)
+        if fused:
+            schedulers.replace(scheduler)
+        scheduler.set_timesteps(9)
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).half()
+        for i, t in enumerate(scheduler.timesteps):
+            m = torch.tanh(x.float() + t / 1000)  # fp32 beside half at first
+            x = scheduler.step(m if i < 3 else m.to(x.dtype), t, x.float() if i == 4 else x).prev_sample
+        runs.append(x.float())
+    assert relative_error(*runs) < 2e-3
+
+
 @pytest.mark.parametrize("kind", ["ddim", "euler", "dpm++", "pndm, stable diffusion", "unipc"])
 def test_half_precision(kind):
     """bf16 latents: not further from fp32's run than the scheduler's own."""

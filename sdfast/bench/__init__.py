@@ -9,6 +9,7 @@ and the comparison know:
                            cold one, error, and where they are known peak_bytes and more
     ratios                 by engine: its time by ours, of neighbours in time, as `timing.ratio` has it
     skipped                by engine: why it took no part
+    ended                  the engines among them whose process ended
     failed                 instead of times: what went wrong on our side
 
 `command` is the command line, `suite` runs the parts, `record` is the file; one file for each operation holds

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdfast.bench.engines import Task, why_not
 from sdfast.bench.plan import Planned
-from sdfast.bench.process import Engine, EngineError, export
+from sdfast.bench.process import Engine, EngineEnded, EngineError, export
 from sdfast.bench.record import Row
 from sdfast.bench.request import Request, missing
 from sdfast.bench.timing import ratio, times
@@ -68,6 +68,7 @@ class Comparison:
         self.sides: dict[str, dict[str, Any]] = {}
         self.ratios: dict[str, dict[str, float]] = {}
         self.skipped: dict[str, str] = {}
+        self.ended: list[str] = []  # of those skipped: their process did
         self.expected: Tensor | None = None
         self.error = math.inf  # of ours
 
@@ -86,6 +87,8 @@ class Comparison:
                     if name == "eager" or not ours.process.is_alive():
                         raise
                     self.skipped[name] = str(problem)
+                    if isinstance(problem, EngineEnded):
+                        self.ended.append(name)
             side = _side(self.samples, ours, self.error)
         return {
             "rounds": self.rounds,
@@ -93,6 +96,7 @@ class Comparison:
             "sides": {**self.sides, "sdfast": side},
             "ratios": self.ratios,
             "skipped": self.skipped,
+            "ended": self.ended,
         }
 
     def reference(self) -> Tensor | None:

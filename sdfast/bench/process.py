@@ -30,6 +30,10 @@ class EngineError(RuntimeError):
     """An engine could not do it; the message says why."""
 
 
+class EngineEnded(EngineError):
+    """An engine's process ended, as where memory runs out: it may do better another time."""
+
+
 class Engine:
     """A process with an engine that has run once.
 
@@ -110,7 +114,7 @@ def _receive(connection: Any, process: Any) -> Any:
     except (EOFError, ConnectionResetError):
         process.join()
         killed = " (out of memory?)" if process.exitcode == -9 else ""
-        raise EngineError(f"its process ended with exit code {process.exitcode}{killed}") from None
+        raise EngineEnded(f"its process ended with exit code {process.exitcode}{killed}") from None
     if isinstance(message, str):
         raise EngineError(message)
     return message

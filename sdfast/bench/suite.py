@@ -87,7 +87,10 @@ def run(request: Request, command: str, say: Say = print) -> record.Record:
             result["left_out"].append(f"{part}: the time of a quick run was over")
             continue
         for planned in plan_of(part, request):
-            row = kept.pop(record.key(planned.row), None) or planned.measured()
+            key = record.key(planned.row)
+            before = kept.get(key)
+            row = before if resume.is_whole(before) else planned.measured()
+            kept.pop(key, None)
             rows.append(row)
             if "part" in row:
                 say(tables.line(row))

@@ -38,7 +38,8 @@ def dpm_solver_step(
     of_kind = config.algorithm_type == "dpmsolver++" and config.solver_order <= 2
     fixed = getattr(config, "variance_type", None) not in ("learned", "learned_range")
     started = self.num_inference_steps is not None
-    if not (of_kind and fixed and started) or not is_fused(self, sample, model_output):
+    fuses = of_kind and fixed and started and is_fused(self, sample, model_output, *self.model_outputs)
+    if not fuses:
         return type(self).step(self, model_output, timestep, sample, generator, variance_noise, return_dict)
     if self.step_index is None:
         self._init_step_index(timestep)
@@ -85,20 +86,20 @@ def pndm_step(
     config = self.config
     multistep = config.skip_prk_steps or (self.counter >= len(self.prk_timesteps) and len(self.ets) >= 3)
     of_kind = multistep and config.prediction_type != "sample"
-    if self.num_inference_steps is None or not of_kind or not is_fused(self, sample, model_output):
+    again = self.counter == 1  # the first step once more, with the mean of ε̂ at both of its ends
+    remembered = [*self.ets[-1:], self.cur_sample] if again else self.ets[-3:]
+    started = self.num_inference_steps is not None
+    if not (of_kind and started and is_fused(self, sample, model_output, *remembered)):
         return type(self).step(self, model_output, timestep, sample, return_dict)
     stride = config.num_train_timesteps // self.num_inference_steps
     previous = timestep - stride
-    if self.counter == 1:  # the first step once more, with the mean of ε̂ at both of its ends
+    if again:
         previous, timestep = timestep, timestep + stride
-        outputs, sample = [model_output, self.ets[-1]], self.cur_sample
+        outputs, x = [model_output, self.ets[-1]], self.cur_sample
         weights: tuple[float, ...] = (0.5, 0.5)
-        self.cur_sample = None
     else:
-        self.ets = [*self.ets[-3:], model_output]
-        outputs, weights = self.ets[::-1], _ADAMS_BASHFORTH[len(self.ets) - 1]
-        if self.counter == 0:
-            self.cur_sample = sample
+        outputs, x = [model_output, *self.ets[:-4:-1]], sample
+        weights = _ADAMS_BASHFORTH[len(outputs) - 1]
     cumprod = float(self.alphas_cumprod[timestep])
     to = float(self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod)
     # x' = √(to/cumprod) x - slope ε̂ (eq. 9), ε̂ of the mean of the outputs.
@@ -109,20 +110,32 @@ def pndm_step(
     if len(outputs) > 3:  # a step takes three
         third = torch.add(outputs[2], outputs[3], alpha=weights[3] / weights[2])
     previous_sample, _ = fused_step(
-        sample, model_output, Linear(0.0, 0.0),
+        x, model_output, Linear(0.0, 0.0),
         (0.0, math.sqrt(to / cumprod) - slope * epsilon.x, *of_outputs[:3]),
         previous_x0=outputs[1] if len(outputs) > 1 else None, noise=third,
     )  # fmt: skip
+    if again:
+        self.cur_sample = None
+    else:
+        self.ets = outputs[::-1]
+        if self.counter == 0:
+            self.cur_sample = sample
     self.counter += 1
     return SchedulerOutput(prev_sample=previous_sample) if return_dict else (previous_sample,)
 
 
 class _Interval(NamedTuple):
-    """From one noise level to another: the factors that UniPC's predictor and corrector share."""
+    """From one noise level to the next: what UniPC's predictor and corrector share.
+
+    Attributes:
+        of_x, of_x0: the factors of x and of x̂₀ at its start.
+        of_differences: that of the weighted differences of other x̂₀ from this one.
+        h: its length in ln(α/σ).
+    """
 
     of_x: float
-    of_x0: float  # of x̂₀ at its start, and of
-    of_differences: float  # the sum of weighted differences from it
+    of_x0: float
+    of_differences: float
     h: float
 
 
@@ -164,7 +177,9 @@ def unipc_step(
     of_kind = (
         self.predict_x0 and self.solver_p is None and config.solver_order <= 2 and config.lower_order_final
     )
-    if self.num_inference_steps is None or not of_kind or not is_fused(self, sample, model_output):
+    remembered = (self.last_sample, *self.model_outputs)
+    started = self.num_inference_steps is not None
+    if not (of_kind and started and is_fused(self, sample, model_output, *remembered)):
         return type(self).step(self, model_output, timestep, sample, return_dict)
     if self.step_index is None:
         self._init_step_index(timestep)

@@ -4,7 +4,7 @@ A step of each is linear in the sample x, the model's output m, x̂₀, the x̂�
 coefficients (`ops/diffusion_step.py`), taken from the scheduler's own tables as it stands. Those that look
 back further take a pass more (PNDM from its fourth model output on) or two (UniPC). The arithmetic is
 fp32 with one rounding, as that of diffusers is at best. What is not linear (thresholding, churn, learned
-variances) or of mixed dtypes runs the scheduler's own step.
+variances) or of mixed dtypes runs the scheduler's own step. x̂₀ is told in the dtype of the latents.
 """
 
 from __future__ import annotations

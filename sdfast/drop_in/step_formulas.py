@@ -47,14 +47,15 @@ def fused_step(
     return ops.diffusion_step(sample, output, coefficients, **operands)
 
 
-def is_fused(scheduler: Any, sample: Tensor, output: Tensor) -> bool:
+def is_fused(scheduler: Any, sample: Tensor, output: Tensor, *remembered: Tensor | None) -> bool:
+    """Whether a step can be one of `fused_step`: its tensors, those of earlier steps too, are alike."""
     config = scheduler.config
+    tensors = [t for t in (sample, *remembered) if t is not None]
     return (
         is_enabled()
         and config.prediction_type in _PREDICTIONS
         and not getattr(config, "thresholding", False)
-        and sample.dtype == output.dtype
-        and sample.shape == output.shape
+        and all((t.dtype, t.shape, t.device) == (output.dtype, output.shape, output.device) for t in tensors)
     )
 
 

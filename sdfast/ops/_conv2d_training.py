@@ -22,6 +22,7 @@ from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
 from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
 from sdfast.ops._linear_training import CPU as LINEAR_CPU
 from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
+from sdfast.ops._linear_training import trains_in_bf16
 
 _LAYOUT = torch.channels_last
 
@@ -63,7 +64,7 @@ _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS = 128, 32
 
 
 def suits_torch_in_training(call: Call) -> bool:
-    """Few channels, so little work that Python decides, and bf16 where torch alone multiplies it as pairs.
+    """Few channels, so little work that Python decides, and bf16 where torch alone multiplies it as such.
 
     Measured, forward and backward: fp32 is faster here from about 2^20 products on, bf16 widened to fp32 was
     slower at most sizes, fp16 many times faster than torch's.
@@ -71,7 +72,7 @@ def suits_torch_in_training(call: Call) -> bool:
     x, weight, upsample = call.x, call.weight, call.upsample
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
-    return few or (x.dtype == torch.bfloat16 and not _library.has_kernel("bf16_pairs", "cpu"))
+    return few or (x.dtype == torch.bfloat16 and not trains_in_bf16())
 
 
 def _upsampled(x: Tensor) -> Tensor:
