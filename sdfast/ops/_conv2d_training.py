@@ -64,15 +64,16 @@ _WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS = 128, 32
 
 
 def suits_torch_in_training(call: Call) -> bool:
-    """Few channels, so little work that Python decides, and bf16 where torch alone multiplies it as such.
+    """Few channels, so little work that Python decides, and in bf16 single taps of many pixels.
 
-    Measured, forward and backward: fp32 is faster here from about 2^20 products on, bf16 widened to fp32 was
-    slower at most sizes, fp16 many times faster than torch's.
+    Measured, forward and backward: fp32 is faster here from about 2^20 products on, fp16 many times faster
+    than torch's. bf16 in pairs is but for 1x1 kernels over 1024 pixels and more; widened to fp32 it was not.
     """
     x, weight, upsample = call.x, call.weight, call.upsample
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
-    return few or (x.dtype == torch.bfloat16 and not trains_in_bf16())
+    many = weight.shape[2:].numel() == 1 and pixels >= 1024
+    return few or (x.dtype == torch.bfloat16 and (many or not trains_in_bf16()))
 
 
 def _upsampled(x: Tensor) -> Tensor:

@@ -116,16 +116,18 @@ def _rows(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _is_faster_in_torch(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Gradients of so little that Python decides, and in bf16 where torch alone multiplies it as such.
+def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Gradients of so little that Python decides, and in bf16 those of small weights.
 
-    Measured, forward and backward: fp32 is faster here from about 2^22 products on, bf16 widened to fp32 was
-    slower, fp16 many times faster than torch's.
+    Measured, forward and backward: fp32 is faster here from about 2^22 products on, fp16 many times faster
+    than torch's. bf16 in pairs is from 2^20 weights on, or where GEGLU is fused; widened to fp32 it was not.
     """
     if not requires_grad(x, weight, *others):
         return False
-    to_torch = x.dtype == torch.bfloat16 and not trains_in_bf16()
-    return to_torch or x.numel() * weight.shape[0] < 2**22
+    small = activation != "geglu" and weight.numel() < 2**20
+    if x.dtype == torch.bfloat16 and (small or not trains_in_bf16()):
+        return True
+    return x.numel() * weight.shape[0] < 2**22
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -201,7 +203,7 @@ def linear(
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
     reasons = _unavailable(activation, x, weight, bias, residual)
-    order = ("torch",) if _is_faster_in_torch(x, weight, bias, residual) else None
+    order = ("torch",) if _is_faster_in_torch(activation, x, weight, bias, residual) else None
     serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)
