@@ -111,3 +111,33 @@ def test_inference_keeps_no_copy_of_a_cast_weight() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         served = ops.conv2d(x, half, padding=1, backend="cpu")
     assert isinstance(served, Tensor) and served.dtype is torch.bfloat16 and packing.packed_bytes() > 0
+
+
+def test_a_norm_of_mixed_tensors_is_torchs() -> None:
+    """x and skip of different dtypes, which autocast concatenates."""
+    x, skip, weight, scale, shift = drawn((1, 32, 6, 5), (1, 32, 6, 5), (32, 64, 3, 3), (64,), (64,))
+    x, half = x.bfloat16(), weight.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = ops.conv2d(x, half, padding=1, norm=NormPrologue(32, scale, shift), skip=skip)
+        normed = torch.nn.functional.group_norm(torch.cat([x, skip], 1), 32, scale, shift)
+        expected = torch.nn.functional.conv2d(torch.nn.functional.silu(normed), half, padding=1)
+    assert isinstance(y, Tensor) and y.dtype is expected.dtype and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_compiles_whole(autocast: bool) -> None:
+    """Weights of a size that kernels serve, in bf16, or in fp32 and cast."""
+    x, wide, weight, dy = drawn((64, 1024), (2048, 1024), (64, 64, 3, 3), (1, 64, 32, 64))
+    leaves = [t if autocast else t.bfloat16() for t in (x, wide, weight)]
+
+    def step(x: Tensor, wide: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            image = ops.linear(x, wide).view(1, 64, 32, 64)
+            y = ops.conv2d(image, weight, padding=1)
+        assert isinstance(y, Tensor)
+        return y
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = (gradients(call, leaves, dy) for call in (compiled, step))
+    assert all(map(torch.equal, *results))

@@ -42,6 +42,11 @@ def can_cast(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype is not torch.float64 for t in tensors)
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a kernel may read it, and a cast mean what it says: no subclass, such as a quantised weight."""
+    return torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)
+
+
 def check_tensor(
     name: str,
     value: object,

@@ -22,7 +22,6 @@ from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
 from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
 from sdfast.ops._linear_training import CPU as LINEAR_CPU
 from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
-from sdfast.ops._linear_training import trains_in_bf16
 
 _LAYOUT = torch.channels_last
 
@@ -73,7 +72,9 @@ def suits_torch_in_training(call: Call) -> bool:
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
     many = weight.shape[2:].numel() == 1 and pixels >= 1024
-    return few or (x.dtype == torch.bfloat16 and (many or not trains_in_bf16()))
+    return few or (
+        x.dtype == torch.bfloat16 and (many or not _library.has_kernel("bf16_pair_gradients", "cpu"))
+    )
 
 
 def _upsampled(x: Tensor) -> Tensor:

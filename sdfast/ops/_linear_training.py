@@ -70,12 +70,6 @@ TRITON = Operations(
 )  # fmt: skip
 
 
-def trains_in_bf16() -> bool:
-    """Whether bf16 gradients are multiplied as pairs here, and as fast as torch does: not with AMX, which our
-    training does not use."""
-    return _library.has_kernel("bf16_pairs", "cpu") and _library.cpu_isa() != "avx512_amx"
-
-
 def sum_rows(x: Tensor, operations: Operations = CPU) -> Tensor:
     """(groups, rows, columns) -> (groups, columns)."""
     return operations.sum_rows(x.contiguous())

@@ -28,6 +28,7 @@ from sdfast.ops._checks import (
     check_optional,
     check_tensor,
     is_autocast,
+    is_plain,
     widened,
 )
 from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
@@ -127,7 +128,7 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor) -> dict[str, str]:
         reason = "it takes tensors of one dtype that are not empty"
     elif is_autocast(x.device.type):
         reason = "under autocast torch decides the dtypes"
-    elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
+    elif not is_plain(weight):
         reason = "it reads weights that are plain tensors"
     else:
         return unavailable("conv2d_kernel", "x", x.device.type, x.dtype)
@@ -226,7 +227,7 @@ def conv2d(
     call = Call(x, weight, bias, stride, sides, upsample, time_embedding, residual, skip, norm)
     statistics = None if stats_groups is None else (stats_groups, stats_eps)
     dtype = autocast_dtype(x.device.type)
-    if dtype is None or not _follows_autocast(call, dtype):
+    if dtype is None or not _follows_autocast(call, dtype, backend):
         return _served(call, statistics, backend)
     call = call.normalised(backend)  # the norm's parameters keep their dtype
     call = call._replace(
@@ -237,18 +238,26 @@ def conv2d(
         return _served(call, statistics, backend)
 
 
-def _follows_autocast(call: Call, dtype: torch.dtype) -> bool:
+def _follows_autocast(call: Call, dtype: torch.dtype, backend: str | None) -> bool:
     """Whether the call is one of tensors in autocast's dtype, when they are cast.
 
-    What else is added decides the sum's dtype, and must be of it. On a CPU inference keeps copies of weights,
-    which would be made anew from each cast weight.
+    What else is added decides the sum's dtype, and must be of it. A norm comes first, of tensors that
+    `group_norm` takes together. On a CPU inference keeps copies of weights, which would be made anew from
+    each cast weight: unless a backend is named, torch serves.
     """
+    x, weight, norm = call.x, call.weight, call.norm
     added = (call.time_embedding, call.residual)
-    once = call.x.device.type == "cpu" and not requires_grad(*call.tensors())
+    fit = norm is None or (
+        (call.skip is None or call.skip.dtype is x.dtype)
+        and all(t.dtype in (x.dtype, torch.float32) for t in (norm.weight, norm.bias))
+    )
+    inference = x.device.type == "cpu" and not requires_grad(*call.tensors())
     return (
-        can_cast(call.x, call.weight, call.bias, call.skip)
+        fit
+        and is_plain(weight)
+        and can_cast(x, weight, call.bias, call.skip)
         and all(t is None or t.dtype is dtype for t in added)
-        and not (once and call.weight.dtype is not dtype)
+        and not (inference and weight.dtype is not dtype and not dispatch.is_named(backend))
     )
 
 

@@ -26,11 +26,12 @@ from sdfast.ops._checks import (
     check_optional,
     check_tensor,
     is_autocast,
+    is_plain,
     widened,
 )
 from sdfast.ops._linear_gate import linear_cuda
 from sdfast.ops._linear_rows import ACTIVATIONS, rows_op, rows_triton_op
-from sdfast.ops._linear_training import TRITON, linear_training, trains_in_bf16
+from sdfast.ops._linear_training import TRITON, linear_training
 from sdfast.ops._native import requires_grad, unavailable
 
 
@@ -125,7 +126,7 @@ def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *othe
     if not requires_grad(x, weight, *others):
         return False
     small = activation != "geglu" and weight.numel() < 2**20
-    if x.dtype == torch.bfloat16 and (small or not trains_in_bf16()):
+    if x.dtype == torch.bfloat16 and (small or not _library.has_kernel("bf16_pair_gradients", "cpu")):
         return True
     return x.numel() * weight.shape[0] < 2**22
 
@@ -144,7 +145,7 @@ def _unavailable(activation: str | None, x: Tensor, weight: Tensor, *others: Ten
         reason = "it takes tensors of one dtype that are not empty"
     elif is_autocast(x.device.type):
         reason = "under autocast torch decides the dtypes"
-    elif not (torch.compiler.is_compiling() or type(weight) in (Tensor, torch.nn.Parameter)):
+    elif not is_plain(weight):
         reason = "it reads weights that are plain tensors"
     else:
         reasons = unavailable("linear_rows", "x", x.device.type, x.dtype)
@@ -198,7 +199,8 @@ def linear(
         raise ValueError(f"weight: got {width} rows, expected an even number for 'geglu'")
     dtype = autocast_dtype(x.device.type)
     # Another residual's dtype would be that of the sum.
-    if dtype is not None and can_cast(x, weight, bias) and (residual is None or residual.dtype is dtype):
+    same = residual is None or residual.dtype is dtype
+    if dtype is not None and same and is_plain(weight) and can_cast(x, weight, bias):
         x, weight, bias = cast_to(dtype, x), cast_to(dtype, weight), cast_to(dtype, bias)
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
