@@ -45,6 +45,7 @@ Setting = tuple[int, int, int, int, int, int, bool]
 
 
 def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> Case:
+    """The case of a setting, forward or with `training` forward and backward."""
     images, channels, size, out_channels, kernel, stride, upsample = setting
     torch.manual_seed(0)
     last = torch.channels_last

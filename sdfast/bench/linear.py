@@ -37,6 +37,7 @@ Setting = tuple[int, int, int, str | None, bool]
 
 
 def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> Case:
+    """The case of a setting, forward or with `training` forward and backward."""
     tokens, rows, k, activation, with_residual = setting
     torch.manual_seed(0)
     x = torch.randn(tokens, k).to(device, dtype)

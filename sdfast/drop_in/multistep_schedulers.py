@@ -34,6 +34,7 @@ def dpm_solver_step(
     variance_noise: Tensor | None = None,
     return_dict: bool = True,
 ) -> Any:
+    """DPM-Solver++ of first order and 2M (Lu et al. 2022), as `DPMSolverMultistepScheduler.step`."""
     config = self.config
     of_kind = config.algorithm_type == "dpmsolver++" and config.solver_order <= 2
     fixed = getattr(config, "variance_type", None) not in ("learned", "learned_range")
@@ -131,12 +132,15 @@ class _Interval(NamedTuple):
         of_x, of_x0: the factors of x and of x̂₀ at its start.
         of_differences: that of the weighted differences of other x̂₀ from this one.
         h: its length in ln(α/σ).
+        phi, b: e^-h - 1, and B(h) of the solver's kind.
     """
 
     of_x: float
     of_x0: float
     of_differences: float
     h: float
+    phi: float
+    b: float
 
 
 def _interval(scheduler: Any, start: int) -> _Interval:
@@ -145,7 +149,7 @@ def _interval(scheduler: Any, start: int) -> _Interval:
     h = log_to - log
     phi = math.expm1(-h)
     b = -h if scheduler.config.solver_type == "bh1" else phi
-    return _Interval(sigma_to / sigma, -alpha_to * phi, -alpha_to * b, h)
+    return _Interval(sigma_to / sigma, -alpha_to * phi, -alpha_to * b, h, phi, b)
 
 
 def _corrected(scheduler: Any, model_output: Tensor, sample: Tensor, x0_of: Linear) -> tuple[Tensor, Tensor]:
@@ -156,9 +160,8 @@ def _corrected(scheduler: Any, model_output: Tensor, sample: Tensor, x0_of: Line
     if scheduler.this_order == 2:
         before = scheduler.model_outputs[-2]
         r = (_level(scheduler, index - 2).log - _level(scheduler, index - 1).log) / h
-        b = -h if scheduler.config.solver_type == "bh1" else math.expm1(-h)
-        first = math.expm1(-h) / -h - 1
-        moments = first / b, 2 * (first / -h - 0.5) / b
+        first = interval.phi / -h - 1
+        moments = first / interval.b, 2 * (first / -h - 0.5) / interval.b
         weight = (moments[0] - moments[1]) / (1 - r)  # of the earlier difference over r
         of_before, of_x0 = weight / r, moments[0] - weight
     of_before, of_x0 = interval.of_differences * of_before, interval.of_differences * of_x0

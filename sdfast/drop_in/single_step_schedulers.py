@@ -35,6 +35,7 @@ def ddim_step(
     variance_noise: Tensor | None = None,
     return_dict: bool = True,
 ) -> Any:
+    """Song et al. 2021, "DDIM", eq. 12 and 16, as `DDIMScheduler.step`."""
     twice = variance_noise is not None and generator is not None
     if self.num_inference_steps is None or twice or not is_fused(self, sample, model_output):
         return type(self).step(
@@ -76,6 +77,7 @@ def ddpm_step(
     generator: Generators = None,
     return_dict: bool = True,
 ) -> Any:
+    """Ho et al. 2020, "DDPM", eq. 7, as `DDPMScheduler.step`."""
     if self.variance_type not in ("fixed_small", "fixed_large") or not is_fused(self, sample, model_output):
         return type(self).step(self, model_output, timestep, sample, generator, return_dict)
     previous = self.previous_timestep(timestep)
@@ -119,6 +121,7 @@ def euler_step(
     generator: torch.Generator | None = None,
     return_dict: bool = True,
 ) -> Any:
+    """Karras et al. 2022, algorithm 2 without its second order, as `EulerDiscreteScheduler.step`."""
     number = isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
     unscaled = not self.is_scale_input_called
     if number or unscaled or s_churn > 0 or not is_fused(self, sample, model_output):
@@ -146,6 +149,7 @@ def euler_ancestral_step(
     generator: Generators = None,
     return_dict: bool = True,
 ) -> Any:
+    """A longer Euler step, and noise up to the level, as `EulerAncestralDiscreteScheduler.step`."""
     number = isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
     of_kind = self.is_scale_input_called and self.config.prediction_type != "sample"
     if number or not of_kind or not is_fused(self, sample, model_output):

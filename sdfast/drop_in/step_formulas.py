@@ -60,4 +60,5 @@ def is_fused(scheduler: Any, sample: Tensor, output: Tensor, *remembered: Tensor
 
 
 def clip_of(scheduler: Any) -> float | None:
+    """The bound of |x̂₀|, or None where the scheduler does not clip."""
     return scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
