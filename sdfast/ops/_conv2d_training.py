@@ -57,9 +57,9 @@ _weight_gradient_op = _library.define_native(
     lambda dy, x, height, width, *_: _empty(dy, dy.shape[1], x.shape[1], height, width),
 )
 
-# Pixels of y from which Winograd was measured faster, for y and for each gradient. Its arithmetic is fp32: in
-# bf16 it competes with products of pairs.
-_WINOGRAD_PIXELS, _WINOGRAD_GRADIENT_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS = 128, 32, 128
+# Pixels of y from which Winograd was measured faster, for y and its gradients. Its arithmetic is fp32: in bf16
+# it competes with products of pairs.
+_WINOGRAD_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS = 64, 128
 
 
 def suits_torch_in_training(call: Call) -> bool:
@@ -174,13 +174,11 @@ class _Conv2d(torch.autograd.Function):
         suits = suits and min(weight.shape[:2]) >= 32
         # A function of the shape alone: y has as many pixels for the forward as for the backward.
         pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-        winograd = operations.has_winograd and suits and dispatch.numerics() == "fast"
-        if x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu"):
-            winograd = winograd and pixels >= _WINOGRAD_PIXELS_OF_PAIRS
-        ctx.winograd = winograd and pixels >= _WINOGRAD_GRADIENT_PIXELS
+        pairs = x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
+        suits = suits and pixels >= (_WINOGRAD_PIXELS_OF_PAIRS if pairs else _WINOGRAD_PIXELS)
+        ctx.winograd = operations.has_winograd and suits and dispatch.numerics() == "fast"
         added = (bias, time_embedding, residual)
-        winograd = winograd and pixels >= _WINOGRAD_PIXELS
-        return operations.forward(x, weight, *added, stride, padding, upsample, winograd)
+        return operations.forward(x, weight, *added, stride, padding, upsample, ctx.winograd)
 
     @staticmethod
     @once_differentiable
