@@ -1,6 +1,6 @@
-// conv2d on CPU for training: the gradients of x and of the weight, and the transform of a weight
-// that the next step changes. Checks, launch and registration; the algorithms are in
-// conv2d_backward_direct_cpu.h and conv2d_backward_winograd_cpu.h.
+// conv2d on CPU for training: the gradients of x and of the weight. Checks, launch and
+// registration; the algorithms are in conv2d_backward_direct_cpu.h, conv2d_backward_winograd_cpu.h
+// and, for the gradient of x, conv2d_winograd_unpacked_cpu.h.
 #include "conv2d_backward_direct_cpu.h"
 #include "conv2d_backward_winograd_cpu.h"
 #include "cpu_tensors.h"
@@ -59,45 +59,6 @@ Tensor new_image(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return result;
 }
 
-// x: (N, C, H, W). weight: (O, C, 3, 3). bias: (O). time_embedding: (N, O). residual: as y. Images
-// and the weight channels last. Returns y: (N, O, H', W') by F(4x4, 3x3).
-Tensor conv2d_training(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                       std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
-                       std::vector<int64_t> padding) {
-  const ScalarType dtype = x.scalar_type();
-  check_image(x, "x", dtype);
-  check_image(weight, "weight", dtype);
-  const Shape s = shape_of(x.sizes(), weight.sizes(), 1, padding);
-  check_winograd(s, true);
-  const auto check_dense = [&](const std::optional<Tensor>& t, const char* name,
-                               IntHeaderOnlyArrayRef shape) {
-    if (!t) return;
-    check_device(*t, name);
-    check_shape(*t, name, shape);
-    STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == dtype, name,
-                    ": expected contiguous, in the dtype of x");
-  };
-  check_dense(bias, "bias", {s.out_channels});
-  check_dense(time_embedding, "time_embedding", {s.images, s.out_channels});
-  const std::vector<int64_t> sizes{s.images, s.out_channels, s.out_height, s.out_width};
-  if (residual) {
-    check_image(*residual, "residual", dtype);
-    check_shape(*residual, "residual", sizes);
-  }
-  Tensor y = new_image(sizes, dtype);
-  with_element_type(dtype, [&](auto element) {
-    using T = decltype(element);
-    const auto data = [](const std::optional<Tensor>& t) {
-      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-    };
-    conv2d::winograd::run_training(
-        s, data(x), conv2d::winograd::Weight<T>{data(weight), s.out_channels, s.channels},
-        conv2d::Added<T>{data(bias), data(time_embedding), data(residual)},
-        static_cast<T*>(y.mutable_data_ptr()));
-  });
-  return y;
-}
-
 void check_result(const Tensor& dy, const Shape& s) {
   check_shape(dy, "dy", {s.images, s.out_channels, s.out_height, s.out_width});
 }
@@ -135,7 +96,7 @@ Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t w
     turned.left = 2 - s.left;
     turned.top = 2 - s.top;
     const conv2d::winograd::TurnedWeight<T> points{w, s.out_channels, s.channels};
-    conv2d::winograd::run_training(turned, from, points, conv2d::Added<T>{}, to);
+    conv2d::winograd::run_unpacked(turned, from, points, conv2d::Added<T>{}, to);
   });
   return dx;
 }
@@ -166,7 +127,6 @@ Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
-  m.impl("conv2d_training", TORCH_BOX(&conv2d_training));
   m.impl("conv2d_input_gradient", TORCH_BOX(&conv2d_input_gradient));
   m.impl("conv2d_weight_gradient", TORCH_BOX(&conv2d_weight_gradient));
 }

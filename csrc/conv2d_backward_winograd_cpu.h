@@ -9,7 +9,7 @@
 // round. Limit: fused multiply-adds. Chains of additions end with the round.
 #pragma once
 
-#include "conv2d_training_winograd_cpu.h"
+#include "conv2d_winograd_unpacked_cpu.h"
 
 namespace sdfast::conv2d::winograd {
 

@@ -1,9 +1,9 @@
 // conv2d on CPU: packing, checks, launch and registration. The algorithms are in
-// conv2d_direct_cpu.h and conv2d_winograd_cpu.h.
+// conv2d_direct_cpu.h, conv2d_winograd_cpu.h and conv2d_winograd_unpacked_cpu.h.
 #include "conv2d_cpu.h"
 
 #include "conv2d_direct_cpu.h"
-#include "conv2d_winograd_cpu.h"
+#include "conv2d_winograd_unpacked_cpu.h"
 #include "cpu_tensors.h"
 
 namespace sdfast {
@@ -16,7 +16,11 @@ using conv2d::winograd::F2x2Of3x3;
 using conv2d::winograd::F4x4Of2x2;
 using conv2d::winograd::F4x4Of3x3;
 
-enum class Algorithm : int64_t { kDirect, kWinograd4x4, kWinograd2x2 };
+enum class Algorithm : int64_t { kDirect, kWinograd4x4, kWinograd2x2, kWinograd4x4Unpacked };
+
+bool reads_packed(Algorithm algorithm) {
+  return algorithm == Algorithm::kWinograd4x4 || algorithm == Algorithm::kWinograd2x2;
+}
 
 // Calls body with the transforms of a Winograd algorithm.
 template <typename Body>
@@ -27,7 +31,7 @@ void with_winograd(int64_t algorithm, bool upsample, const Body& body) {
 }
 
 Algorithm checked_algorithm(int64_t algorithm) {
-  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2, "algorithm: expected 0 to 2");
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 3, "algorithm: expected 0 to 3");
   return static_cast<Algorithm>(algorithm);
 }
 
@@ -69,8 +73,8 @@ void pack_winograd(const Tensor& weight, float* to) {
 // four of an upsampling convolution. Returns what conv2d_kernel of this Winograd algorithm takes.
 Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
   check_device(weight, "weight");
-  STD_TORCH_CHECK(checked_algorithm(algorithm) != Algorithm::kDirect,
-                  "algorithm: the direct one takes no packed weight");
+  STD_TORCH_CHECK(reads_packed(checked_algorithm(algorithm)),
+                  "algorithm: this one takes no packed weight");
   STD_TORCH_CHECK(weight.dim() == 5 && weight.scalar_type() == ScalarType::Float,
                   "weight: expected fp32, (phases, out_channels, kernel, kernel, channels)");
   STD_TORCH_CHECK(weight.numel() > 0, "weight: expected at least one element");
@@ -88,8 +92,8 @@ Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
   return *packed;
 }
 
-// x: (N, channels, H, W), channels last. weight: conv2d_pack's, or for the direct algorithm
-// (out_channels, kernel_height, kernel_width, channels), for each of the four phases of an
+// x: (N, channels, H, W), channels last. weight: conv2d_pack's, or for an algorithm that takes it
+// unpacked (out_channels, kernel_height, kernel_width, channels), for each of the four phases of an
 // upsampling one (out_channels, 2, 2, channels), contiguous. bias: (out_channels). time_embedding:
 // (N, out_channels). residual: as y, channels last. padding: left, right, top, bottom. Returns y:
 // (N, out_channels, H', W'), channels last.
@@ -101,7 +105,7 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
   check_device(x, "x");
   check_device(weight, "weight");
   STD_TORCH_CHECK(x.dim() == 4 && padding.size() == 4, "x: expected 4 dimensions, padding 4 sides");
-  const bool winograd = checked_algorithm(algorithm) != Algorithm::kDirect;
+  const Algorithm by = checked_algorithm(algorithm);
   Shape s;
   s.images = x.size(0);
   s.channels = x.size(1);
@@ -121,7 +125,10 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
   s.out_height = (scale * s.height + padding[2] + padding[3] - kernel_height) / stride + 1;
   s.out_width = (scale * s.width + padding[0] + padding[1] - kernel_width) / stride + 1;
   const bool is_3x3 = kernel_height == 3 && kernel_width == 3 && stride == 1;
-  STD_TORCH_CHECK(is_3x3 || !(winograd || upsample), "kernel: expected 3x3, stride 1");
+  STD_TORCH_CHECK(is_3x3 || (by == Algorithm::kDirect && !upsample),
+                  "kernel: expected 3x3, stride 1");
+  STD_TORCH_CHECK(by != Algorithm::kWinograd4x4Unpacked || !upsample,
+                  "upsample: this algorithm has none");
   STD_TORCH_CHECK(!upsample || (s.left == 1 && s.top == 1 && padding[1] == 1 && padding[3] == 1),
                   "padding: expected 1 after an upsample");
   STD_TORCH_CHECK(s.out_height > 0 && s.out_width > 0, "x: smaller than the kernel");
@@ -157,7 +164,7 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
     const Added<T> added{data(bias), data(time_embedding), data(residual)};
     const T* from = static_cast<const T*>(input.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    if (winograd) {
+    if (reads_packed(by)) {
       return with_winograd(algorithm, upsample, [&](auto f) {
         using F = decltype(f);
         const int64_t size = conv2d::winograd::packed_size<F>(out_channels, s.channels);
@@ -172,6 +179,10 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
                         weight.scalar_type() == x.scalar_type() && weight.is_contiguous(),
                     "weight: expected contiguous, of the dtype of x and a size that fits x");
     const T* values = static_cast<const T*>(weight.const_data_ptr());
+    if (by == Algorithm::kWinograd4x4Unpacked) {
+      const conv2d::winograd::Weight<T> points{values, out_channels, s.channels};
+      return conv2d::winograd::run_unpacked(s, from, points, added, to);
+    }
     // A pair must not reach from one tap to the next.
     if (s.channels % Operand::kDepth == 0) {
       return conv2d::direct::run<Operand>(s, from, values, added, to);

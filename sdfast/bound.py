@@ -31,7 +31,7 @@ from sdfast.models.weights import read_json
 from sdfast.request import check_count
 from sdfast.training.captions import WORDS
 from sdfast.training.data import enlarge, load_digits
-from sdfast.training.images import SUFFIXES, listing
+from sdfast.training.images import SUFFIXES, listing, visible_names
 
 VARIANCES = ("fixed_large", "fixed_small")
 
@@ -160,7 +160,7 @@ def read_pictures(
     folder = Path(data)
     if not folder.is_dir():
         raise ValueError(f"data: {folder} is no folder; expected one of pictures, or {DIGITS!r}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = [folder / name for name in visible_names(folder) if Path(name).suffix.lower() in SUFFIXES]
     found: list[Tensor] = []
     skipped: list[Path] = []
     for path in paths:

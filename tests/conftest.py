@@ -47,9 +47,13 @@ def within_tensors() -> Iterator[None]:
         yield
 
 
+torch.set_num_threads(1)  # of models this small threads would only wait for each other
+
+
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed_and_threads() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -86,15 +90,6 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         libc.mallopt(perturb, 0)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For models so small that threads only wait for each other, and for bits that depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

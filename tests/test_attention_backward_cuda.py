@@ -20,11 +20,8 @@ from sdfast.testing import error_budget, relative_error
 
 @pytest.fixture(autouse=True)
 def device(cuda_kernels: str) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with torch.device(cuda_kernels):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 80, 128, 160])

@@ -21,11 +21,8 @@ HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160, 512)
 
 @pytest.fixture(autouse=True)
 def device(cuda_kernels: str) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with torch.device(cuda_kernels):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -27,11 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with torch.device(DEVICE):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdfast import ops, packing
 from sdfast.ops.conv2d import NormPrologue
 
-pytestmark = [needs_kernel, pytest.mark.usefixtures("one_thread")]
+pytestmark = needs_kernel
 DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -22,7 +22,6 @@ from sdfast.bench.timing import ratio
 from sdfast.bench.works import TINY_WORKS
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PACKAGE = Path(sdfast.__file__).parent
 
 # The cheapest of each operation.

@@ -13,8 +13,6 @@ from sdfast.bench import operations, record, suite, tables
 from sdfast.bench.plan import Planned
 from sdfast.bench.request import DTYPES, ENGINES, OPS, PARTS, Request
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def bench(capsys):

@@ -11,8 +11,6 @@ from sdfast import diffusion
 from sdfast.diffusion import NoiseSchedule
 from sdfast.models import UNet2D, UNet2DConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHORT = NoiseSchedule.linear(T=12, beta_start=3e-3, beta_end=0.4)
 VARIANCES = ("fixed_large", "fixed_small")
 

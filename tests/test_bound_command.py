@@ -13,7 +13,6 @@ from sdfast import cli, diffusion
 from sdfast.bound import bound_of_data, read_pictures
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCHEDULE = {"num_train_timesteps": 5, "beta_start": 0.01, "beta_end": 0.6, "beta_schedule": "linear"}
 

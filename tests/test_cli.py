@@ -20,8 +20,6 @@ from sdfast import cli
 from sdfast._library import LibraryStatus
 from sdfast.images import read_settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -33,11 +33,12 @@ CASES = (
     (1, 2048, 5, 8, 20, 1, 1, 0),  # rows of the weight are a way of the L1 cache apart
 )
 ROUNDS = (2, 1400, 20, 20, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
-WINOGRAD_ERROR = {"winograd4x4": 2e-5, "winograd2x2": 2e-6}  # relative, a layer
+# Relative, of a layer.
+WINOGRAD_ERROR = {"winograd4x4": 2e-5, "winograd2x2": 2e-6, "winograd4x4_unpacked": 2e-5}
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("conv2d_kernel", "cpu"), reason=_library.load_cpu_library().detail
 )
-pytestmark = [needs_kernel, pytest.mark.usefixtures("one_thread")]
+pytestmark = needs_kernel
 
 
 def make(case: tuple, dtype: torch.dtype, upsample: bool = False) -> tuple[tuple, dict[str, object]]:
@@ -105,7 +106,7 @@ def test_winograd(dtype: torch.dtype, upsample: bool) -> None:
             assert relative_error(convolve(algorithm, args, keywords), exact) <= error
 
 
-@pytest.mark.parametrize("algorithm", ["winograd4x4", "winograd2x2"])
+@pytest.mark.parametrize("algorithm", WINOGRAD_ERROR)
 def test_a_result_larger_than_the_caches(algorithm: str) -> None:
     """It is stored past them, and read by other threads than those that wrote it."""
     x, weight = torch.randn(1, 32, 727, 733), torch.randn(32, 32, 3, 3) / 17
@@ -176,16 +177,15 @@ def test_algorithm_of_a_size() -> None:
         shape = shape_of(torch.empty(2, 320, size, size), weight, stride, [1] * 4, upsample, 0)
         return algorithm_for(shape, weight)[0]
 
-    assert algorithm(64) == "winograd4x4"
-    assert algorithm(16) == "winograd2x2"
-    assert algorithm(16, upsample=True) == "winograd4x4"
+    assert algorithm(64) == algorithm(16, upsample=True) == "winograd4x4"
+    assert algorithm(16) == algorithm(8, upsample=True) == "winograd4x4_unpacked"
     assert algorithm(64, stride=2) == "direct"
     assert algorithm(4) == "direct"
     assert algorithm(2, upsample=True) == "direct"
     with dispatch.use_numerics("exact"):
         assert algorithm(64) == algorithm(64, upsample=True) == "direct"
     with dispatch.use_memory("low"):
-        assert algorithm(64) == algorithm(64, upsample=True) == "direct"
+        assert algorithm(64) == algorithm(64, upsample=True) == "winograd4x4_unpacked"
 
 
 def test_norm_prologue_and_statistics() -> None:

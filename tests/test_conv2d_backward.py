@@ -10,11 +10,11 @@ from test_conv2d import CASES, DTYPES, make, needs_kernel
 from torch import Tensor
 
 from sdfast import dispatch, ops, packing
-from sdfast.ops import _conv2d_training
+from sdfast.ops import _conv2d_choice
 from sdfast.ops.conv2d import NormPrologue, conv2d_torch
 from sdfast.testing import relative_error
 
-pytestmark = [needs_kernel, pytest.mark.usefixtures("one_thread")]
+pytestmark = needs_kernel
 MORE_CASES = (
     (2, 4, 5, 5, 3, 2, 3, 0),  # a stride beyond the kernel: pixels that nothing meets
     (1, 17, 7, 9, 6, 3, 2, (0, 1, 0, 1)),
@@ -89,7 +89,7 @@ def check_winograd(case: tuple, upsample: bool) -> None:
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd from one pixel on."""
     for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_PIXELS_OF_PAIRS"):
-        monkeypatch.setattr(_conv2d_training, name, 1)
+        monkeypatch.setattr(_conv2d_choice, name, 1)
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -229,12 +229,11 @@ def test_compiles_whole() -> None:
 
 def test_opcheck() -> None:
     call = Call((1, 32, 9, 8, 40, 3, 1, 1), torch.float32)
-    x, weight, bias, time_embedding, residual = call.tensors
+    x, weight, *_ = call.tensors
     weight = weight.contiguous(memory_format=torch.channels_last)
     for winograd in (False, True):
         more = (1, [1, 1, 1, 1], winograd)
         for op, args in (
-            ("conv2d_training", (x, weight, bias, time_embedding, residual, [1, 1, 1, 1])),
             ("conv2d_input_gradient", (call.dy, weight, 9, 8, *more)),
             ("conv2d_weight_gradient", (call.dy, x, 3, 3, *more)),
         ):
@@ -250,7 +249,7 @@ def test_lower_instruction_sets(isa: str) -> None:
                 t.test_direct(dtype, upsample)
         t.test_sizes_of_a_model()
         t.test_large_weight_gradients()
-        t._conv2d_training._WINOGRAD_PIXELS = 1
+        t._conv2d_choice._WINOGRAD_PIXELS = 1
         for case in t.WINOGRAD_CASES:
             t.check_winograd(case, False)
     """)  # fmt: skip

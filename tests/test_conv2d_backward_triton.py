@@ -32,7 +32,6 @@ CASES = (
 )
 UPSAMPLED = ((2, 3, 3, 5, 18, 3, 1, 1), (1, 16, 1, 1, 16, 3, 1, 1), (1, 5, 3, 3, 7, 5, 1, 2))
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(_triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))),
 ]
 

@@ -42,7 +42,7 @@ REAL = (
     (1, 4, 16, 16, 320, 3, 1, 1),
     (1, 320, 8, 8, 64, 3, 2, 1),
 )
-pytestmark = pytest.mark.usefixtures("one_thread", "cuda_kernels")
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 
 def rounded_to_tf32(t: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ CASES = (
 SPLIT = (2, 128, 3, 5, 24, 3, 1, 1)  # one tile an image, at least 18 steps
 pytestmark = [
     pytest.mark.skipif(_triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))),
-    pytest.mark.usefixtures("one_thread"),
 ]
 
 

@@ -158,7 +158,6 @@ def test_kernel(check):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_layouts_of_samples_that_threads_share(threads):
     """Every dense order of the axes, in parts that begin anywhere."""
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     shape = (2, 5, 71, 63)
     expected = draw(SEEDS[:2], shape[1:], backend="cpu")
@@ -167,7 +166,6 @@ def test_layouts_of_samples_that_threads_share(threads):
         assert x.shape == shape
         result, _ = diffusion_step(x, x, X_IS_Z, seeds=SEEDS[:2], backend="cpu")
         assert torch.equal(result, expected)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

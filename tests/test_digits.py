@@ -15,9 +15,6 @@ from sdfast.tokenizer import CLIPTokenizer
 from sdfast.training import data, digits
 from sdfast.training.captions import WORDS, caption_ids, captions, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # Data
 
 

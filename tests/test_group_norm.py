@@ -24,8 +24,6 @@ has_kernel = _library.has_kernel("group_norm_forward", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
 BACKENDS = ("reference", "torch", pytest.param("cpu", marks=needs_kernel))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @dataclasses.dataclass
 class Case:

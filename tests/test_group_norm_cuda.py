@@ -16,7 +16,7 @@ from sdfast.testing import assert_within_budget
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("first", "last", "strided")
 OPS = torch.ops.sdfast
-pytestmark = pytest.mark.usefixtures("one_thread", "unwritten_is_nan")
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
 def on_device(case: Case, where: str) -> Case:

@@ -16,8 +16,6 @@ from sdfast import _library, dispatch
 from sdfast.ops import group_norm
 from sdfast.ops.group_norm import group_norm_reference, group_norm_torch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @needs_kernel
 @pytest.mark.parametrize("layout", ["first", "last", "strided"])

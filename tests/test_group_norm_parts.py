@@ -11,8 +11,6 @@ from sdfast.ops import group_norm_apply, group_norm_moments
 from sdfast.ops.group_norm_parts import Moments
 from sdfast.testing import assert_within_budget
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 has_kernel = _library.has_kernel("group_norm_moments", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_kernel))

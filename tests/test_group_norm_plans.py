@@ -15,7 +15,6 @@ from sdfast.ops._launch_table import exploring, preferring
 from sdfast.testing import assert_within_budget
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
         _triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))
     ),

@@ -21,7 +21,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("first", "last", "strided")
 OPS = torch.ops.sdfast
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
         _triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))
     ),

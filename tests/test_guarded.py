@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_kernels = pytest.mark.skipif(
     not _library.load_cpu_library().loaded, reason=_library.load_cpu_library().detail
 )
-pytestmark = [needs_kernels, pytest.mark.usefixtures("one_thread")]
+pytestmark = needs_kernels
 
 Results = Sequence[Tensor]
 CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Results]]] = {}

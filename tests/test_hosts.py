@@ -17,8 +17,6 @@ import sdfast
 from sdfast.drop_in import hub_kernels, processor
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 

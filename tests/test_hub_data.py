@@ -13,8 +13,6 @@ from sdfast.training.distributed import ALONE
 from sdfast.training.images import read_folder
 from sdfast.training.ldm_data import DataOptions, find_images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def hub_data(monkeypatch):

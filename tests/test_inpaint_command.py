@@ -10,8 +10,6 @@ from tiny_pipelines import picture
 from sdfast import cli
 from sdfast.images import read_settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -24,7 +24,6 @@ SCHEDULERS = {
     "euler_a": diffusers.EulerAncestralDiscreteScheduler,
     "dpm++2m": diffusers.DPMSolverMultistepScheduler,
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

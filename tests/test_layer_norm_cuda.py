@@ -12,8 +12,6 @@ from test_layer_norm import DTYPES, NAMES, Case, make_case, strided, terms
 from sdfast.ops import layer_norm
 from sdfast.testing import assert_within_budget, relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def moved(case: Case, where: str) -> Case:
     return dataclasses.replace(

@@ -17,7 +17,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = torch.ops.sdfast
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(
         _triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))
     ),

@@ -15,7 +15,6 @@ from sdfast.ops.linear import ACTIVATIONS, linear_torch
 from sdfast.testing import assert_within_budget
 
 GEGLU = ACTIVATIONS.index("geglu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -20,8 +20,6 @@ from sdfast import lora
 from sdfast.models.checkpoint import CheckpointError
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -23,8 +23,6 @@ from sdfast.lora_names import Names
 from sdfast.models.ldm_keys import UNET_PREFIX, ldm_names, unet_mapping
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -16,8 +16,6 @@ from sdfast import packing
 from sdfast.drop_in import blocks, text
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 TEXT_DIM = 24
 LEVELS = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
 

@@ -11,8 +11,6 @@ from test_optimize import TEXT_DIM, made, randn
 import sdfast
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 ARGUMENTS = (randn(2, 4, 8, 8), torch.tensor(7), randn(2, 5, TEXT_DIM, seed=1))
 
 

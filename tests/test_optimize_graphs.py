@@ -21,7 +21,7 @@ from sdfast.drop_in import graphed
 from sdfast.loading import digits_folder
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread", "on_cpu")
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture

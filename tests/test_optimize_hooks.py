@@ -13,8 +13,6 @@ from test_optimize import encode_and_decode, made, predict
 import sdfast
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 
 @pytest.fixture(autouse=True)
 def no_gradients():

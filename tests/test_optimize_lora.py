@@ -13,8 +13,6 @@ from test_optimize import made, predict
 import sdfast
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj", "conv1", "time_emb_proj"]
 
 

@@ -11,7 +11,6 @@ from tiny_pipelines import sd_pipeline
 import sdfast
 from sdfast.loading import digits_folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LARGEST_MEAN_DIFFERENCE = 1 / 255
 
 

@@ -17,8 +17,6 @@ from sdfast import ops
 from sdfast.drop_in import schedulers
 from sdfast.testing import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 SHAPE = (2, 4, 6, 5)
 KINDS = {
     "ddim": (diffusers.DDIMScheduler, {}, {}),

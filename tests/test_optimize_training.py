@@ -14,8 +14,6 @@ from test_optimize import TEXT_DIM, made, predict, randn
 import sdfast
 from sdfast.testing import assert_within_budget, relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models: threads would wait for each other
-
 
 def pair(mode="training"):
     theirs, _ = made("unet")

@@ -11,7 +11,6 @@ from tiny_pipelines import assert_same_pictures, picture
 import sdfast
 from sdfast.outpainting import grown_canvas
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = {"steps": 2, "seed": 0}
 
 

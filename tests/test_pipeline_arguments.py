@@ -18,8 +18,6 @@ from sdfast.diffusion import SAMPLERS, NoiseSchedule
 from sdfast.models.checkpoint import CheckpointError, load_components
 from sdfast.request import REMEMBERING_SAMPLERS, SAMPLER_NAMES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -16,7 +16,7 @@ from sdfast.dispatch import use_backend
 
 STEPS = 5
 NOISE_FREE, NOISY = ("ddim", "euler", "dpm++2m"), ("ddpm", "euler_a")
-pytestmark = [pytest.mark.usefixtures("one_thread", "on_cpu")]
+pytestmark = [pytest.mark.usefixtures("on_cpu")]
 
 
 @pytest.fixture

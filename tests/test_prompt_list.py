@@ -19,8 +19,6 @@ from sdfast.images import read_settings, save_png
 from sdfast.loading import digits_folder
 from sdfast.prompt_lines import Share, read_prompts, share_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = ("zero", "one", "two", "three", "four", "five", "six")
 # A blank line has a number, and no picture.
 LINES = (

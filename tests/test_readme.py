@@ -16,7 +16,6 @@ from sdfast.loading import digits_folder
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def block(text):

@@ -12,8 +12,6 @@ from sdfast.diffusion.repaint import RePaint, resampled_steps
 from sdfast.models import UNet2D
 from sdfast.models.unet import UNet2DConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def seeded(seed):
     generator = torch.Generator().manual_seed(seed)

@@ -18,8 +18,6 @@ from sdfast.segmentation import default_tile, least_memory_bytes
 from sdfast.segmentation_scores import scores
 from sdfast.training.cells import draw_cells
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -14,8 +14,6 @@ from sdfast.segmentation import check_picture, default_tile, mirrored, open_pict
 from sdfast.segmentation_file import predict_to_file
 from sdfast.segmentation_scores import Scores, overlay, scores
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def network(depth=2, channels=1, classes=3):
     torch.manual_seed(0)

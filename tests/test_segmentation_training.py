@@ -26,8 +26,6 @@ from sdfast.training.segmentation import (
 from sdfast.training.segmentation_data import Annotated, border_weight, example, instances, load_folder
 from sdfast.training.trainer import Schedule, TrainingInterrupted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STILL = Augmentation(displacement=0, rotation=0, flip=False, gain=0, shift=0)
 
 

@@ -13,8 +13,6 @@ import sdfast
 from sdfast.models import SegmentationUNet, SegmentationUNetConfig
 from sdfast.models.checkpoint import CheckpointError, load_model, save_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PAPER = SegmentationUNetConfig()
 
 

@@ -19,8 +19,6 @@ from sdfast.training.digit_vae import as_pictures, train_digit_vae
 from sdfast.training.simple_vae import SimpleVAETraining, evaluate, train_simple_vae
 from sdfast.training.trainer import Schedule
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS = ("fc", "conv")
 
 

@@ -13,8 +13,6 @@ from sdfast.models import AutoencoderKL
 from sdfast.models.config import config_from_dict
 from sdfast.testing import assert_within_budget, relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VAE = {
     "block_out_channels": [32, 32, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 3,

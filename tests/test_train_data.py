@@ -22,8 +22,6 @@ from sdfast.training.latents import LatentCache
 from sdfast.training.ldm_data import DataOptions, TrainingImages, find_images
 from sdfast.training.optimizer import Schedule
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _picture(path, height=16, width=16, **options):
     values = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -19,7 +19,6 @@ from safetensors.torch import load_file  # noqa: E402
 from sdfast.cli import main  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
 

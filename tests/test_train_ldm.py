@@ -32,8 +32,6 @@ from sdfast.training.ldm_parts import choose_trained, load_parts, module_fingerp
 from sdfast.training.optimizer import Schedule  # noqa: E402
 from sdfast.training.trainer import Step  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:

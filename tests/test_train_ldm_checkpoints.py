@@ -26,8 +26,6 @@ from sdfast.cli import main  # noqa: E402
 from sdfast.training import checkpoints  # noqa: E402
 from sdfast.training.checkpoints import ShardedRunFolder  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:

@@ -22,9 +22,6 @@ from sdfast.training.run_folder import RunFolder
 from sdfast.training.trainer import EMA, Schedule, TrainingInterrupted, train
 from sdfast.training.vae import VAETraining, encode, scaling_factor, train_vae
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 SHORT = Schedule(steps=30, learning_rate=5e-3, warmup_steps=3, max_grad_norm=100.0)
 
 

@@ -19,7 +19,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bf16 wrongly in tl.dot.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(_triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))),
 ]
 

@@ -21,7 +21,7 @@ from sdfast.ops._conv2d_choice import Shape, candidates, shape_of
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("conv2d_kernel", "cpu"), reason=_library.load_cpu_library().detail
 )
-pytestmark = [needs_kernel, pytest.mark.usefixtures("one_thread", "tuning_file")]
+pytestmark = [needs_kernel, pytest.mark.usefixtures("tuning_file")]
 
 PADDING = [1, 1, 1, 1]
 TIMES = {"direct": 2.0, "torch": 3.0}
@@ -53,7 +53,7 @@ def by(algorithm: str, x: Tensor, weight: Tensor, *, upsample: bool = False) -> 
 def test_the_choice_follows_the_times(upsample: bool) -> None:
     x, weight = call(23 if upsample else 46)
     known = candidates(shape_of(x, weight, 1, PADDING, upsample, 0))
-    assert known == ["direct", "winograd4x4", "winograd2x2", "torch"]
+    assert known == ["direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked", "torch"]
     for fastest in known:
         plant(x, weight, {"direct": 2.0, "winograd4x4": 3.0} | {fastest: 1.0}, upsample=upsample)
         y = ops.conv2d(x, weight, padding=1, upsample=upsample)
@@ -128,11 +128,13 @@ def test_exact_numerics_and_named_backends_are_respected() -> None:
 def test_low_memory_takes_what_needs_no_copy(upsample: bool) -> None:
     x, weight = call(23 if upsample else 46)
     times = {"winograd4x4": 1.0, "winograd2x2": 2.0, "direct": 3.0, "torch": 4.0}
-    plant(x, weight, times, upsample=upsample)
-    with dispatch.use_memory("low"):
-        y = ops.conv2d(x, weight, padding=1, upsample=upsample)
-    assert packing.packed_bytes() == 0
-    assert torch.equal(y, by("direct", x, weight, upsample=upsample))
+    for fastest in ("direct", "winograd4x4_unpacked"):
+        packing.clear()
+        plant(x, weight, times | {fastest: 2.5}, upsample=upsample)
+        with dispatch.use_memory("low"):
+            y = ops.conv2d(x, weight, padding=1, upsample=upsample)
+        assert packing.packed_bytes() == 0
+        assert torch.equal(y, by(fastest, x, weight, upsample=upsample))
     y = ops.conv2d(x, weight, padding=1, upsample=upsample)
     assert packing.packed_bytes() > 0
     assert torch.equal(y, by("winograd4x4", x, weight, upsample=upsample))
@@ -272,7 +274,7 @@ def test_a_candidate_that_is_off_has_no_time(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_conv2d_tuning, "forward", off)
     with pytest.warns(UserWarning, match="winograd4x4 is not used for .*off by 1.0e-03, allowed 5.0e-05"):
         (shape,) = sdfast.tune(convolutions(8))
-    assert set(shape.ms) == {"direct", "torch", "winograd2x2"}
+    assert set(shape.ms) == {"direct", "torch", "winograd2x2", "winograd4x4_unpacked"}
 
 
 def test_doctor_says_where_the_file_is_and_what_it_holds(

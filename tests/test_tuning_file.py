@@ -15,7 +15,7 @@ from sdfast import _library, _tuning_file, tuning
 from sdfast.ops._conv2d_choice import Shape, shape_of
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "tuning_file"),
+    pytest.mark.usefixtures("tuning_file"),
     pytest.mark.skipif(
         not _library.has_kernel("conv2d_kernel", "cpu"), reason=_library.load_cpu_library().detail
     ),

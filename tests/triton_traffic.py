@@ -45,7 +45,6 @@ FLOPS: dict[str, Callable[[list[Tensor], list[Tensor]], int]] = {
     "conv2d_statistics": lambda given, made: 2 * made[0].numel() * math.prod(given[1].shape[-3:]),
     "conv2d_input_gradient": lambda given, _: 2 * given[0].numel() * math.prod(given[1].shape[1:]),
     "conv2d_weight_gradient": lambda given, made: 2 * given[0].numel() * math.prod(made[0].shape[1:]),
-    "conv2d_training": lambda given, made: 2 * made[0].numel() * math.prod(given[1].shape[1:]),
 }
 
 

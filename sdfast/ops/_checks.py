@@ -55,15 +55,17 @@ def check_tensor(
     shape: tuple[int, ...] | None = None,
     like: Tensor | None = None,
     or_fp32: bool = False,
+    casts: bool = False,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, unless it is the tensor asked for.
 
     Args:
         rank: the number of dimensions it must have.
         shape: the exact shape it must have.
-        like: a tensor whose device and dtype it must share; under autocast, which casts, only the device.
+        like: a tensor whose device and dtype it must share.
         or_fp32: fp32 will also do where `like` is of half precision.
-    """  # fmt: skip
+        casts: any dtype will do under autocast, which the operation follows.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if value.dtype not in FLOATING:
@@ -74,7 +76,7 @@ def check_tensor(
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {shape}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, expected {like.device} as the input")
-    if like is not None and value.dtype != like.dtype and not is_autocast(like.device.type):
+    if like is not None and value.dtype != like.dtype and not (casts and is_autocast(like.device.type)):
         or_fp32 = or_fp32 and like.dtype in (torch.bfloat16, torch.float16)
         if or_fp32 and value.dtype is torch.float32:
             return
@@ -86,6 +88,23 @@ def check_optional(name: str, value: object, **expected: object) -> None:
     """`check_tensor` unless the argument is None."""
     if value is not None:
         check_tensor(name, value, **expected)  # type: ignore[arg-type]
+
+
+def check_statistics(name: str, statistics: object, x: Tensor, shape: tuple[int, int]) -> None:
+    """Raise TypeError or ValueError unless these are a mean and an rstd, in fp32, or fp64 as x is."""
+    if not isinstance(statistics, (tuple, list)) or len(statistics) != 2:
+        is_pair = isinstance(statistics, (tuple, list))
+        got = f"{len(statistics)} values" if is_pair else type(statistics).__name__  # type: ignore[arg-type]
+        raise TypeError(f"{name}: got {got}, expected a tuple of two tensors, mean and rstd")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for part, value in zip(("mean", "rstd"), statistics, strict=True):
+        check_tensor(f"{name}, {part}", value, shape=shape)
+        if value.device != x.device:
+            raise ValueError(f"{name}, {part}: is on {value.device}, expected {x.device} as the input")
+        if value.dtype != dtype:
+            raise TypeError(
+                f"{name}, {part}: got dtype {value.dtype}, expected {dtype} for an input of {x.dtype}"
+            )
 
 
 def widened(composite: Callable[..., object]) -> Callable[..., object]:

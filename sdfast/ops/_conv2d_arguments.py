@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
-from torch import Tensor
-
-from sdfast.ops._checks import check_tensor
-
 
 def sides_of(padding: int | tuple[int, ...]) -> tuple[int, int, int, int]:
     """Zeros to the left, right, top and bottom."""
@@ -37,27 +32,6 @@ def stride_of(stride: int | tuple[int, int]) -> int:
 def is_int(value: object) -> bool:
     """Whether it is an int and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_statistics(statistics: object, x: Tensor, shape: tuple[int, int]) -> None:
-    """Raise unless these are a mean and an rstd, or None."""
-    if statistics is None:
-        return
-    if not isinstance(statistics, (tuple, list)) or len(statistics) != 2:
-        got = (
-            f"{len(statistics)} values"
-            if isinstance(statistics, (tuple, list))
-            else type(statistics).__name__
-        )
-        raise TypeError(f"norm.statistics: got {got}, expected a tuple of two tensors, mean and rstd")
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    for name, value in zip(("mean", "rstd"), statistics, strict=True):
-        what = f"norm.statistics, {name}"
-        check_tensor(what, value, shape=shape)
-        if value.device != x.device:
-            raise ValueError(f"{what}: is on {value.device}, expected {x.device} as the input")
-        if value.dtype != dtype:
-            raise TypeError(f"{what}: got dtype {value.dtype}, expected {dtype} for an input of {x.dtype}")
 
 
 def check_groups(name: str, groups: int, channels: int) -> None:

@@ -16,16 +16,12 @@ _ELEMENTS = {
     False: {"winograd4x4": 36 / 9, "winograd2x2": 16 / 9},
     True: {"winograd4x4": 4 * 25 / 9, "winograd2x2": 4 * 9 / 9},
 }
-# From how many pixels on, of those that share a copy, each was measured faster than what follows it.
-_LEAST_PIXELS = {"winograd4x4": 256, "winograd2x2": 64}
-# F(2x2) needs less than half of the memory of F(4x4) and saves three quarters of what that does: below these
-# many pixels the budget is better spent on it.
-_THRIFTY_PIXELS = 2048
-# The milliseconds that a copy saves a byte, for each pixel that shares it, where nothing was measured: about
-# the median of F(4x4) in fp32, from 2048 pixels on and without an upsample, in
-# benchmarks/results/cpu-2core-avx512_bf16-amd26/conv2d.json. It only makes rule and measured times
-# comparable.
-_SAVED_MS = 2e-10
+# From how many pixels on F(4x4) was measured faster than the direct kernel where it transforms the weight at
+# each call, in bf16 than products of pairs, and from how many on a kept copy is worth its memory.
+_WINOGRAD_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS, _COPY_PIXELS = 64, 128, 1024
+# The milliseconds that a copy saves a byte at each call where nothing was measured, about, in fp32: the time
+# of one transform. It only makes rule and measured times comparable.
+_SAVED_MS = 7e-8
 # A measured gain of less than this is as likely noise, and not worth the memory of a copy.
 _LEAST_GAIN = 0.97
 
@@ -60,7 +56,12 @@ def folds(kernel: Sequence[int], stride: int, padding: Sequence[int]) -> bool:
 def candidates(shape: Shape) -> list[str]:
     """What can compute such a convolution; numerics and memory may rule out some. "torch" is its own one."""
     has_winograd = shape.weight[2:] == (3, 3) and shape.stride == 1
-    return ["direct", *(_ELEMENTS[False] if has_winograd else ()), "torch"]
+    return ["direct", *([*_ELEMENTS[False], "winograd4x4_unpacked"] if has_winograd else ()), "torch"]
+
+
+def needs_copy(algorithm: str) -> bool:
+    """Whether it reads a transformed weight that is larger than the weight, and worth making only to keep."""
+    return algorithm in _ELEMENTS[False]
 
 
 def suits_torch(x: Tensor, weight: Tensor, upsample: bool) -> bool:
@@ -87,8 +88,10 @@ def algorithm_for(shape: Shape, weight: Tensor, or_torch: bool = True) -> tuple[
     allowed = candidates(shape)
     if not or_torch:
         allowed.remove("torch")
-    if dispatch.numerics() != "fast" or not packing.is_lasting(weight):
-        allowed = [name for name in allowed if name not in _LEAST_PIXELS]
+    if dispatch.numerics() != "fast":
+        allowed = [name for name in allowed if not name.startswith("winograd")]
+    elif not packing.is_lasting(weight):
+        allowed = [name for name in allowed if not needs_copy(name)]
     times = times_of(shape)
     if times is None:
         return _by_rule(allowed, shape, weight)
@@ -97,9 +100,9 @@ def algorithm_for(shape: Shape, weight: Tensor, or_torch: bool = True) -> tuple[
 
 def _by_times(times: tuning.Times, shape: Shape, weight: Tensor) -> tuple[str, float]:
     """The first, as they come from the fastest, that needs no large copy or whose copy the budget holds."""
-    without_copy = min(ms for name, ms in times.items() if name not in _LEAST_PIXELS)
+    without_copy = min(ms for name, ms in times.items() if not needs_copy(name))
     for name, ms in times.items():
-        if name not in _LEAST_PIXELS:
+        if not needs_copy(name):
             return name, math.inf
         kind, nbytes = _copy(name, shape)
         worth = (without_copy - ms) / nbytes
@@ -109,22 +112,28 @@ def _by_times(times: tuning.Times, shape: Shape, weight: Tensor) -> tuple[str, f
 
 
 def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str, float]:
-    """Winograd where it was measured faster on one machine and its memory is well spent; never torch."""
-    pairs = shape.dtype == "bfloat16" and _library.has_kernel("bf16_pairs", "cpu")
+    """F(4x4) where it was measured faster on one machine, with a copy where its memory is well spent."""
     batch, _, height, width = shape.x
     pixels = batch * height * width * (4 if shape.upsample else 1)
-    worth = _SAVED_MS * pixels
-    faster = ["winograd4x4"] if pairs else ["winograd4x4", "winograd2x2"]
+    suits = suits_winograd(weight, pixels) and "winograd4x4_unpacked" in allowed
     # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast.
-    if min(shape.weight[:2]) < 32 or (pairs and shape.upsample):
-        faster = []
-    elif not pairs and pixels < _THRIFTY_PIXELS and dispatch.memory() == "default":
-        faster.remove("winograd4x4")
-    for name in faster:
-        enough = name in allowed and pixels >= _LEAST_PIXELS[name]
-        if enough and packing.affordable(weight, *_copy(name, shape), worth):
-            return name, worth
-    return "direct", math.inf
+    if not suits or (shape.upsample and _multiplies_pairs(weight.dtype)):
+        return "direct", math.inf
+    large = "winograd4x4" in allowed and pixels >= _COPY_PIXELS
+    if large and packing.affordable(weight, *_copy("winograd4x4", shape), _SAVED_MS):
+        return "winograd4x4", _SAVED_MS
+    return "winograd4x4_unpacked", math.inf
+
+
+def suits_winograd(weight: Tensor, pixels: int) -> bool:
+    """Whether F(4x4) was measured faster for so many pixels of y, its transform of the weight included."""
+    least = _WINOGRAD_PIXELS_OF_PAIRS if _multiplies_pairs(weight.dtype) else _WINOGRAD_PIXELS
+    return pixels >= least and min(weight.shape[:2]) >= 32
+
+
+def _multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies values of this type in pairs, with which Winograd's fp32 competes."""
+    return dtype is torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
 
 
 def _copy(algorithm: str, shape: Shape) -> tuple[str, int]:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, packing
-from sdfast.ops._conv2d_choice import algorithm_for, folds, kind_of, shape_of
+from sdfast.ops._conv2d_choice import algorithm_for, folds, kind_of, needs_copy, shape_of
 
 # As csrc/conv2d_cpu.cpp counts them.
-ALGORITHMS = ("direct", "winograd4x4", "winograd2x2")
+ALGORITHMS = ("direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked")
 
 
 def _pack_fake(weight: Tensor, algorithm: int) -> Tensor:
@@ -89,8 +89,8 @@ def forward(
         y = torch.ops.sdfast.conv2d(x, weight, bias, stride, padding, **more)
         return cast(Tensor, y.contiguous(memory_format=torch.channels_last))
     packing.note(weight)
-    if upsample and not folds(weight.shape[2:], stride, padding):
-        x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
+    if upsample and (algorithm == "winograd4x4_unpacked" or not folds(weight.shape[2:], stride, padding)):
+        x, upsample = upsampled(x), False
     values = values_of(weight, algorithm, upsample, worth)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def forward(
 
 def values_of(weight: Tensor, algorithm: str, folded: bool, worth: float = math.inf) -> Tensor:
     """The weight as the algorithm reads it: in place where it lies as (out_channels, kh, kw, channels)."""
-    if algorithm != "direct":
+    if needs_copy(algorithm):
         kind = kind_of(algorithm, folded)
         return packing.packed(weight, kind, lambda values: _pack(values, algorithm, folded), worth)
     if folded:
@@ -125,6 +125,12 @@ def _kept(weight: Tensor, kind: str, nbytes: int, make: Callable[[Tensor], Tenso
     if packing.is_lasting(weight) and packing.affordable(weight, kind, nbytes, math.inf):
         return packing.packed(weight, kind, make)
     return make(weight)
+
+
+def upsampled(x: Tensor) -> Tensor:
+    """The nearest-2x image, channels_last, where it is not folded into the convolution."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest").contiguous(memory_format=torch.channels_last)
 
 
 def fold(weight: Tensor) -> Tensor:

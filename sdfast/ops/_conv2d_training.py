@@ -7,7 +7,7 @@ next step of an optimiser would make stale. Images and gradients are channels_la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
 from sdfast.ops._conv2d_call import Call
-from sdfast.ops._conv2d_choice import folds, suits_torch
-from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, output_size
+from sdfast.ops._conv2d_choice import folds, suits_torch, suits_winograd
+from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, upsampled
 from sdfast.ops._conv2d_operations import kernel_op as triton_kernel_op
 from sdfast.ops._linear_training import CPU as LINEAR_CPU
 from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
@@ -30,22 +30,6 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape).to(memory_format=_LAYOUT)
 
 
-def _training_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    time_embedding: Tensor | None,
-    residual: Tensor | None,
-    padding: Sequence[int],
-) -> Tensor:
-    return _empty(x, x.shape[0], weight.shape[0], *output_size(x, (3, 3), 1, padding, False))
-
-
-_training_op = _library.define_native(
-    "conv2d_training(Tensor x, Tensor weight, Tensor? bias, Tensor? time_embedding, Tensor? residual,"
-    " int[] padding) -> Tensor",
-    _training_fake,
-)
 _input_gradient_op = _library.define_native(
     "conv2d_input_gradient(Tensor dy, Tensor weight, int height, int width, int stride, int[] padding,"
     " bool winograd) -> Tensor",
@@ -56,10 +40,6 @@ _weight_gradient_op = _library.define_native(
     " int[] padding, bool winograd) -> Tensor",
     lambda dy, x, height, width, *_: _empty(dy, dy.shape[1], x.shape[1], height, width),
 )
-
-# Pixels of y from which Winograd was measured faster, for y and its gradients. Its arithmetic is fp32: in bf16
-# it competes with products of pairs.
-_WINOGRAD_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS = 64, 128
 
 
 def suits_torch_in_training(call: Call) -> bool:
@@ -75,10 +55,6 @@ def suits_torch_in_training(call: Call) -> bool:
     return few or (
         x.dtype == torch.bfloat16 and (many or not _library.has_kernel("bf16_pair_gradients", "cpu"))
     )
-
-
-def _upsampled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest").contiguous(memory_format=_LAYOUT)
 
 
 class Operations(NamedTuple):
@@ -111,11 +87,11 @@ def _forward_cpu(
     upsample: bool,
     winograd: bool,
 ) -> Tensor:
-    if winograd:
-        image = _upsampled(x) if upsample else x
-        return cast(Tensor, _training_op(image, weight, bias, time_embedding, residual, padding))
+    algorithm = "winograd4x4_unpacked" if winograd else "direct"
+    if winograd and upsample:
+        x, upsample = upsampled(x), False
     values = fold(weight).to(weight.dtype) if upsample else weight.permute(0, 2, 3, 1)
-    more = (ALGORITHMS.index("direct"), weight.shape[0], *weight.shape[2:], stride, padding, upsample)
+    more = (ALGORITHMS.index(algorithm), weight.shape[0], *weight.shape[2:], stride, padding, upsample)
     return cast(Tensor, kernel_op(x, values, bias, time_embedding, residual, *more))
 
 
@@ -171,12 +147,10 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.operations, ctx.geometry, ctx.upsample = operations, (stride, padding), upsample
         suits = tuple(weight.shape[2:]) == (3, 3) and stride == 1 and max(padding) <= 2
-        suits = suits and min(weight.shape[:2]) >= 32
         # A function of the shape alone: y has as many pixels for the forward as for the backward.
         pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-        pairs = x.dtype == torch.bfloat16 and _library.has_kernel("bf16_pairs", "cpu")
-        suits = suits and pixels >= (_WINOGRAD_PIXELS_OF_PAIRS if pairs else _WINOGRAD_PIXELS)
-        ctx.winograd = operations.has_winograd and suits and dispatch.numerics() == "fast"
+        suits = suits and operations.has_winograd and suits_winograd(weight, pixels)
+        ctx.winograd = suits and dispatch.numerics() == "fast"
         added = (bias, time_embedding, residual)
         return operations.forward(x, weight, *added, stride, padding, upsample, ctx.winograd)
 
@@ -239,7 +213,7 @@ def _weight_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if ctx.upsample and operations.folds_upsample:
         return _unfolded(operations.weight_gradient(x, dy, 4, 4, *_FOLDED, False))
     if ctx.upsample:
-        x = _upsampled(x)
+        x = upsampled(x)
     kernel = weight.shape[2:]
     return cast(Tensor, operations.weight_gradient(dy, x, *kernel, *ctx.geometry, ctx.winograd))
 

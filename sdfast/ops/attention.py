@@ -206,20 +206,20 @@ def attention(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
     check_tensor("q", q, rank=4)
-    check_tensor("k", k, rank=4, like=q)
+    check_tensor("k", k, rank=4, like=q, casts=True)
     batch, heads, _, head_dim = q.shape
     if (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_dim):
         raise ValueError(
             f"k: got shape {tuple(k.shape)}, expected ({batch}, {heads}, S, {head_dim}) to fit q"
         )
-    check_tensor("v", v, shape=tuple(k.shape), like=q)
+    check_tensor("v", v, shape=tuple(k.shape), like=q, casts=True)
     if mask is not None:
         if is_causal:
             raise ValueError(
                 "mask: cannot be given together with is_causal=True; fold the causal part into mask"
             )
         if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
-            check_tensor("mask", mask, like=q)
+            check_tensor("mask", mask, like=q, casts=True)
         elif mask.device != q.device:
             raise ValueError(f"mask: is on {mask.device}, expected {q.device} as the input")
         scores = (batch, heads, q.shape[2], k.shape[2])

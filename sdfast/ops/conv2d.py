@@ -26,12 +26,13 @@ from sdfast.ops._checks import (
     can_cast,
     cast_to,
     check_optional,
+    check_statistics,
     check_tensor,
     is_autocast,
     is_plain,
     widened,
 )
-from sdfast.ops._conv2d_arguments import check_groups, check_statistics, sides_of, stride_of
+from sdfast.ops._conv2d_arguments import check_groups, sides_of, stride_of
 from sdfast.ops._conv2d_call import Call, NormPrologue
 from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
@@ -192,11 +193,11 @@ def conv2d(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
     """
     check_tensor("x", x, rank=4)
-    check_tensor("weight", weight, rank=4, like=x)
+    check_tensor("weight", weight, rank=4, like=x, casts=True)
     batch, channels_in, height, width = x.shape
     channels_out, weight_channels, kernel_height, kernel_width = weight.shape
     if skip is not None:
-        check_tensor("skip", skip, rank=4, like=x)
+        check_tensor("skip", skip, rank=4, like=x, casts=True)
         if (skip.shape[0], *skip.shape[2:]) != (batch, height, width):
             expected = f"({batch}, C, {height}, {width})"
             raise ValueError(f"skip: got shape {tuple(skip.shape)}, expected {expected} as the input")
@@ -204,7 +205,7 @@ def conv2d(
     if weight_channels != channels_in:
         what = "x" if skip is None else "x and skip"
         raise ValueError(f"{what}: got {channels_in} channels, expected {weight_channels} to fit weight")
-    check_optional("bias", bias, shape=(channels_out,), like=x)
+    check_optional("bias", bias, shape=(channels_out,), like=x, casts=True)
     stride = stride_of(stride)
     sides = sides_of(padding)
     out_height, out_width = output_size(x, (kernel_height, kernel_width), stride, sides, upsample)
@@ -212,15 +213,18 @@ def conv2d(
         raise ValueError(
             f"x: {height}x{width} is smaller than the {kernel_height}x{kernel_width} kernel; enlarge padding"
         )
-    check_optional("time_embedding", time_embedding, shape=(batch, channels_out), like=x)
-    check_optional("residual", residual, shape=(batch, channels_out, out_height, out_width), like=x)
+    check_optional("time_embedding", time_embedding, shape=(batch, channels_out), like=x, casts=True)
+    check_optional(
+        "residual", residual, shape=(batch, channels_out, out_height, out_width), like=x, casts=True
+    )
     if norm is not None:
         if not isinstance(norm, NormPrologue):
             raise TypeError(f"norm: got {type(norm).__name__}, expected a NormPrologue")
         check_groups("norm.num_groups", norm.num_groups, channels_in)
-        check_tensor("norm.weight", norm.weight, shape=(channels_in,), like=x)
-        check_tensor("norm.bias", norm.bias, shape=(channels_in,), like=x)
-        check_statistics(norm.statistics, x, (batch, norm.num_groups))
+        check_tensor("norm.weight", norm.weight, shape=(channels_in,), like=x, casts=True)
+        check_tensor("norm.bias", norm.bias, shape=(channels_in,), like=x, casts=True)
+        if norm.statistics is not None:
+            check_statistics("norm.statistics", norm.statistics, x, (batch, norm.num_groups))
     if stats_groups is not None:
         check_groups("stats_groups", stats_groups, channels_out)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sdfast import dispatch
 from sdfast.ops import _native
-from sdfast.ops._checks import check_tensor, widened
+from sdfast.ops._checks import check_statistics, check_tensor, widened
 from sdfast.ops._group_norm_operations import CPU, CUDA, TRITON, Operations, group_norm_training
 
 
@@ -123,40 +123,13 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _check_parameter(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """A parameter is of x's dtype, or fp32 where x is of half precision."""
-    check_tensor(name, value, shape=shape)
-    if value.device != x.device:
-        raise ValueError(f"{name}: is on {value.device}, expected {x.device} as x")
-    if value.dtype != x.dtype and (value.dtype != torch.float32 or x.dtype == torch.float64):
-        allowed = x.dtype if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {allowed} for x of {x.dtype}")
-
-
 def _check_skip(skip: Tensor, x: Tensor) -> None:
-    check_tensor("skip", skip, rank=x.dim())
+    check_tensor("skip", skip, rank=x.dim(), like=x)
     expected = (x.shape[0], "C2", *x.shape[2:])
     if skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]:
         raise ValueError(
             f"skip: got shape {tuple(skip.shape)}, expected {expected} for x of {tuple(x.shape)}"
         )
-    if skip.device != x.device:
-        raise ValueError(f"skip: is on {skip.device}, expected {x.device} as x")
-    if skip.dtype != x.dtype:
-        raise TypeError(f"skip: got dtype {skip.dtype}, expected {x.dtype} as x")
-
-
-def _check_statistics(statistics: tuple[Tensor, Tensor], num_groups: int, x: Tensor) -> None:
-    """As `conv2d` returns them."""
-    if not isinstance(statistics, tuple) or len(statistics) != 2:
-        raise TypeError(f"statistics: got {type(statistics).__name__}, expected the tuple (mean, rstd)")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for name, value in zip(("statistics[0]", "statistics[1]"), statistics, strict=True):
-        check_tensor(name, value, shape=(x.shape[0], num_groups))
-        if value.device != x.device:
-            raise ValueError(f"{name}: is on {value.device}, expected {x.device} as x")
-        if value.dtype != dtype:
-            raise TypeError(f"{name}: got dtype {value.dtype}, expected {dtype} for x of {x.dtype}")
 
 
 def group_norm(
@@ -224,11 +197,11 @@ def group_norm(
             continue
         same_kind = isinstance(value, Tensor) and value.dtype is dtype and value.device == device
         if not same_kind or value.shape != shape:
-            _check_parameter(name, value, shape, x)
+            check_tensor(name, value, shape=shape, like=x, or_fp32=True)
     if statistics is not None:
         if skip is not None:
             raise ValueError("statistics: got them with skip, expected one of the two")
-        _check_statistics(statistics, num_groups, x)
+        check_statistics("statistics", statistics, x, (x.shape[0], num_groups))
     # With nothing to fuse, torch's fp32 kernel was measured as fast or faster (benchmarks/RESULTS.md).
     plain = dtype is torch.float32 and activation is None and scale is None and shift is None
     device_type = device.type

@@ -185,8 +185,8 @@ def layer_norm(
         raise ValueError(
             f"normalized_shape: got {shape}, expected the last sizes of x, which has shape {tuple(x.shape)}"
         )
-    check_optional("weight", weight, shape=shape, like=x, or_fp32=True)
-    check_optional("bias", bias, shape=shape, like=x, or_fp32=True)
+    check_optional("weight", weight, shape=shape, like=x, casts=True, or_fp32=True)
+    check_optional("bias", bias, shape=shape, like=x, casts=True, or_fp32=True)
     device_type = x.device.type
     unavailable = _native.unavailable("layer_norm_forward", "x", device_type, x.dtype)
     order = ("torch",) if device_type == "cpu" and _is_faster_in_torch(x, shape, weight, bias) else None

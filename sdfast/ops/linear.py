@@ -185,14 +185,14 @@ def linear(
     """
     check_tensor("x", x)
     if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1):
-        check_tensor("weight", weight, like=x)
+        check_tensor("weight", weight, like=x, casts=True)
     else:
-        check_tensor("weight", weight, rank=2, like=x)
+        check_tensor("weight", weight, rank=2, like=x, casts=True)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight")
     width = weight.shape[0]
-    check_optional("bias", bias, shape=(width,), like=x)
-    check_optional("residual", residual, shape=(*x.shape[:-1], width), like=x)
+    check_optional("bias", bias, shape=(width,), like=x, casts=True)
+    check_optional("residual", residual, shape=(*x.shape[:-1], width), like=x, casts=True)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {ACTIVATIONS}")
     if activation == "geglu" and width % 2:

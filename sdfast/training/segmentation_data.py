@@ -227,7 +227,8 @@ def read_mask(path: str | Path) -> np.ndarray:
 def _files(folder: Path, kind: str) -> dict[str, Path]:
     if not (folder / kind).is_dir():
         raise ValueError(f"{folder}: holds no folder {kind!r}; expected images/ and masks/ in it")
-    found = [path for path in sorted((folder / kind).iterdir()) if path.suffix.lower() in SUFFIXES]
+    paths = (path for path in sorted((folder / kind).iterdir()) if not path.name.startswith("."))
+    found = [path for path in paths if path.suffix.lower() in SUFFIXES]
     by_stem: dict[str, Path] = {}
     for path in found:
         if path.stem in by_stem:

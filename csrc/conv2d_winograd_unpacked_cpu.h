@@ -1,13 +1,13 @@
-// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3), fp32 arithmetic, whose weight changes at
-// every step: the result of a training step, and its gradient in x.
+// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3), fp32 arithmetic, whose weight was not
+// packed: to train, where it changes at every step, and where there is no memory for a copy of four
+// times the weight.
 //
-// Algorithm. As conv2d_winograd_cpu.h where tiles are many, its packed weight made first. Where
-// they are few, that copy of four times the weight costs more than the products, and is not made: a
-// thread takes a panel of out_channels and a block of tiles, and for a part of the channels at a
-// time transforms the weight into L2 and multiplies all 36 points by it. Their sums stay in L2
-// until the last part, and become pixels there. Bytes: x, the weight once a block of tiles, y; the
-// transformed tiles once a panel from L3. Limit: fused multiply-adds, and where tiles are few the
-// transform of the weight.
+// Algorithm. As conv2d_winograd_cpu.h where tiles are many, its packed weight made first and
+// dropped. Where they are few, making it costs more than the products: a thread takes a panel of
+// out_channels and a block of tiles, and for a part of the channels at a time transforms the weight
+// into L2 and multiplies all 36 points by it. Their sums stay in L2 until the last part, and become
+// pixels there. Bytes: x, the weight once a block of tiles, y; the transformed tiles once a panel
+// from L3. Limit: fused multiply-adds, and where tiles are few the transform of the weight.
 #pragma once
 
 #include "conv2d_winograd_cpu.h"
@@ -18,8 +18,8 @@ namespace sdfast::conv2d::winograd {
 constexpr int kTile = F4x4Of3x3::kTile, kPatch = F4x4Of3x3::kPatch, kPoints = F4x4Of3x3::kPoints;
 constexpr int kSide = 3, kTaps = kSide * kSide;
 constexpr int64_t kPartChannels = 64;  // one chain of additions
-constexpr int64_t kFewTiles = 128;  // up to which it was measured faster not to keep the transform
-constexpr int64_t kBlockTiles = 4 * gemm::kRows;
+constexpr int64_t kFewTiles = 64;      // up to which it was measured faster not to pack the weight
+constexpr int64_t kBlockTiles = 72;    // whole tiles of the micro-kernel
 // From one point of a part of the weight to the next, in other cache sets.
 constexpr int64_t kWeightStride = kPartChannels * gemm::kColumns + simd::kLanes;
 
@@ -160,7 +160,7 @@ struct Blocks {
     const int64_t most_blocks = std::max(least, round / gemm::kRows);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t blocks = std::clamp((2 * threads + panels - 1) / panels, least, most_blocks);
-    rows = (round + blocks - 1) / blocks;
+    rows = gemm::padded_rows((round + blocks - 1) / blocks);
   }
 };
 
@@ -211,7 +211,7 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
 
 // y = conv(x, weight), the weight given by Weight or TurnedWeight.
 template <typename T, typename PackWeight>
-void run_training(const Shape& s, const T* x, const PackWeight& pack_weight, const Added<T>& added,
+void run_unpacked(const Shape& s, const T* x, const PackWeight& pack_weight, const Added<T>& added,
                   T* y) {
   const bool few = Tiling(s, phases_of(s).front(), kTile).count <= kFewTiles;
   if (few) return run_packing(s, x, pack_weight, added, y);
