@@ -9,16 +9,17 @@ Row = dict[str, Any]
 _TABLES = {"add_noise": "diffusion_step", "reparameterize": "diffusion_step"}
 
 
-def expand(device: str, record: Row) -> dict[str, Row]:
+def expand(file: str, record: Row) -> dict[str, Row]:
     """Records by "device/kind.json".
 
     Raises:
         ValueError: the record is of a quick run, whose small models are none of the report's.
     """
+    device = file.split("/")[0]
     if record["quick"]:
-        raise ValueError(f"{device}/bench.json: recorded with --quick")
+        raise ValueError(f"{file}: recorded with --quick")
     shared = {
-        "file": f"{device}/bench.json", "command": record["command"], "environment": record["environment"],
+        "file": file, "command": record["command"], "environment": record["environment"],
         "versions": record["environment"]["versions"],
         "copy_gb_per_s": record["limits"]["copy_gb_per_s"],
     }  # fmt: skip

@@ -125,7 +125,7 @@ def _rows(records: dict[str, Row]) -> Iterator[tuple[str, ...]]:
             continue
         found = [(name, record) for name, record in records.items() if name.endswith(f"/{kind}.json")]
         if found:
-            name, record = found[-1]
+            name, record = max(found, key=lambda item: item[1]["environment"]["date"])
             recorded = f"[{figure(record)}](benchmarks/results/{record.get('file', name)})"
         else:
             recorded = "not recorded"

@@ -174,13 +174,20 @@ def _cpu(device: str, record: Row) -> str:
 
 
 def read_records(results: Path) -> dict[str, Row]:
-    """Every record by device and kind. What `sdfast bench` recorded replaces what was recorded before it."""
+    """Every record by device and kind. What `sdfast bench` recorded replaces what was recorded before it.
+
+    Its file is bench.json, or for some of its parts, measured again later, bench-PARTS.json.
+    """
     records: dict[str, Row] = {}
+    benches: list[tuple[Path, Row]] = []
     for path in results.glob("*/*.json"):
-        if path.name != "bench.json":
-            records[f"{path.parent.name}/{path.name}"] = json.loads(path.read_text())
-    for path in results.glob("*/bench.json"):
-        records |= expand(path.parent.name, json.loads(path.read_text()))
+        record = json.loads(path.read_text())
+        if path.name.startswith("bench"):
+            benches.append((path, record))
+        else:
+            records[f"{path.parent.name}/{path.name}"] = record
+    for path, record in sorted(benches, key=lambda item: item[1]["environment"]["date"]):
+        records |= expand(f"{path.parent.name}/{path.name}", record)
     return dict(sorted(records.items(), key=_place))
 
 

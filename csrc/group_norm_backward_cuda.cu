@@ -22,7 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward_cuda(
   const auto shape = group_norm::shape_of(x, num_groups);
   const ScalarType dtype = x.scalar_type();
   check_device(dy, "dy");
-  STD_TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == dtype, "dy: expected as x");
+  check_shape(dy, "dy", x.sizes());
+  STD_TORCH_CHECK(dy.scalar_type() == dtype, "dy: expected the dtype of x");
   const Values its_mean(call, mean, "mean", {shape.images, num_groups});
   const Values its_rstd(call, rstd, "rstd", {shape.images, num_groups});
   const group_norm::Operands operands(call, shape, dtype, weight, bias, scale, shift);

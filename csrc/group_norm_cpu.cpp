@@ -162,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_backward(
     std::optional<Tensor> shift) {
   check_input(x, num_groups);
   check_device(dy, "dy");
-  STD_TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
-                  "dy: expected as x");
+  check_shape(dy, "dy", x.sizes());
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: expected the dtype of x");
   const int64_t images = x.size(0), channels = x.size(1);
   const Values saved_mean(mean, "mean", {images, num_groups});
   const Values saved_rstd(rstd, "rstd", {images, num_groups});

@@ -1,14 +1,25 @@
-"""What a user named, refused before any work where it cannot be used: folders, files, devices."""
+"""What a user named, refused before any work where it cannot be used: counts, folders, files, devices."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdfast.request import MAX_THREADS, check_count
+
 if TYPE_CHECKING:
     import torch
+
+
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError where one of these options is given and below 1, or too many threads."""
+    for name in names:
+        if (count := getattr(arguments, name)) is not None:
+            option = f"--{name.replace('_', '-')}"
+            check_count(option, count, MAX_THREADS if name == "threads" else None)
 
 
 def check_folder(name: str, folder: Path) -> None:

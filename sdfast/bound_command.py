@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_file
+from sdfast._arguments import check_counts, check_file
 from sdfast.command_line import step_bar
-from sdfast.request import check_count, check_seed
+from sdfast.request import check_seed
 
 _DESCRIPTION = """\
 -ln p(x) of a diffusion model is bounded by L_T + L_{T-1} + ... + L_0 (Ho et al. 2020). This evaluates every
@@ -52,9 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError, OSError: bad arguments, model or data.
         ImportError: matplotlib or scikit-learn is needed and absent.
     """
-    for name in ("images", "batch_size", "threads"):
-        if getattr(arguments, name) is not None:
-            check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_counts(arguments, "images", "batch_size", "threads")
     check_seed("--seed", arguments.seed)
     for option, path, suffix in (("--output", arguments.output, ".json"), ("--plot", arguments.plot, ".png")):
         if path is not None:

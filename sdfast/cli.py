@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdfast import __version__
-from sdfast._arguments import check_folder
+from sdfast._arguments import check_counts, check_folder
 from sdfast.bench.command import add_parser as add_bench
 from sdfast.bound_command import add_parser as add_bound
 from sdfast.command_line import one_line
 from sdfast.generate_command import add_parser as add_generate
 from sdfast.inpaint_command import add_parsers as add_inpaint_and_outpaint
-from sdfast.request import check_count
 from sdfast.segment_command import add_parser as add_segment
 from sdfast.training.command import add_parser as add_ldm
 from sdfast.training.vae_command import add_parser as add_vae
@@ -113,8 +112,7 @@ def _doctor(_: argparse.Namespace) -> int:
 def _train_digits(arguments: argparse.Namespace) -> int:
     steps = {"vae_steps": arguments.vae_steps, "unet_steps": arguments.unet_steps}
     steps = {name: count for name, count in steps.items() if count is not None}
-    for name, count in {**steps, "threads": arguments.threads}.items():
-        check_count(f"--{name.replace('_', '-')}", count)
+    check_counts(arguments, "vae_steps", "unet_steps", "threads")
     check_folder("--output", arguments.output.parent)
     check_folder("--run-dir", arguments.run_dir)
     from sdfast.training.digits import train_digits

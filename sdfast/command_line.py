@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_file, check_inputs, check_not_input, usable_device
+from sdfast._arguments import check_counts, check_file, check_inputs, check_not_input, usable_device
 from sdfast.dispatch import BACKENDS, ORDER
 from sdfast.request import (
     MAX_STEPS,
@@ -67,9 +67,7 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: an option is out of its range; says what is allowed.
     """
     check_count("--steps", arguments.steps, MAX_STEPS)
-    for name in ("batch_size", "threads"):
-        if getattr(arguments, name) is not None:
-            check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_counts(arguments, "batch_size", "threads")
     if arguments.seed is not None:
         check_seed("--seed", arguments.seed)
     if arguments.sampler is not None:

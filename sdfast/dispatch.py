@@ -7,8 +7,8 @@ The order below is set from recorded benchmarks; the first that can run serves t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 
@@ -20,24 +20,44 @@ ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("torch
 _forced: str | None = None
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Serve every call that names no backend itself by `name`, where that can run.
+class Switched:
+    """A switch that was set: for good, or as a context manager until the end of its block."""
+
+    def __init__(self, restore: Callable[[Any], None], previous: str | None) -> None:
+        self._restore, self._previous = restore, previous
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._restore(self._previous)
+
+
+def use_backend(name: str) -> Switched:
+    """Serve every call that names no backend itself by `name`, where that can run, from now on.
 
     An operation that has no such implementation falls back to torch, so that
     `use_backend("cpu")` means "compiled kernels wherever there are any".
 
+    Args:
+        name: one of `BACKENDS`.
+
+    Returns:
+        A context manager: `with use_backend(name):` sets it back at the end of the block.
+
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    previous, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = previous
+    switched = Switched(_set_backend, _forced)
+    _set_backend(name)
+    return switched
+
+
+def _set_backend(name: str | None) -> None:
+    global _forced
+    _forced = name
 
 
 def is_named(backend: str | None) -> bool:
@@ -49,8 +69,7 @@ NUMERICS = ("exact", "fast")
 _numerics = "fast"
 
 
-@contextlib.contextmanager
-def use_numerics(name: str) -> Iterator[None]:
+def use_numerics(name: str) -> Switched:
     """How far kernels may reorder arithmetic.
 
     "fast", the default, allows Winograd convolutions in fp32 arithmetic: at most 5e-5 of relative error a
@@ -58,16 +77,24 @@ def use_numerics(name: str) -> Iterator[None]:
     of its 4x4 tile. "exact" keeps every kernel within twice eager's error. Process-wide, as `use_backend`;
     what is in force when the forward runs holds for its gradients.
 
+    Args:
+        name: one of `NUMERICS`.
+
+    Returns:
+        A context manager, as `use_backend`.
+
     Raises:
         ValueError: `name` is not one of `NUMERICS`.
     """
-    global _numerics
     check_switch("numerics", name)
-    previous, _numerics = _numerics, name
-    try:
-        yield
-    finally:
-        _numerics = previous
+    switched = Switched(_set_numerics, _numerics)
+    _set_numerics(name)
+    return switched
+
+
+def _set_numerics(name: str) -> None:
+    global _numerics
+    _numerics = name
 
 
 def numerics() -> str:
@@ -79,26 +106,34 @@ MEMORY = ("low", "default", "high")
 _memory = "default"
 
 
-@contextlib.contextmanager
-def use_memory(name: str) -> Iterator[None]:
+def use_memory(name: str) -> Switched:
     """How much memory kernels may spend on copies of weights in their own layouts.
 
-    "default": at most 1.0 times the weights, or 1 GiB where that is more; "low": makes none, at the price of
-    speed (`sdfast.packing.clear` drops those that are there); "high": whatever makes a layer fastest, up to 4
+    "default": at most 1.0 times the weights, or 1 GiB where that is more; "low": none, so that Winograd
+    convolutions transform their weights at each call (`sdfast.packing.clear` drops copies that are there);
+    "high": whatever makes a layer fastest, up to 4
     times a 3x3 convolution's weight, 11 times after an upsample, and twice that in bf16. Which layers have a
     copy decides their last bits: with "default" that is settled by a model's first two calls. Process-wide,
     as `use_backend`.
 
+    Args:
+        name: one of `MEMORY`.
+
+    Returns:
+        A context manager, as `use_backend`.
+
     Raises:
         ValueError: `name` is not one of `MEMORY`.
     """
-    global _memory
     check_switch("memory", name)
-    previous, _memory = _memory, name
-    try:
-        yield
-    finally:
-        _memory = previous
+    switched = Switched(_set_memory, _memory)
+    _set_memory(name)
+    return switched
+
+
+def _set_memory(name: str) -> None:
+    global _memory
+    _memory = name
 
 
 def memory() -> str:
@@ -110,24 +145,31 @@ TUNING = ("off", "saved", "first-use")
 _tuning = "saved"
 
 
-@contextlib.contextmanager
-def use_tuning(name: str) -> Iterator[None]:
+def use_tuning(name: str) -> Switched:
     """Whether algorithms are chosen by times measured on this machine, see `sdfast.tune`.
 
     "saved", the default, uses what was measured before and measures nothing; "first-use" also measures a
     shape when it is first met, which takes seconds, and keeps the times; "off" follows the built-in rules
     alone, so that a file of measured times changes nothing. Process-wide, as `use_backend`.
 
+    Args:
+        name: one of `TUNING`.
+
+    Returns:
+        A context manager, as `use_backend`.
+
     Raises:
         ValueError: `name` is not one of `TUNING`.
     """
-    global _tuning
     check_switch("tuning", name)
-    previous, _tuning = _tuning, name
-    try:
-        yield
-    finally:
-        _tuning = previous
+    switched = Switched(_set_tuning, _tuning)
+    _set_tuning(name)
+    return switched
+
+
+def _set_tuning(name: str) -> None:
+    global _tuning
+    _tuning = name
 
 
 def tuning() -> str:
@@ -179,9 +221,3 @@ def check_switch(name: str, value: object) -> None:
     allowed = {"numerics": NUMERICS, "memory": MEMORY, "tuning": TUNING}[name]
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
-
-
-def set_switches(*, numerics: str | None = None, memory: str | None = None) -> None:
-    """Set what `use_numerics` and `use_memory` set for a while; None leaves it."""
-    global _numerics, _memory
-    _numerics, _memory = numerics or _numerics, memory or _memory

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast import __version__
+from sdfast._arguments import usable_device
 from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import SamplingPlan, sampler_name
 from sdfast.generation import Generation, draw_noise
@@ -119,13 +120,16 @@ class PipelineBase:
             vae_memory_bytes: what the VAE may take for an image; None sets no limit.
 
         Raises:
-            ValueError: a tokenizer for a folder, or a variant of a single file.
+            ValueError: a device that cannot be used, a dtype in which no model runs, a tokenizer for a
+                folder, or a variant of a single file.
             sdfast.models.checkpoint.CheckpointError: it is missing, damaged, unsafe, or not a
                 text-to-image model; the message says which.
         """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype: got {dtype!r}, expected torch.float32, bfloat16, float16 or float64")
         parts = load_pipeline_parts(
-            path_or_id, dtype=dtype, device=torch.device(device), tokenizer=tokenizer, variant=variant,
-            revision=revision,
+            path_or_id, dtype=dtype, device=usable_device("device", device), tokenizer=tokenizer,
+            variant=variant, revision=revision,
         )  # fmt: skip
         try:
             return cls(**parts, cuda_graphs=cuda_graphs, vae_memory_bytes=vae_memory_bytes)

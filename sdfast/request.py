@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 SIZE_MULTIPLE = 8  # what Stable Diffusion asks of an image's sides
 MAX_STEPS = 1000
+MAX_THREADS = 1024  # torch ends the process where it cannot start as many as it is told to
 MAX_SIDE = 2**16
 OUTPUTS = ("pil", "tensor", "latent")
 # The keys of `sdfast.diffusion.SAMPLERS`, which cannot be asked without torch; a test holds them equal.
@@ -138,6 +139,8 @@ def as_prompts(name: str, prompt: str | Sequence[str]) -> list[str]:
     Raises:
         TypeError, ValueError: something in it is not text, or there is none.
     """
+    if not isinstance(prompt, Iterable):
+        raise TypeError(f"{name}: got {type(prompt).__name__}, expected str or a list of str")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError(f"{name}: got an empty list, expected at least one text")
@@ -169,8 +172,8 @@ def check_count(name: str, value: int, most: int | None = None) -> None:
 
 
 def check_guidance_scale(name: str, guidance_scale: float) -> None:
-    """Raises ValueError unless it is finite."""
-    if not math.isfinite(guidance_scale):
+    """Raises ValueError unless it is finite, TypeError unless it is a number."""
+    if not math.isfinite(_number(name, guidance_scale)):
         raise ValueError(f"{name}: got {guidance_scale}, expected a finite number")
 
 
@@ -182,7 +185,7 @@ def check_sampler(name: str, sampler: str) -> None:
 
 def check_strength(strength: float, steps: int) -> None:
     """Raises ValueError unless strength is in 0..1 and leaves a step to run."""
-    if not 0 <= strength <= 1:
+    if not 0 <= _number("strength", strength) <= 1:
         raise ValueError(f"strength: got {strength}, expected 0 to 1")
     check_count("steps", steps, MAX_STEPS)
     if int(steps * strength) < 1:
@@ -252,6 +255,13 @@ def _as_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     for one in seeds:
         check_seed("seed", one)
     return seeds
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return math.fsum((value,))  # of anything that is a number, and not of text
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected a number") from None
 
 
 def _whole(name: str, value: Any) -> int:

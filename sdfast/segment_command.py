@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast._arguments import (
+    check_counts,
     check_file,
     check_folder,
     check_inputs,
@@ -17,7 +18,7 @@ from sdfast._arguments import (
     check_not_input,
     usable_device,
 )
-from sdfast.request import check_count, check_seed
+from sdfast.request import check_seed
 
 _TRAIN = """\
 Trains the U-Net of Ronneberger et al. 2015 on annotated pictures. DATA holds two folders, with files of the
@@ -82,9 +83,7 @@ def _add_predict(actions: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    for name in ("steps", "width", "depth", "tile", "batch_size", "threads"):
-        if getattr(arguments, name) is not None:
-            check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_counts(arguments, "steps", "width", "depth", "tile", "batch_size", "threads")
     for name in ("learning_rate", "border_sigma"):
         if not 0 < getattr(arguments, name) < float("inf"):
             raise ValueError(
@@ -140,9 +139,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    for name in ("tile", "threads"):
-        if getattr(arguments, name) is not None:
-            check_count(f"--{name}", getattr(arguments, name))
+    check_counts(arguments, "tile", "threads")
     if arguments.memory < _LEAST_MEMORY_MB:
         raise ValueError(f"--memory: got {arguments.memory}, expected at least {_LEAST_MEMORY_MB} MB")
     check_file("--output", arguments.output, ".png", ".npy")

@@ -2,12 +2,13 @@
 
     python tests/gpu_check.py [--minutes 9.5] [--only tests models ...] [--output FOLDER] [--commit ID] [--tiny]
 
-Every kernel once, tests of what runs there, the operations and whole models beside eager and compiled torch,
-and compute-sanitizer over every kernel where that is found. Each part is a process with a time of its own; a
-red one stops no other, one that is over its time is interrupted, so that it says what it has, and whole
-models have the time that others leave. Records go to FOLDER, by default benchmarks/results/<device>, logs to
-FOLDER/logs. A table comes last, and the exit status is the sum of the numbers of the parts that failed:
-1 kernels, 2 tests, 4 operations, 8 models, 16 memcheck, 32 racecheck.
+Every Triton kernel once, tests of what runs there and of the compiled kernels, the operations and whole models
+beside eager and compiled torch, and compute-sanitizer over every kernel where that is found. Each part is a
+process with a time of its own; a red one stops no other, one that is over its time is interrupted, so that it
+says what it has, and whole models have the time that others leave. Records go to FOLDER, by default
+benchmarks/results/<device>, logs to FOLDER/logs. A table comes last, and the exit status is the sum of the
+numbers of the parts that failed: 1 kernels, 2 tests, 4 compiled, 8 operations, 16 models, 32 memcheck, 64
+racecheck, 128 compiled-memcheck.
 Needs no installation: `python tests/gpu_check.py` in a copy of the repository; --commit names what it is a copy
 of where git does not know. --tiny tries it out without a GPU.
 """
@@ -62,23 +63,30 @@ def parts(output: pathlib.Path, tiny: bool) -> dict[str, Part]:
     files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_graphs.py")]
     if not tiny:
         files += sorted(str(path) for path in (ROOT / "tests").glob("test_*_triton.py"))
+    # They need the compiled library for this device (SDFAST_CUDA_ARCHS), and are skipped where it is absent.
+    compiled = sorted(str(path) for path in (ROOT / "tests").glob("test_*_cuda.py"))
     each = [*python, str(ROOT / "tests/each_kernel.py")]
     small = ["--tiny", "--dtype", "float16", "--rounds", "1"] if tiny else []
     measured = ["--output", str(output), *small]
     # torch's own allocator would hide what lies beside a tensor.
     memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-    def sanitize(tool: str) -> list[str]:
+    def sanitize(tool: str, command: list[str]) -> list[str]:
         tool_options = ["--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
-        return [find(_SANITIZER) or _SANITIZER, *tool_options, *each]
+        return [find(_SANITIZER) or _SANITIZER, *tool_options, *command]
 
+    one_process = [*python, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *compiled]
     return {
-        "kernels": Part([*python, str(ROOT / "tests/kernels_at_once.py")], 0.15),
-        "tests": Part([*python, "-m", "pytest", *files, *_pytest_options()], 0.25),
+        "kernels": Part([*python, str(ROOT / "tests/kernels_at_once.py")], 0.1),
+        "tests": Part([*python, "-m", "pytest", *files, *_pytest_options()], 0.2),
+        "compiled": Part([*python, "-m", "pytest", *compiled, *_pytest_options()], 0.1),
         "operations": Part([*python, str(ROOT / "benchmarks/bench_gpu.py"), *measured], 0.15),
         "models": Part([*python, str(ROOT / "benchmarks/bench_gpu_models.py"), *measured], None),
-        "memcheck": Part(each if tiny else sanitize("memcheck"), 0.1, None if tiny else _SANITIZER, memory),
-        "racecheck": Part(sanitize("racecheck"), 0.1, _SANITIZER),
+        "memcheck": Part(
+            each if tiny else sanitize("memcheck", each), 0.1, None if tiny else _SANITIZER, memory
+        ),
+        "racecheck": Part(sanitize("racecheck", each), 0.1, _SANITIZER),
+        "compiled-memcheck": Part(sanitize("memcheck", one_process), 0.1, _SANITIZER, memory),
     }
 
 
@@ -88,7 +96,7 @@ def _pytest_options() -> list[str]:
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "60"]
     if importlib.util.find_spec("xdist"):
-        options += ["-n", str(min(12, os.cpu_count() or 1))]
+        options += ["-n", str(min(6, os.cpu_count() or 1))]  # of real sizes, each with memory of its own
     return options
 
 
@@ -104,7 +112,8 @@ def run(part: Part, seconds: float, log: pathlib.Path) -> Result:
         return Result(f"{part.needs} is not installed", 0.0, log)
     if seconds <= 0:
         return Result("took too long", 0.0, log)
-    variables = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | (part.variables or {})
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (part.variables or {})
     began = time.monotonic()
     grace = min(GRACE_SECONDS, seconds / 2)
     with log.open("w") as file:
@@ -161,7 +170,7 @@ def own_time(name: str, seconds: float) -> list[str]:
     minutes = max(0.1, (seconds - GRACE_SECONDS - 8) / 60)
     limits = {"--minutes": minutes}
     if name == "models":
-        limits |= {"--side-minutes": minutes / 6, "--compile-minutes": minutes / 3}
+        limits |= {"--side-minutes": minutes / 3, "--compile-minutes": minutes / 3}
     return [word for name, limit in limits.items() for word in (name, f"{limit:.2f}")]
 
 

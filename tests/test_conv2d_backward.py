@@ -187,7 +187,7 @@ def test_bits_do_not_depend_on_threads(numerics: str, every_size: None) -> None:
 
 
 def test_norm_prologue() -> None:
-    call = Call((2, 32, 8, 8, 48, 3, 1, 1), torch.float32)
+    call = Call((2, 32, 9, 11, 48, 3, 1, 1), torch.float32)
     tensors = [*call.tensors[:3], torch.randn(32), torch.randn(32)]
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 
 
 def references(args: tuple, keywords: dict[str, object]) -> tuple[Tensor, Tensor]:
-    """Eager, which multiplies fp32 as cuDNN does by default, and in fp64."""
+    """Eager, which multiplies fp32 rounded as cuDNN may by default, whatever kernel it takes; and in fp64."""
     eager, exact = eager_and_exact(args, keywords)
-    if eager.dtype is torch.float32 and not eager.is_cuda:
+    if eager.dtype is torch.float32:
         plain = F.conv2d
 
         def conv2d(x: Tensor, weight: Tensor, *more: object) -> Tensor:

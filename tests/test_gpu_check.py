@@ -29,7 +29,7 @@ def test_parts_of_make_gpu(tmp_path, monkeypatch):
     assert gpu_check.last_lines(tmp_path / "tests.log", 9) == "  seen"
     assert gpu_check.last_lines(tmp_path / "models.log", 9) == "  --minutes"
     assert list(gpu_check.parts(tmp_path, tiny=False)) == [
-        "kernels", "tests", "operations", "models", "memcheck", "racecheck",
+        "kernels", "tests", "compiled", "operations", "models", "memcheck", "racecheck", "compiled-memcheck",
     ]  # fmt: skip
 
 

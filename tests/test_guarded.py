@@ -84,16 +84,16 @@ def convolve(stride: int, padding: int, x: Tensor, weight: Tensor, *added: Tenso
 
 # Exact: Winograd, called below, does not serve the views that guards make.
 @on((2, 35, 7, 9), (37, 35, 3, 3), (37,), (2, 37), (2, 37, 7, 9))
-@dispatch.use_numerics("exact")
 def conv2d(x: Tensor, *others: Tensor) -> Results:
-    upsampled = ops.conv2d(x, others[0], others[1], padding=1, upsample=True, backend="cpu")
-    return [*convolve(1, 1, x, *others), *convolve(2, 1, x, *others[:3]), upsampled]
+    with dispatch.use_numerics("exact"):
+        upsampled = ops.conv2d(x, others[0], others[1], padding=1, upsample=True, backend="cpu")
+        return [*convolve(1, 1, x, *others), *convolve(2, 1, x, *others[:3]), upsampled]
 
 
 @on((2, 35, 7, 9), (35, 35, 3, 3), (35,))
-@dispatch.use_numerics("exact")
 def conv2d_gradients(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
-    return with_gradients(lambda *tensors: ops.conv2d(*tensors, padding=1, backend="cpu"), x, weight, bias)
+    with dispatch.use_numerics("exact"):
+        return with_gradients(lambda *given: ops.conv2d(*given, padding=1, backend="cpu"), x, weight, bias)
 
 
 @on((2, 35, 8, 9), (35, 35, 3, 3), (35,))
@@ -108,9 +108,9 @@ def conv2d_1x1(*tensors: Tensor) -> Results:
 
 @on((1, 33, 46, 47), (35, 33, 3, 3), (35,), (1, 35), (1, 35, 46, 47))
 def conv2d_winograd(x: Tensor, weight: Tensor, *added: Tensor) -> Results:
-    return [
-        torch.ops.sdfast.conv2d_forward(x, weight, added[0], 1, [1] * 4, False, *added[1:], "winograd4x4")
-    ]
+    more = (added[0], 1, [1] * 4, False, *added[1:])
+    algorithms = ("winograd4x4", "winograd4x4_unpacked")
+    return [torch.ops.sdfast.conv2d_forward(x, weight, *more, algorithm) for algorithm in algorithms]
 
 
 @on((2, 3, 35, 21), (2, 3, 43, 21), (2, 3, 43, 21))

@@ -96,7 +96,7 @@ LEAVES = (
 ALLOWED = {
     "sdfast.__init__": ("sdfast",),
     "sdfast.__main__": ("sdfast.cli",),
-    "sdfast._arguments": (),
+    "sdfast._arguments": ("sdfast.request",),
     "sdfast.files": (),
     "sdfast._cuda_archs": (),
     "sdfast._library": ("sdfast._cuda_archs",),

@@ -96,8 +96,21 @@ def test_use_backend_nests_and_restores():
             ops.linear(x, weight)
         assert dispatch.choose("linear", "cpu", {}, None) == "torch"
     assert dispatch.choose("linear", "cpu", {}, None) == "cpu"
-    with pytest.raises(ValueError, match="backend: got 'gpu'"), dispatch.use_backend("gpu"):
-        pass
+    with pytest.raises(ValueError, match="backend: got 'gpu'"):
+        dispatch.use_backend("gpu")
+
+
+def test_a_switch_holds_without_a_block():
+    before = dispatch.switches()
+    others = [
+        dispatch.use_backend("torch"), dispatch.use_numerics("exact"), dispatch.use_memory("low"),
+        dispatch.use_tuning("off"),
+    ]  # fmt: skip
+    assert dispatch.switches() == ("torch", "exact", "low", "off")
+    for switched in reversed(others):
+        with switched:
+            pass
+    assert dispatch.switches() == before
 
 
 @settings(max_examples=40, deadline=None)

@@ -212,7 +212,12 @@ def test_strict_changes_nothing():
     [
         (("model",), TypeError, "target: got str"),
         ((nn.ReLU(),), ValueError, "target: holds no module"),
-        ((nn.Linear(2, 2), {"include": "x"}), ValueError, "include and exclude"),
+        ((nn.Linear(2, 2), {"include": "x"}), ValueError, "include: 'x' matches no module"),
+        (
+            (nn.Sequential(nn.Linear(2, 2)), {"exclude": ["0", "1.*"]}),
+            ValueError,
+            "exclude: .* matches no module",
+        ),
         ((nn.Linear(2, 2), {"include": 3}), TypeError, "include: got 3"),
         ((nn.Linear(2, 2), {"mode": "fast"}), ValueError, "mode: got 'fast'"),
         (

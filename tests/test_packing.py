@@ -30,14 +30,14 @@ def copy(weight: Tensor, kind: str = "twice", worth: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("change", ["in place", "data", "step", "load_state_dict", "replaced"])
 def test_the_copy_follows_the_weight(change: str) -> None:
     layer, other = (torch.nn.Conv2d(32, 40, 3, padding=1) for _ in range(2))
-    x = torch.randn(1, 32, 16, 16)
+    x = torch.randn(1, 32, 32, 32)
 
     def run() -> Tensor:
         with torch.no_grad():
             return ops.conv2d(x, layer.weight, layer.bias, padding=1)
 
     before = run()
-    assert packing.packed_bytes() > 0
+    assert "winograd4x4" in packing._copies[layer.weight].by_kind
     if change == "in place":
         with torch.no_grad():
             layer.weight += 1
@@ -51,7 +51,7 @@ def test_the_copy_follows_the_weight(change: str) -> None:
     else:
         layer.weight = torch.nn.Parameter(torch.randn(40, 32, 3, 3))
     assert not torch.allclose(before, run())
-    torch.testing.assert_close(run(), layer(x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(), layer(x).detach(), rtol=1e-4, atol=2e-3)
 
 
 def test_copies_die_with_the_weight() -> None:
@@ -184,7 +184,6 @@ def test_use_memory(memory: str, algorithm: bool) -> None:
 
 
 def test_memory_names_what_is_allowed() -> None:
-    unknown = dispatch.use_memory("tiny")
-    with pytest.raises(ValueError, match="memory: got 'tiny', expected one of low, default, high"), unknown:
-        pass
+    with pytest.raises(ValueError, match="memory: got 'tiny', expected one of low, default, high"):
+        dispatch.use_memory("tiny")
     assert dispatch.memory() == "default"

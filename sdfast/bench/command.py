@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_folder, usable_device
+from sdfast._arguments import check_counts, check_folder, usable_device
 from sdfast.bench.request import DTYPES, ENGINES, OPS, PARTS, Request, names
 from sdfast.dispatch import BACKENDS
-from sdfast.request import check_count
 
 _DESCRIPTION = f"""\
 Measures sdfast beside eager PyTorch and other engines, and writes bench.json, bench.md and bench.html.
 
   sdfast bench [{"|".join(PARTS)}] ...   those parts, or all
-  sdfast bench compare A.json B.json [--fail-over 10%%]   what got slower; exits 1 over the threshold
+  sdfast bench compare A.json B.json [--fail-over 10%]   what got slower; exits 1 over the threshold
 
 Every candidate's result is checked before it is timed; sides take turns in time."""
 
@@ -68,7 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check_device(request.device)
     told = [argument for argument in sys.argv[1:] if argument != "--resume"]
     command = shlex.join(["sdfast", *told]) if told[:1] == ["bench"] else "sdfast bench"
-    result = suite.run(request, command, lambda line: print(line, flush=True))
+    try:
+        result = suite.run(request, command, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; --resume goes on with {request.output}") from None
     return 1 if tables.failures(result) else 0
 
 
@@ -77,13 +79,13 @@ def request_of(arguments: argparse.Namespace) -> Request:
     Raises:
         ValueError: an argument is not allowed; says what is.
     """
-    for name in ("rounds", "threads"):
-        if getattr(arguments, name) is not None:
-            check_count(f"--{name}", getattr(arguments, name))
+    check_counts(arguments, "rounds", "threads")
     if arguments.seconds is not None and not 0 < arguments.seconds < float("inf"):
         raise ValueError(f"--seconds: got {arguments.seconds}, expected more than 0")
     check_folder("--output", arguments.output)
     parts = names("bench", arguments.what, PARTS) if arguments.what else PARTS
+    if arguments.only is not None and "ops" not in parts:
+        raise ValueError(f"--only: names operations of the part ops, which {', '.join(parts)} is without")
     return Request(
         parts=parts,
         device=arguments.device,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
+
+try:
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+except ImportError as error:
+    raise ImportError(
+        f"{error}; SdfastAttnProcessor is for diffusers' models: pip install diffusers"
+    ) from error
 
 from sdfast.drop_in import blocks
 from sdfast.drop_in.layers import is_enabled

@@ -82,6 +82,15 @@ def _is_meant(name: str, include: Sequence[str] | None, exclude: Sequence[str]) 
     return (include is None or _matches(name, include)) and not _matches(name, exclude)
 
 
+def _check_patterns(target: object, **patterns: Sequence[str] | None) -> None:
+    """Raises ValueError for a pattern that no module's name matches: it is likely misspelled."""
+    names = [*(name for name, _ in _modules(target) if name), "scheduler"]
+    for argument, given in patterns.items():
+        for pattern in given or ():
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{argument}: {pattern!r} matches no module, such as {names[0]!r}")
+
+
 def _plan(target: object, include: Sequence[str] | None, exclude: Sequence[str]) -> list[_Step]:
     steps = []
     for name, module in _modules(target):
@@ -151,6 +160,7 @@ def optimize(
     for name, value in (("numerics", numerics), ("memory", memory)):
         if value is not None:
             dispatch.check_switch(name, value)
+    _check_patterns(target, include=patterns[0], exclude=patterns[1])
     steps = _plan(target, *patterns)
     if not steps and not any(_is_ours(module) for _, module in _modules(target)):
         raise ValueError("target: holds no module that sdfast could serve; are include and exclude as meant?")
@@ -177,7 +187,10 @@ def optimize(
             " among what is meant by include and exclude",
             stacklevel=2,
         )
-    dispatch.set_switches(numerics=numerics, memory=memory)
+    if numerics is not None:
+        dispatch.use_numerics(numerics)
+    if memory is not None:
+        dispatch.use_memory(memory)
     if left:
         listed = ", ".join(sorted({f"{row.module} ({row.detail})" for row in left}))
         warnings.warn(f"sdfast.optimize left {len(left)} modules as they were: {listed}", stacklevel=2)

@@ -8,8 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_folder
-from sdfast.request import check_count, check_seed
+from sdfast._arguments import check_counts, check_folder
+from sdfast.request import check_seed
 from sdfast.training.output import check_output
 
 _DESCRIPTION = """\
@@ -157,9 +157,7 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot work, before torch is imported."""
     counts = ("steps", "batch_size", "resolution", "max_images", "micro_batch", "threads", "lora")
-    for name in (*counts, "checkpoint_steps", "sample_every"):
-        if getattr(arguments, name) is not None:
-            check_count(f"--{name.replace('_', '-')}", getattr(arguments, name))
+    check_counts(arguments, *counts, "checkpoint_steps", "sample_every")
     check_seed("--seed", arguments.seed)
     for name in ("lr", "min_snr_gamma", "checkpoint_seconds"):
         value = getattr(arguments, name)

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sdfast._arguments import check_model_folder
-from sdfast.request import check_count, check_seed
+from sdfast._arguments import check_counts, check_model_folder
+from sdfast.request import check_seed
 
 
 def add_parser(models: Any) -> None:
@@ -44,8 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in ("latent_dim", "samples", "threads")}
     if arguments.steps is not None:
         options["steps"] = arguments.steps
-    for name, count in options.items():
-        check_count(f"--{name.replace('_', '-')}", count)
+    check_counts(arguments, *options)
     check_seed("--seed", arguments.seed)
     if arguments.std is not None:
         if arguments.likelihood != "gaussian":
