@@ -54,7 +54,7 @@ sanitize: $(VENV)/.installed-dev
 	$(VENV)/bin/cmake --build build/cmake-sanitize
 	$(RUN) tests/sanitize.py build/sanitize
 
-# Compiles every Triton and CUDA C++ kernel for every GPU we support. Needs nvcc and no GPU; takes minutes.
+# Compiles every Triton and CUDA C++ kernel for every GPU we support. Needs nvcc and no GPU; takes half an hour.
 check-gpu-code: $(VENV)/.installed-dev
 	PYTHONPATH=. $(RUN) tests/triton_code.py --all-plans
 	PYTHONPATH=. $(RUN) tests/cuda_code.py

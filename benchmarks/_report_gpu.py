@@ -149,7 +149,7 @@ def _profile(title: str, profile: Row) -> list[str]:
                 for kernel in profile["kernels"]
             ),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def cuda_code_lines(record: Row) -> list[str]:
@@ -183,7 +183,7 @@ def cuda_code_lines(record: Row) -> list[str]:
             ("op", "kernels", "matrix", *(f"sm_{a}" for a in architectures), "shared bytes", "stack bytes"),
             (cells(op, rows) for op, rows in kernels.items()),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def traffic_lines(record: Row) -> list[str]:

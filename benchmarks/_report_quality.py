@@ -27,7 +27,7 @@ def digits_lines(record: Row) -> list[str]:
             f"{r['spread']:.3f}",
         )
         for r in record["rows"]
-    ]  # fmt: skip
+    ]
     rows.append(("real", "", f"{record['real']['accuracy']:.1%}", f"{record['real']['spread']:.3f}"))
     return lines + markdown_table(("pictures", "count", "read as asked", "spread"), rows)
 

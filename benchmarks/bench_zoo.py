@@ -146,7 +146,7 @@ ZOO = {
     "ddpm": Model("DDPM U-Net for CIFAR-10", "UNet2DModel", _DDPM, _TINY_DDPM),
     "vae": Model("VAE decode", "AutoencoderKL", _VAE, _TINY_VAE, (16, 32), "decode"),
     "controlnet": Model("ControlNet of SD 1.5", "ControlNetModel", _SD1, _TINY_CONTROL, (32, 48)),
-}  # fmt: skip
+}
 _BATCHES = (1, 4)
 _DTYPES = ("float32", "bfloat16")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,10 @@ def check_folder(name: str, folder: Path) -> None:
     existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
     if not existing.is_dir():
         raise ValueError(f"{name}: {existing} is no folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{name}: the folder {existing} cannot be written to")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(f"{name}: the folder {existing} cannot be written to: {error.strerror}") from None
 
 
 def check_file(name: str, path: Path, *suffixes: str) -> None:

@@ -78,7 +78,8 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         if height is not None or width is not None:
             raise ValueError("--size: give it, or --height and --width, not both")
         height, width = _parse_size(arguments.size)
-    check_size(8 if height is None else height, 8 if width is None else width)
+    with named_as_options():
+        check_size(8 if height is None else height, 8 if width is None else width)
     return {
         "negative_prompt": arguments.negative_prompt,
         "height": height,

@@ -57,7 +57,7 @@ _FORWARD = {
     "odd, normalised": _Case(3, (20, 10), 65, 70, kernel=1, norm=True),
     "norm of a narrow kernel": _Case(1, (128,), 33, 3, norm=True, silu=True),
     "norm of a wide kernel": _Case(1, (128, 64), 33, 128, norm=True, silu=True, residual=True),
-}  # fmt: skip
+}
 _GRADIENT = {
     "sd15 64x64": _Case(4, (320,), 64, 320),
     "sd15 8x8": _Case(4, (1280,), 8, 1280),

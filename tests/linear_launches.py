@@ -32,7 +32,7 @@ _FORWARD = {
     "odd": (50, 34, 77, "geglu", True),
     "odd rows": (4001, 2570, 771, "geglu", True),
     "odd and wide": (4001, 5123, 771, "gelu", True),
-}  # fmt: skip
+}
 # tokens, rows of the weight, K
 _BACKWARD = {
     "sd15 64x64": (4096, 320, 320),

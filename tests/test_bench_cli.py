@@ -52,6 +52,8 @@ def test_bad_names_list_what_is_allowed(bench, arguments, got, allowed):
         (["compare", "a.json"], "bench compare: got 1 files, expected two"),
         (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
         (["--output", __file__], "is no folder"),
+        (["models", "--only", "conv2d"], "--only: names operations of the part ops, which models is without"),
+        (["--threads", "100000"], "--threads: got 100000, expected 1 to 1024"),
     ],
 )
 def test_bad_arguments_are_one_line(bench, arguments, message):
@@ -222,6 +224,15 @@ def test_resuming_keeps_what_failed_until_it_is_measured(resumed):
     _, result = resumed({"linear a": dict, "linear b": lambda: {"ended": ["openvino"]}})
     assert [row.get("ended") for row in result["rows"]] == [None, ["openvino"]]
     assert resumed({"linear a": dict, "linear b": dict})[0] == ["linear b"]
+
+
+def test_an_interruption_says_how_to_go_on(bench, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdfast.bench.suite.run", interrupted)
+    status, _, err = bench("ops", "-o", tmp_path)
+    assert status == 130 and err == f"\nsdfast: interrupted; --resume goes on with {tmp_path}\n"
 
 
 def test_resume_is_told_and_not_recorded(bench, tmp_path, monkeypatch, at_commit):

@@ -15,7 +15,7 @@ CARD = {
     "card": {"driver_version": "580", "clocks.max.sm": "1980"},
     "ceilings": {"copy_gb_per_s": 4300.0, "matrix_tflop_per_s": 790.0},
     "versions": {"torch": "2", "triton": "3", "diffusers": None},
-}  # fmt: skip
+}
 
 
 def test_report_of_operations():

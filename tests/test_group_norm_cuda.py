@@ -180,13 +180,13 @@ def test_views(layout: str, cuda_kernels: str) -> None:
     strided = Case(case.x, 4, spread[:, 1], case.bias, pair[:, :24], pair[:, 25:49])
     views = dataclasses.replace(
         strided, **{n: t.to(cuda_kernels) for n in NAMES[1:] if (t := getattr(strided, n)) is not None}, x=x
-    )  # fmt: skip
+    )
     given = on_device(case, cuda_kernels)
     exact = case.converted(torch.float64)
     sizes = terms(case, dy)
     assert_within_budget(
         views.run("cuda").cpu(), given.run("cuda").cpu(), exact.run("torch"), magnitude=sizes["y"]
-    )  # fmt: skip
+    )
     results = (views.gradients("cuda", dy.to(cuda_kernels)), given.gradients("cuda", dy.to(cuda_kernels)))
     right = exact.gradients("torch", dy.double())
     for name in NAMES:

@@ -177,7 +177,7 @@ def concatenated(
 )  # fmt: skip
 def test_skip(
     channels: int, skip_channels: int, groups: int, size: tuple[int, int], dtype: torch.dtype
-) -> None:  # fmt: skip
+) -> None:
     """Groups that straddle the two sources, images of one launch and of two, a group in parts."""
     x = (torch.randn(2, channels, *size) * 2 + 0.7).to(dtype)
     skip = torch.randn(2, skip_channels, *size).to(dtype)

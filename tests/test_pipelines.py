@@ -143,6 +143,33 @@ def test_diffusers_loads_the_digits_and_draws_the_same(sampler):
     assert_same_pictures(ours.images, pictures)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype: got 'fp16', expected torch.float32"),
+        ({"dtype": torch.int8}, "dtype: got torch.int8, expected torch.float32"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used"),
+    ],
+)
+def test_where_it_cannot_run(folders, options, message):
+    with pytest.raises(ValueError, match=message):
+        sdfast.StableDiffusion.from_pretrained(folders["sd"], **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((3,), {}, "prompt: got int, expected str or a list of str"),
+        (("seven",), {"guidance_scale": "x"}, "guidance_scale: got 'x', expected a number"),
+        (("seven", picture()), {"strength": "x"}, "strength: got 'x', expected a number"),
+    ],
+)
+def test_what_is_no_number_or_text_is_named(pipe, arguments, options, message):
+    draw = pipe.text_to_image if len(arguments) == 1 else pipe.image_to_image
+    with pytest.raises(TypeError, match=message):
+        draw(*arguments, steps=STEPS, **options)
+
+
 # Seeds, batches, results
 
 

@@ -26,7 +26,10 @@ _enabled = True
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Run optimised models as they were before `sdfast.optimize`, by torch's kernels."""
+    """`with sdfast.disabled():` runs optimised models as before `sdfast.optimize`, by torch's kernels.
+
+    Process-wide: other threads' models too. Weights keep the layout that they were given.
+    """
     global _enabled
     previous, _enabled = _enabled, False
     try:

@@ -220,6 +220,9 @@ def _replace(module: nn.Module, kind: type[nn.Module], mode: str) -> None:
 def restore(target: Any) -> None:
     """Give every module back the class, and every weight the layout, that it had before `optimize`.
 
+    Args:
+        target: what was optimized, or a part of it; nothing is done where nothing was.
+
     Raises:
         TypeError: `target` is no model.
         RuntimeError: something has put a class of its own over ours since, as FSDP does; nothing is changed.
@@ -267,7 +270,17 @@ def _graphed_models(target: object) -> list[nn.Module]:
 
 
 def explain(target: Any) -> Report:
-    """What serves each module of a model or pipeline, and why not something faster."""
+    """What serves each module of a model or pipeline, and why not something faster. Changes nothing.
+
+    Args:
+        target: what `optimize` takes, before or after it.
+
+    Returns:
+        A table: `print` it, or go through its `rows`; what was left as it is says why.
+
+    Raises:
+        TypeError: `target` is no model.
+    """
     return Report(_rows(target), _notes(target))
 
 

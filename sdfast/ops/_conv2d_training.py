@@ -109,7 +109,7 @@ def _forward_triton(
     values = fold(weight).to(weight.dtype) if upsample else weight
     y = triton_kernel_op(
         x, values, bias, stride, padding, upsample, time_embedding, residual, None, [], False
-    )  # fmt: skip
+    )
     return cast(Tensor, y)
 
 

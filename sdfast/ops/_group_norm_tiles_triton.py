@@ -103,7 +103,7 @@ def load_tile(
 @triton.jit
 def store_tile(
     y, z, n, first, row, channel, inside, pixels, channels, SILU: tl.constexpr, LAST: tl.constexpr
-):  # fmt: skip
+):
     """act(z)."""
     if SILU:
         z = z * tl.sigmoid(z)

@@ -174,7 +174,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def plans_of(
     rows: int, columns: int, pixels: int, precision: str, itemsize: int, x_aligned: bool, machine: Machine
-) -> tuple[Plan, ...]:  # fmt: skip
+) -> tuple[Plan, ...]:
     """A plan for each tile that suits the shape, and each number of splits that fills the multiprocessors.
 
     Args:

@@ -12,7 +12,7 @@ or a transposed (N, L, C) sequence); any other strides give channels first. With
 
 The kernels are csrc/group_norm_cpu.h, csrc/group_norm_cuda.cuh and, in Triton, group_norm_triton.py.
 Statistics and arithmetic are fp32; fp64 goes through torch.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _group_norm_on_gpu(
         x = x if skip is None else torch.cat([x, skip], 1)
         return group_norm_training(
             x, num_groups, weight, bias, eps, silu, scale, shift, statistics, operations
-        )  # fmt: skip
+        )
     if skip is not None:
         assert operations.pair is not None
         return operations.pair(x, skip, num_groups, weight, bias, eps, silu, scale, shift)

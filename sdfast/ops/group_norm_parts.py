@@ -7,7 +7,7 @@
 A part x is (N, C, *), any of the pixels. mean, M2, rstd: (N, num_groups), fp64, so that the result is that of
 `group_norm` on the whole image to rounding, however it was cut. For inference: no gradient.
 The CPU kernels are steps 1 and 2, and step 3, of group_norm's: csrc/group_norm_forward_cpu.h.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
