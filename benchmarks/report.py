@@ -135,17 +135,22 @@ def _gpu_line(records: dict[str, Row]) -> str:
 def readme_block(records: dict[str, Row]) -> list[str]:
     """The README's tables: whole models on each device, kernels on the last measured, the shipped model."""
     lines: list[str] = []
-    devices = [name.split("/")[0] for name in records if name.endswith("/models.json")]
-    for device in sorted(devices, reverse=True):
-        record = _model_rows(records, device)
+    machines = {
+        name.split("/")[0]: record["environment"]
+        for name, record in records.items() if name.endswith("/models.json")
+    }  # fmt: skip
+    devices = sorted(machines, key=lambda device: machines[device]["date"], reverse=True)
+    for device in devices:
+        record, machine = _model_rows(records, device), machines[device]
         lines += [
             "",
-            f"Measured on {_cpu(device, record)}, beside eager torch in its faster memory format:",
+            f"Measured on {machine['date'][:10]} at commit {machine['commit']} on {_cpu(device, record)},"
+            " beside eager torch in its faster memory format:",
             "",
             *models_table(record, records.get(f"{device}/peers.json")),
         ]
     if devices:
-        last = max(devices, key=lambda device: records[f"{device}/models.json"]["environment"]["date"])
+        last = devices[0]
         if kernels := kernel_summaries(records, last):
             head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
             where = f"Its kernels on {_cpu(last, records[f'{last}/models.json'])}:"
