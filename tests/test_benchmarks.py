@@ -186,7 +186,7 @@ def records(monkeypatch):
     rows[2]["sides"]["eager-contiguous"] = {**rows[2]["sides"]["eager"], "ms": 1900.0}
     rows[2]["ratios"]["eager-contiguous"] = {**rows[2]["ratios"]["eager"], "ratio": 1.9}
     record = {**bench_records.record(*rows), "breakdown": [bench_records.breakdown()]}
-    return _report_bench.expand("cpu-x", record)
+    return _report_bench.expand("cpu-x/bench.json", record)
 
 
 def test_report_of_what_sdfast_bench_recorded(records):
@@ -211,4 +211,4 @@ def test_a_quick_run_is_no_record(records):
     import _report_bench
 
     with pytest.raises(ValueError, match="recorded with --quick"):
-        _report_bench.expand("cpu-x", {**bench_records.record(), "quick": True})
+        _report_bench.expand("cpu-x/bench.json", {**bench_records.record(), "quick": True})
