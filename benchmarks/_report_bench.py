@@ -24,6 +24,10 @@ def expand(file: str, record: Row) -> dict[str, Row]:
         "copy_gb_per_s": record["limits"]["copy_gb_per_s"],
     }  # fmt: skip
     kinds: dict[str, list[Row]] = {}
+    ops = {row["op"] for row in record["rows"] if row["part"] == "ops"}
+    together = {*_TABLES, *_TABLES.values()}
+    if ops & together and together - ops:
+        raise ValueError(f"{file}: without {together - ops}, which its other operations share a table with")
     for row in record["rows"]:
         if "sides" not in row or row["part"] == "images":
             continue

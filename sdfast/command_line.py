@@ -78,8 +78,10 @@ def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         if height is not None or width is not None:
             raise ValueError("--size: give it, or --height and --width, not both")
         height, width = _parse_size(arguments.size)
-    with named_as_options():
+    try:
         check_size(8 if height is None else height, 8 if width is None else width)
+    except ValueError as error:
+        raise ValueError(f"--{error}" if arguments.size is None else f"--size: {error}") from None
     return {
         "negative_prompt": arguments.negative_prompt,
         "height": height,

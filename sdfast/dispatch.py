@@ -7,6 +7,7 @@ The order below is set from recorded benchmarks; the first that can run serves t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,17 +21,22 @@ ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("torch
 _forced: str | None = None
 
 
-class Switched:
-    """A switch that was set: for good, or as a context manager until the end of its block."""
+class Switched(contextlib.ContextDecorator):
+    """A switch that was set: for good, in a block of `with`, or as a decorator while the function runs."""
 
-    def __init__(self, restore: Callable[[Any], None], previous: str | None) -> None:
-        self._restore, self._previous = restore, previous
+    def __init__(self, switch: Callable[[Any], None], value: str, previous: str | None) -> None:
+        self._switch, self._value, self._previous = switch, value, previous
+        switch(value)
 
     def __enter__(self) -> None:
-        pass
+        self._switch(self._value)
 
     def __exit__(self, *_: object) -> None:
-        self._restore(self._previous)
+        self._switch(self._previous)
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        self._switch(self._previous)
+        return super().__call__(function)
 
 
 def use_backend(name: str) -> Switched:
@@ -43,16 +49,15 @@ def use_backend(name: str) -> Switched:
         name: one of `BACKENDS`.
 
     Returns:
-        A context manager: `with use_backend(name):` sets it back at the end of the block.
+        A context manager: `with use_backend(name):` sets it back at the end of the block. Around a compiled
+        function, that is: in one, what convolutions ask for when they run is what holds outside.
 
     Raises:
         ValueError: `name` is not one of `BACKENDS`.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    switched = Switched(_set_backend, _forced)
-    _set_backend(name)
-    return switched
+    return Switched(_set_backend, name, _forced)
 
 
 def _set_backend(name: str | None) -> None:
@@ -87,9 +92,7 @@ def use_numerics(name: str) -> Switched:
         ValueError: `name` is not one of `NUMERICS`.
     """
     check_switch("numerics", name)
-    switched = Switched(_set_numerics, _numerics)
-    _set_numerics(name)
-    return switched
+    return Switched(_set_numerics, name, _numerics)
 
 
 def _set_numerics(name: str) -> None:
@@ -126,9 +129,7 @@ def use_memory(name: str) -> Switched:
         ValueError: `name` is not one of `MEMORY`.
     """
     check_switch("memory", name)
-    switched = Switched(_set_memory, _memory)
-    _set_memory(name)
-    return switched
+    return Switched(_set_memory, name, _memory)
 
 
 def _set_memory(name: str) -> None:
@@ -162,9 +163,7 @@ def use_tuning(name: str) -> Switched:
         ValueError: `name` is not one of `TUNING`.
     """
     check_switch("tuning", name)
-    switched = Switched(_set_tuning, _tuning)
-    _set_tuning(name)
-    return switched
+    return Switched(_set_tuning, name, _tuning)
 
 
 def _set_tuning(name: str) -> None:

@@ -260,7 +260,7 @@ def _as_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 def _number(name: str, value: Any) -> float:
     try:
         return math.fsum((value,))  # of anything that is a number, and not of text
-    except TypeError:
+    except (TypeError, OverflowError):
         raise TypeError(f"{name}: got {value!r}, expected a number") from None
 
 

@@ -11,6 +11,7 @@ from test_linear import needs_kernel
 from torch import Tensor
 
 from sdfast import ops, packing
+from sdfast.diffusion import NoiseSchedule
 from sdfast.ops.conv2d import NormPrologue
 
 pytestmark = needs_kernel
@@ -141,3 +142,19 @@ def test_training_compiles_whole(autocast: bool) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = (gradients(call, leaves, dy) for call in (compiled, step))
     assert all(map(torch.equal, *results))
+
+
+def test_formulas_cast_by_themselves() -> None:
+    schedule = NoiseSchedule.linear()
+    output, x_t, t = torch.randn(2, 4, 8, 8).bfloat16(), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = schedule.convert(output, x_t, t, to="sample")
+    expected = schedule.convert(output.float(), x_t, t, to="sample")
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_operations_that_do_not_cast_say_so() -> None:
+    x, alpha = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="noise: got dtype torch.bf"):
+        ops.add_noise(x, x.bfloat16(), alpha, alpha)

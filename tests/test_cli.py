@@ -1,5 +1,6 @@
 """The command line: what it makes, what it says, and what it refuses before it does anything."""
 
+import errno
 import os
 import pickle
 import re
@@ -216,8 +217,11 @@ def test_a_folder_is_no_output(generate, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to(generate, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)  # root, in a container, may write everywhere
-    assert refused(generate(), "cannot be written to")
+    def denied(**_):  # root, in a container, may write everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    assert refused(generate(), "cannot be written to: Permission denied")
 
 
 @pytest.mark.parametrize("strength", ["1.5", "-0.1", "0.01", "nan"])

@@ -1,7 +1,9 @@
 """The command line's other commands: train digits, doctor, help."""
 
+import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,14 @@ def test_train_digits_checks_where_it_writes(monkeypatch, capsys, tmp_path, opti
 
     assert refused(train(tmp_path / "file" / "below" / "it"), f"{option}: {tmp_path / 'file'} is no folder")
     (tmp_path / "locked").mkdir()
-    access = os.access  # root, in a container, may write everywhere
-    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path) and access(path, mode))
+    temporary = tempfile.TemporaryFile
+
+    def denied(*, dir):  # root, in a container, may write everywhere
+        if "locked" in str(dir):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return temporary(dir=dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
     assert refused(
         train(tmp_path / "locked" / "a" / "b"), f"{option}: the folder {tmp_path / 'locked'} cannot"
     )

@@ -182,6 +182,8 @@ def test_algorithm_of_a_size() -> None:
     assert algorithm(64, stride=2) == "direct"
     assert algorithm(4) == "direct"
     assert algorithm(2, upsample=True) == "direct"
+    for size in ((64, 320, 2, 2), (1, 320, 256, 1)):  # much of the tiles would lie beside the images
+        assert algorithm_for(shape_of(torch.empty(size), weight, 1, [1] * 4, False, 0), weight)[0] == "direct"
     with dispatch.use_numerics("exact"):
         assert algorithm(64) == algorithm(64, upsample=True) == "direct"
     with dispatch.use_memory("low"):

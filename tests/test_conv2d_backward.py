@@ -89,7 +89,7 @@ def check_winograd(case: tuple, upsample: bool) -> None:
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd from one pixel on."""
     for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_PIXELS_OF_PAIRS"):
-        monkeypatch.setattr(_conv2d_choice, name, 1)
+        monkeypatch.setattr(_conv2d_choice, name, (1, 0))
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -249,7 +249,7 @@ def test_lower_instruction_sets(isa: str) -> None:
                 t.test_direct(dtype, upsample)
         t.test_sizes_of_a_model()
         t.test_large_weight_gradients()
-        t._conv2d_choice._WINOGRAD_PIXELS = 1
+        t._conv2d_choice._WINOGRAD_PIXELS = (1, 0)
         for case in t.WINOGRAD_CASES:
             t.check_winograd(case, False)
     """)  # fmt: skip

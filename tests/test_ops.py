@@ -113,6 +113,20 @@ def test_a_switch_holds_without_a_block():
     assert dispatch.switches() == before
 
 
+def test_a_switch_decorates_and_is_used_again():
+    exact = dispatch.use_numerics("exact")
+    for _ in range(2):
+        with exact:
+            assert dispatch.numerics() == "exact"
+        assert dispatch.numerics() == "fast"
+
+    @dispatch.use_memory("low")
+    def memory():
+        return dispatch.memory()
+
+    assert dispatch.memory() == "default" and memory() == "low" and dispatch.memory() == "default"
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2), st.integers(1, 5), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -207,6 +208,14 @@ def test_strict_changes_nothing():
     assert "2 groups" in str(report) and "Bilinear" in str(sdfast.explain(model))
 
 
+def test_patterns_may_name_an_absent_component_or_an_alias():
+    shared = nn.Sequential(nn.Linear(32, 32))
+    shared.alias = shared[0]
+    pipe = SimpleNamespace(components={"unet": shared, "safety_checker": None})
+    report = sdfast.optimize(pipe, exclude=["safety_checker.*", "unet.alias"])
+    assert "unet.0" in str(report)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -216,7 +225,7 @@ def test_strict_changes_nothing():
         (
             (nn.Sequential(nn.Linear(2, 2)), {"exclude": ["0", "1.*"]}),
             ValueError,
-            "exclude: .* matches no module",
+            "exclude: '1.*' matches no module, such as '0'",
         ),
         ((nn.Linear(2, 2), {"include": 3}), TypeError, "include: got 3"),
         ((nn.Linear(2, 2), {"mode": "fast"}), ValueError, "mode: got 'fast'"),

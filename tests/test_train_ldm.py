@@ -28,6 +28,7 @@ from sdfast.training import watching  # noqa: E402
 from sdfast.training.distributed import ALONE, Parallel  # noqa: E402
 from sdfast.training.images import read_pixels  # noqa: E402
 from sdfast.training.ldm import LDMTraining, _measure, train_ldm  # noqa: E402
+from sdfast.training.ldm_losses import Autoencoding  # noqa: E402
 from sdfast.training.ldm_parts import choose_trained, load_parts, module_fingerprint  # noqa: E402
 from sdfast.training.optimizer import Schedule  # noqa: E402
 from sdfast.training.trainer import Step  # noqa: E402
@@ -198,6 +199,22 @@ def test_half_precision_gradients(model, precision):
     exact, found = _gradients(model), _gradients(model, precision)
     assert (found - exact).norm() < 0.03 * exact.norm()
     assert torch.equal(_gradients(model, precision, recompute=True), found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_the_loss_of_an_autoencoder_in_every_precision(model, precision):
+    vae = load_parts(model, prediction=None, device=torch.device("cpu"))["vae"]
+    pixels = torch.rand(vae.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def loss(precision):
+        call = Parallel(vae, None, precision, ALONE)
+        draws = [(0, torch.Generator().manual_seed(0))]
+        return Autoencoding(call, vae, lambda _: pixels, 1e-6, torch.device("cpu"))(draws)
+
+    assert torch.isclose(loss(precision), loss("fp32"), rtol=0.05)
+    vae.requires_grad_()
+    loss(precision).backward()
+    assert all(p.grad.isfinite().all() for p in vae.parameters())
 
 
 class Buffering:

@@ -40,7 +40,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
         nats, (N,), fp32 or fp64.
     """
     check_tensor("mean", mean)
-    check_tensor("logvar", logvar, shape=tuple(mean.shape), like=mean)
+    check_tensor("logvar", logvar, shape=tuple(mean.shape), like=mean, casts=True)
     mu, lv = widen(mean), widen(logvar).clamp(*LOGVAR_RANGE)
     return sum_per_sample(-0.5 * (1 + lv - mu**2 - lv.exp()))
 
@@ -76,7 +76,7 @@ def sample_full(mean: Tensor, cholesky: Tensor, noise: Tensor) -> Tensor:
         (N, D) in the dtype of `mean`.
     """
     _check_full("mean", mean, cholesky)
-    check_tensor("noise", noise, shape=tuple(mean.shape), like=mean)
+    check_tensor("noise", noise, shape=tuple(mean.shape), like=mean, casts=True)
     step = (widen(cholesky).tril() @ widen(noise).unsqueeze(-1)).squeeze(-1)
     return (widen(mean) + step).to(mean.dtype)
 

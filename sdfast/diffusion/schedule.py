@@ -210,7 +210,7 @@ class NoiseSchedule:
             fp32 or fp64.
         """
         check_tensor("x0", x0)
-        check_tensor("x_t", x_t, shape=tuple(x0.shape), like=x0)
+        check_tensor("x_t", x_t, shape=tuple(x0.shape), like=x0, casts=True)
         rest = 1 - self.alphas_cumprod
         of_x0 = self.at(self.alphas_cumprod_previous.sqrt() * self.betas / rest, t, x0)
         of_xt = self.at(self.alphas.sqrt() * (1 - self.alphas_cumprod_previous) / rest, t, x0)
@@ -238,7 +238,7 @@ class NoiseSchedule:
         check_prediction(prediction)
         check_prediction(to, name="to")
         check_tensor("model_output", model_output)
-        check_tensor("x_t", x_t, shape=tuple(model_output.shape), like=model_output)
+        check_tensor("x_t", x_t, shape=tuple(model_output.shape), like=model_output, casts=True)
         if prediction == to:
             return model_output
         alpha = self.at(self.alphas_cumprod.sqrt(), t, x_t)

@@ -84,11 +84,18 @@ def _is_meant(name: str, include: Sequence[str] | None, exclude: Sequence[str]) 
 
 def _check_patterns(target: object, **patterns: Sequence[str] | None) -> None:
     """Raises ValueError for a pattern that no module's name matches: it is likely misspelled."""
-    names = [*(name for name, _ in _modules(target) if name), "scheduler"]
+    parts = {} if isinstance(target, nn.Module) else getattr(target, "components", {})
+    names = [
+        ".".join(filter(None, (component, name)))
+        for component, model in _components(target).items()
+        for name, _ in model.named_modules(remove_duplicate=False)
+    ]
     for argument, given in patterns.items():
         for pattern in given or ():
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"{argument}: {pattern!r} matches no module, such as {names[0]!r}")
+            # A component may be absent from this very pipeline, as a safety checker often is.
+            if pattern.split(".")[0] not in parts and not fnmatch.filter(names, pattern):
+                such = next(filter(None, reversed(names)), "")
+                raise ValueError(f"{argument}: {pattern!r} matches no module{such and f', such as {such!r}'}")
 
 
 def _plan(target: object, include: Sequence[str] | None, exclude: Sequence[str]) -> list[_Step]:

@@ -200,5 +200,7 @@ class AutoencoderKL(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Encode, draw z (with `noise`, else fresh), decode: reconstruction and q_φ(z|x), for training."""
         posterior = self.encode(x)
-        z = posterior.sample(torch.randn_like(posterior.mean) if noise is None else noise)
+        # Under autocast the mean may be of another dtype than what the caller drew.
+        noise = torch.randn_like(posterior.mean) if noise is None else noise.to(posterior.mean.dtype)
+        z = posterior.sample(noise)
         return self.decode(z), posterior

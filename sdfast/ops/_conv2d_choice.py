@@ -17,8 +17,9 @@ _ELEMENTS = {
     True: {"winograd4x4": 4 * 25 / 9, "winograd2x2": 4 * 9 / 9},
 }
 # From how many pixels on F(4x4) was measured faster than the direct kernel where it transforms the weight at
-# each call, in bf16 than products of pairs, and from how many on a kept copy is worth its memory.
-_WINOGRAD_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS, _COPY_PIXELS = 64, 128, 1024
+# each call, in bf16 than products of pairs, in all and of the 16 of a tile; from how many on a kept copy is
+# worth its memory.
+_WINOGRAD_PIXELS, _WINOGRAD_PIXELS_OF_PAIRS, _COPY_PIXELS = (64, 6), (128, 12), 1024
 # The milliseconds that a copy saves a byte at each call where nothing was measured, about, in fp32: the time
 # of one transform. It only makes rule and measured times comparable.
 _SAVED_MS = 7e-8
@@ -114,21 +115,26 @@ def _by_times(times: tuning.Times, shape: Shape, weight: Tensor) -> tuple[str, f
 def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str, float]:
     """F(4x4) where it was measured faster on one machine, with a copy where its memory is well spent."""
     batch, _, height, width = shape.x
-    pixels = batch * height * width * (4 if shape.upsample else 1)
-    suits = suits_winograd(weight, pixels) and "winograd4x4_unpacked" in allowed
+    scale = 2 if shape.upsample else 1
+    height, width = scale * height, scale * width
+    suits = suits_winograd(weight, batch, height, width) and "winograd4x4_unpacked" in allowed
     # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast.
     if not suits or (shape.upsample and _multiplies_pairs(weight.dtype)):
         return "direct", math.inf
-    large = "winograd4x4" in allowed and pixels >= _COPY_PIXELS
+    large = "winograd4x4" in allowed and batch * height * width >= _COPY_PIXELS
     if large and packing.affordable(weight, *_copy("winograd4x4", shape), _SAVED_MS):
         return "winograd4x4", _SAVED_MS
     return "winograd4x4_unpacked", math.inf
 
 
-def suits_winograd(weight: Tensor, pixels: int) -> bool:
-    """Whether F(4x4) was measured faster for so many pixels of y, its transform of the weight included."""
-    least = _WINOGRAD_PIXELS_OF_PAIRS if _multiplies_pairs(weight.dtype) else _WINOGRAD_PIXELS
-    return pixels >= least and min(weight.shape[:2]) >= 32
+def suits_winograd(weight: Tensor, batch: int, height: int, width: int) -> bool:
+    """Whether F(4x4) was measured faster for a y of this size, its transform of the weight included.
+
+    Not where much of the tiles lies beside the image, as of one that is a pixel wide.
+    """
+    least, full = _WINOGRAD_PIXELS_OF_PAIRS if _multiplies_pairs(weight.dtype) else _WINOGRAD_PIXELS
+    pixels, tiles = batch * height * width, batch * math.ceil(height / 4) * math.ceil(width / 4)
+    return pixels >= max(least, full * tiles) and min(weight.shape[:2]) >= 32
 
 
 def _multiplies_pairs(dtype: torch.dtype) -> bool:

@@ -148,8 +148,9 @@ class _Conv2d(torch.autograd.Function):
         ctx.operations, ctx.geometry, ctx.upsample = operations, (stride, padding), upsample
         suits = tuple(weight.shape[2:]) == (3, 3) and stride == 1 and max(padding) <= 2
         # A function of the shape alone: y has as many pixels for the forward as for the backward.
-        pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
-        suits = suits and operations.has_winograd and suits_winograd(weight, pixels)
+        scale = 2 if upsample else 1
+        size = (x.shape[0], scale * x.shape[2], scale * x.shape[3])
+        suits = suits and operations.has_winograd and suits_winograd(weight, *size)
         ctx.winograd = suits and dispatch.numerics() == "fast"
         added = (bias, time_embedding, residual)
         return operations.forward(x, weight, *added, stride, padding, upsample, ctx.winograd)
