@@ -65,13 +65,25 @@ def run(arguments: argparse.Namespace) -> int:
     from sdfast.bench import suite, tables
 
     _check_device(request.device)
-    told = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    command = shlex.join(["sdfast", *told]) if told[:1] == ["bench"] else "sdfast bench"
+    command = _recorded(sys.argv[1:])
     try:
         result = suite.run(request, command, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; --resume goes on with {request.output}") from None
     return 1 if tables.failures(result) else 0
+
+
+def _recorded(told: list[str]) -> str:
+    """The command without what changes no number: where the record goes, and that it is gone on with."""
+    if told[:1] != ["bench"]:
+        return "sdfast bench"
+    words, rest = ["sdfast"], iter(told)
+    for word in rest:
+        if word in ("-o", "--output"):
+            next(rest, None)
+        elif word != "--resume" and not word.startswith("--output="):
+            words.append(word)
+    return shlex.join(words)
 
 
 def request_of(arguments: argparse.Namespace) -> Request:

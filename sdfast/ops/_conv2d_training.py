@@ -223,7 +223,7 @@ def conv2d_training(call: Call, operations: Operations = CPU) -> Tensor:
     """y of a call without `norm` and `skip`; its gradient cannot be differentiated again, torch's can."""
     x, weight, bias, stride, padding, upsample, time_embedding, residual, *_ = call
     if upsample and not folds(weight.shape[2:], stride, padding):
-        x, upsample = F.interpolate(x, scale_factor=2.0, mode="nearest"), False
+        x, upsample = upsampled(x), False
     x, weight = (t.contiguous(memory_format=_LAYOUT) for t in (x, weight))
     if residual is not None:
         residual = residual.contiguous(memory_format=_LAYOUT)
