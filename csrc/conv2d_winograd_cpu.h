@@ -5,11 +5,13 @@
 // patch of x, 6x6 for F(4x4, 3x3), is transformed into as many numbers ("points") a channel. (2)
 // For each point a matrix product over the channels, tiles x out_channels. (3) Its sums are
 // transformed into 4x4 or 2x2 pixels of y. Multiplications: 1/4 or 1/2.25 of the direct
-// algorithm's. All threads take a round of tiles through (1), (2) and (3); what lies between the
-// steps stays in L3, and where the weights are larger than L3 a round holds more, for they are read
-// once a round. Bytes: x, the packed weights once a round, y; the transforms written and read in
-// L3. Limit: fused multiply-adds; the weights' bytes where tiles are few. The transforms cancel, so
-// it rounds more than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
+// algorithm's. Where L3 holds the weights beside all else, each thread takes rounds of tiles of its
+// own through (1), (2) and (3), and what lies between the steps stays near its core. Elsewhere all
+// threads take one round together; what lies between the steps stays in L3, and where the weights
+// are larger than L3 a round holds more, for they are read once a round. Bytes: x, the packed
+// weights once a round, y; the transforms written and read in L2 and L3. Limit: fused
+// multiply-adds; the weights' bytes where tiles are few. The transforms cancel, so it rounds more
+// than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
 #pragma once
 
 #include "conv2d_cpu.h"
@@ -227,8 +229,9 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
   });
 }
 
-// How many tiles make a round, how (2) is cut, and where its operands and sums lie.
+// How many tiles make a round, who takes it, how (2) is cut, and where its operands and sums lie.
 struct Rounds {
+  bool own;                           // each thread takes rounds of its own
   int64_t tiles, channels, panels;    // of a round; of x, a multiple of the lanes; of y
   int64_t input_stride, sums_stride;  // from one point to the next, never in the same cache set
   int64_t blocks;                     // of tiles, in L2
@@ -237,9 +240,15 @@ struct Rounds {
       : channels(simd::round_up(s.channels)),
         panels((s.out_channels + gemm::kColumns - 1) / gemm::kColumns) {
     constexpr int64_t kLeastBytes = 4 << 20, kMostBytes = 64 << 20, kFloat = sizeof(float);
-    const int64_t bytes = std::clamp(weight_bytes / 3, kLeastBytes, kMostBytes);
+    constexpr int64_t kOwnBytes = 2 << 20, kMostWeightBytes = 12 << 20, kOwnRounds = 4;
     const int64_t tile_bytes = points * (channels + panels * gemm::kColumns) * kFloat;
-    const int64_t rounds = (tiling.count * tile_bytes + bytes - 1) / bytes;
+    const auto rounds_of = [&](int64_t bytes) {
+      return (tiling.count * tile_bytes + bytes - 1) / bytes;
+    };
+    own = weight_bytes <= kMostWeightBytes &&
+          rounds_of(kOwnBytes) >= kOwnRounds * torch::stable::get_num_threads();
+    const int64_t rounds =
+        rounds_of(own ? kOwnBytes : std::clamp(weight_bytes / 3, kLeastBytes, kMostBytes));
     tiles = gemm::padded_rows((tiling.count + rounds - 1) / rounds);
     input_stride = tiles * channels + 3 * simd::kLanes;
     sums_stride = tiles * panels * gemm::kColumns + 3 * simd::kLanes;
@@ -314,14 +323,19 @@ void run(const Shape& s, const T* x, const float* packed, const Added<T>& added,
   const Tiling tiling(s, phases[0], F::kTile);
   const int64_t weights = packed_size<F>(s.out_channels, s.channels);
   const Rounds r(s, tiling, F::kPoints, weights * sizeof(float));
-  const Scratch<float> input(F::kPoints * r.input_stride), sums(F::kPoints * r.sums_stride);
-  for (const Phase& phase : phases) {
-    for (int64_t first = 0; first < tiling.count; first += r.tiles) {
-      run_round<F>(s, phase, tiling, r, first, std::min(r.tiles, tiling.count - first), x, packed,
-                   added, input.get(), sums.get(), y);
+  const int64_t rounds = (tiling.count + r.tiles - 1) / r.tiles;
+  const int64_t items = rounds * static_cast<int64_t>(phases.size());
+  const auto work = [&](const auto& next) {
+    const Scratch<float> input(F::kPoints * r.input_stride), sums(F::kPoints * r.sums_stride);
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t first = item % rounds * r.tiles, phase = item / rounds;
+      run_round<F>(s, phases[phase], tiling, r, first, std::min(r.tiles, tiling.count - first), x,
+                   packed + phase * weights, added, input.get(), sums.get(), y);
     }
-    packed += weights;
-  }
+  };
+  if (r.own) return gemm::share(items, work);  // within which nothing is shared again
+  int64_t taken = 0;
+  work([&] { return taken < items ? taken++ : -1; });
 }
 
 }  // namespace sdfast::conv2d::winograd
