@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdfast._arguments import usable_device
+from sdfast._listed import listed
 from sdfast.conditioning import TextConditioner
 from sdfast.diffusion import Bound, NoiseSchedule, variational_bound
 from sdfast.figures import new_figure, save_figure
@@ -31,7 +32,7 @@ from sdfast.models.weights import read_json
 from sdfast.request import check_count
 from sdfast.training.captions import WORDS
 from sdfast.training.data import enlarge, load_digits
-from sdfast.training.images import SUFFIXES, listing, visible_names
+from sdfast.training.images import SUFFIXES, visible_names
 
 VARIANCES = ("fixed_large", "fixed_small")
 
@@ -173,7 +174,7 @@ def read_pictures(
             continue
         found.append(as_tensor(image, height=size, width=size, channels=channels, multiple=1))
     if skipped:
-        names = listing([str(path) for path in skipped])
+        names = listed(str(path) for path in skipped)
         warnings.warn(f"data: {len(skipped)} of {len(paths)} files cannot be read and are left out: {names}")
     if not found:
         raise ValueError(f"data: {folder} holds no picture that can be read ({len(skipped)} cannot)")

@@ -6,7 +6,6 @@ Reports and repairs nothing, and never fails: something that cannot be found out
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -32,13 +31,15 @@ _CPU_FEATURES = (
     "avx512_fp16",
     "amx_bf16",
 )
-_OPTIONAL_PACKAGES = (
-    ("triton", "GPU kernels", "pip install triton"),
-    ("diffusers", "comparison with diffusers", "pip install diffusers"),
-    ("transformers", "comparison with diffusers", "pip install transformers"),
-    ("sklearn", "training on handwritten digits", "pip install scikit-learn"),
-)
-_PACKAGE_NAMES = {"sklearn": "scikit-learn"}
+# The extras that pip takes, but what developing takes, and what each is for.
+_EXTRAS = {
+    "triton": "GPU kernels",
+    "train": "training",
+    "segment": "segmentation's measures",
+    "plot": "plots",
+    "bench": "benchmarks",
+    "peers": "benchmarks of other engines",
+}
 
 
 def report() -> str:
@@ -157,12 +158,15 @@ def _build_tools() -> Iterator[str]:
 
 
 def _optional_packages() -> Iterator[str]:
-    for module, purpose, remedy in _OPTIONAL_PACKAGES:
-        name = _PACKAGE_NAMES.get(module, module)
-        if importlib.util.find_spec(module) is None:
-            yield f"no   {name}, for {purpose}: {remedy}"
-        else:
-            yield f"yes  {name} {importlib.metadata.version(name)}, for {purpose}"
+    for requirement in importlib.metadata.requires("sdfast") or []:
+        optional = re.match(r"([\w.-]+).*\bextra == .(\w+)", requirement)
+        if optional is None or optional[2] not in _EXTRAS:
+            continue
+        name, extra = optional.groups()
+        try:
+            yield f"yes  {name} {importlib.metadata.version(name)}, for {_EXTRAS[extra]}"
+        except importlib.metadata.PackageNotFoundError:
+            yield f"no   {name}, for {_EXTRAS[extra]}: pip install 'sdfast[{extra}]'"
 
 
 def _version_line(text: str) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdfast._listed import listed
 from sdfast.files import replacing
 from sdfast.lora_names import PARTS, Names, Place
 from sdfast.models.checkpoint import CheckpointError
@@ -37,7 +38,6 @@ _OTHER_KINDS = {
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA",
     "lora_mid": "Tucker-decomposed LoCon", "oft_": "OFT",
 }  # fmt: skip
-_MOST_NAMES_IN_ERROR = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +106,19 @@ def read_lora(path: str | os.PathLike[str], parts: Mapping[str, nn.Module]) -> d
         f"{place} ({which})" for place, one in found.items() for which in ("down", "up") if which not in one
     ]
     if lacking:
-        raise CheckpointError(f"{path}: is incomplete: lacks a factor of {_some(lacking)}")
+        raise CheckpointError(f"{path}: is incomplete: lacks a factor of {listed(lacking)}")
     misfits = []
     for place, one in found.items():
         down, up, weight = one["down"].shape, one["up"].shape, names.layers[place].weight.shape
         if not _fits(down, up, weight) or ("alpha" in one and math.prod(one["alpha"].shape) != 1):
             misfits.append(f"{place} ({up} times {down} for a weight of {tuple(weight)})")
     if misfits:
-        raise CheckpointError(f"{path}: is for another model: shapes differ at {_some(misfits)}")
+        raise CheckpointError(f"{path}: is for another model: shapes differ at {listed(misfits)}")
     configs = _configs(path)
     updates = {place: _update(path, place, one, configs.get(place.part, {})) for place, one in found.items()}
     broken = [str(place) for place, update in updates.items() if not update.is_finite()]
     if broken:
-        raise CheckpointError(f"{path}: has values that are not numbers at {_some(broken)}")
+        raise CheckpointError(f"{path}: has values that are not numbers at {listed(broken)}")
     return updates
 
 
@@ -127,17 +127,11 @@ def _why_unknown(unknown: list[str], count: int) -> str:
         return "holds no tensors"
     for sign, kind in _OTHER_KINDS.items():
         if any(sign in key for key in unknown):
-            return f"is a {kind}, of which sdfast knows nothing; it takes LoRAs (found {_some(unknown)})"
+            return f"is a {kind}, of which sdfast knows nothing; it takes LoRAs (found {listed(unknown)})"
     return (
         f"is for another model, or no LoRA: {len(unknown)} of its {count} names are of no layer here:"
-        f" {_some(unknown)}"
+        f" {listed(unknown)}"
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    first, more = names[:_MOST_NAMES_IN_ERROR], len(names) - _MOST_NAMES_IN_ERROR
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _fits(down: tuple[int, ...], up: tuple[int, ...], weight: torch.Size) -> bool:

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdfast._listed import listed
 from sdfast.files import replacing, write_json
 
 _MOST_NAMES_IN_ERROR = 20
@@ -155,7 +156,7 @@ def _read_shards(index: pathlib.Path) -> Tensors:
         shard = read_file(_shard_path(index, entry))
         twice = tensors.keys() & shard.keys()
         if twice:
-            raise CheckpointError(f"{index}: {_listed(twice)} in more than one shard; download it again")
+            raise CheckpointError(f"{index}: {listed(twice)} in more than one shard; download it again")
         tensors |= shard
     return tensors
 
@@ -257,7 +258,7 @@ def fill(
         if name in tensors and tensors[name].shape != shape
     }
     problems = [
-        f"{len(names)} {kind}: {_listed(names)}"
+        f"{len(names)} {kind}: {listed(names, _MOST_NAMES_IN_ERROR)}"
         for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen))
         if names
     ]
@@ -291,11 +292,6 @@ def _give_back_pages(tensor: Tensor) -> None:
     if size > 0:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-
-
-def _listed(names: Any) -> str:
-    first = sorted(names)[:_MOST_NAMES_IN_ERROR]
-    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
 def write_weights(model: nn.Module, folder: pathlib.Path, stem: str, max_shard_bytes: int) -> None:

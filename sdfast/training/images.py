@@ -20,12 +20,12 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from torch import Tensor
 
+from sdfast._listed import listed
 from sdfast.images import as_tensor, read_image
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _METADATA = "metadata.jsonl"
-_MOST_NAMES = 5  # in an error
 _TAIL_BYTES = 4096
 _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # of Exif: those that swap width and height
 
@@ -73,16 +73,16 @@ def read_folder(
     if caption_column is not None and not tables:
         raise ValueError(f"caption column: got {caption_column!r}, but {folder} has no {_METADATA}")
     columns = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-    listed: dict[str, str] = {}
+    captions: dict[str, str] = {}
     for table in sorted(tables, key=lambda path: len(path.parts)):  # the nearest to an image has its caption
-        listed |= _read_metadata(table, folder, columns)
+        captions |= _read_metadata(table, folder, columns)
     images = [
-        CaptionedImage(folder / name, name, _caption(folder / name, listed.get(name))) for name in names
+        CaptionedImage(folder / name, name, _caption(folder / name, captions.get(name))) for name in names
     ]
     without = [image.name for image in images if not image.caption]
     if without and not allow_missing_captions:
         raise ValueError(
-            f"{folder}: {len(without)} of {len(images)} images have no caption: {listing(without)}. Put a"
+            f"{folder}: {len(without)} of {len(images)} images have no caption: {listed(without)}. Put a"
             f" .txt beside each or a line into {_METADATA}, or allow them (--allow-missing-captions): they"
             " are then trained with the empty caption"
         )
@@ -145,12 +145,6 @@ def fingerprint(images: Sequence[CaptionedImage]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def listing(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
 def _length_and_tail(path: Path) -> tuple[int, int]:
     with path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
@@ -158,9 +152,9 @@ def _length_and_tail(path: Path) -> tuple[int, int]:
         return length, zlib.crc32(file.read())
 
 
-def _caption(path: Path, listed: str | None) -> str:
-    if listed is not None:
-        return listed.strip()
+def _caption(path: Path, given: str | None) -> str:
+    if given is not None:
+        return given.strip()
     beside = path.with_suffix(".txt")
     return _read_text(beside).strip() if beside.is_file() else ""
 
@@ -185,7 +179,7 @@ def _read_metadata(path: Path, folder: Path, columns: Sequence[str]) -> dict[str
         captions[name] = str(text)
     absent = [name for name in captions if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{path}: names files that are not there: {listing(absent)}")
+        raise ValueError(f"{path}: names files that are not there: {listed(absent)}")
     return captions
 
 

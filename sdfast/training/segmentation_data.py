@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sdfast._listed import listed
 from sdfast.images import read_image
 from sdfast.segmentation import check_picture, open_array, open_picture, statistics
 
@@ -189,7 +190,7 @@ def load_folder(
         raise ValueError(f"{folder}/images: no pictures, expected files ending in {', '.join(SUFFIXES)}")
     missing = sorted(pictures.keys() - masks.keys())
     if missing:
-        raise ValueError(f"{folder}/masks: no mask for {_listed(missing)}")
+        raise ValueError(f"{folder}/masks: no mask for {listed(missing)}")
     _ndimage()  # before the pictures are read
     examples, skipped = [], []
     for stem in tqdm(sorted(pictures), desc="reading", unit="picture", disable=not progress):
@@ -200,9 +201,9 @@ def load_folder(
             continue
         examples.append(example(pictures[stem].name, picture, mask, channels=channels, w0=w0, sigma=sigma))
     if not examples:
-        raise ValueError(f"{folder}: none of {len(skipped)} pictures can be read: {_listed(skipped)}")
+        raise ValueError(f"{folder}: none of {len(skipped)} pictures can be read: {listed(skipped)}")
     if skipped:
-        warnings.warn(f"{len(skipped)} of {len(pictures)} pictures are skipped: {_listed(skipped)}")
+        warnings.warn(f"{len(skipped)} of {len(pictures)} pictures are skipped: {listed(skipped)}")
     return Annotated(examples, skipped)
 
 
@@ -235,10 +236,6 @@ def _files(folder: Path, kind: str) -> dict[str, Path]:
             raise ValueError(f"{path}: {by_stem[path.stem].name} beside it has the same name")
         by_stem[path.stem] = path
     return by_stem
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _ndimage() -> Any:
