@@ -74,6 +74,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*)
+	@echo "# Compiles sdfast, which takes minutes."
 	$(VENV)/bin/pip install -q --no-build-isolation -e .
 	touch $@ $(VENV)/.torch
 

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import pathlib
-import re
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _own_process import PeakMemory, in_own_process
 from _record import results_path, write_json
 
 from sdfast.models import SegmentationUNet, SegmentationUNetConfig
@@ -140,21 +139,14 @@ def draw_large(size: int, folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarra
     return folder / "picture.npy", files[1]
 
 
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-def segment(folder: str, threads: int, answer: Any) -> None:
-    """The main function of the measured process."""
+def segment(folder: str, threads: int) -> dict[str, Any]:
+    """Write the mask of the picture there; in the measured process."""
     torch.set_num_threads(threads)
     model = load_model(SegmentationUNet, folder)
     picture = check_picture("picture", np.load(f"{folder}/picture.npy", mmap_mode="r"), 1)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _resident("VmRSS")
+    memory = PeakMemory()
     _, seconds = predict_to_file(model, picture, f"{folder}/mask.npy", progress=True)
-    answer.put({"seconds": round(seconds, 1), "peak_bytes": _resident("VmHWM") - before})
+    return {"seconds": round(seconds, 1), "peak_bytes": memory.above()}
 
 
 def large(options: argparse.Namespace) -> int:
@@ -164,14 +156,7 @@ def large(options: argparse.Namespace) -> int:
         model, _, _ = _trained("cells", options.steps, folder / "run")
         save_model(model, folder)
         _, truth = draw_large(options.size, folder)
-        context = multiprocessing.get_context("spawn")
-        answers = context.SimpleQueue()
-        process = context.Process(target=segment, args=(name, torch.get_num_threads(), answers))
-        process.start()
-        process.join()
-        if process.exitcode != 0:
-            raise RuntimeError(f"the process ended with {process.exitcode}")
-        measured = answers.get()
+        measured = in_own_process("the prediction", segment, name, torch.get_num_threads())
         agreement = scores(np.load(folder / "mask.npy", mmap_mode="r"), truth)
     row = {"size": options.size, "width": WIDTH, "depth": DEPTH, "steps": options.steps, **measured}
     row |= dataclasses.asdict(agreement)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import conv2d_checks as checks
 import pytest
 import torch
+from conv2d_checks import make, references
 from processes import run_with_library
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdfast import _library, dispatch, ops, packing
-from sdfast.ops._conv2d_arguments import sides_of
 from sdfast.ops._conv2d_choice import algorithm_for, shape_of
 from sdfast.ops._conv2d_cpu import ALGORITHMS
-from sdfast.ops.conv2d import NormPrologue, conv2d_torch
+from sdfast.ops.conv2d import NormPrologue
 from sdfast.testing import assert_within_budget, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,33 +42,12 @@ needs_kernel = pytest.mark.skipif(
 pytestmark = needs_kernel
 
 
-def make(case: tuple, dtype: torch.dtype, upsample: bool = False) -> tuple[tuple, dict[str, object]]:
-    """Positional and keyword arguments of a call with everything fused."""
-    images, channels, height, width, out_channels, kernel, stride, padding = case
-    x = torch.randn(images, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight = (torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(dtype)
-    args = (x, weight, torch.randn(out_channels).to(dtype), stride, sides_of(padding))
-    keywords = {"upsample": upsample, "time_embedding": torch.randn(images, out_channels).to(dtype)}
-    keywords["residual"] = torch.randn_like(conv2d_torch(*args, **keywords))
-    return args, keywords
-
-
 def convolve(algorithm: str, args: tuple, keywords: dict[str, object]) -> Tensor:
     """By this algorithm, whichever a model would get at this size."""
     x, weight, bias, stride, padding = args
     more = (keywords.get("time_embedding"), keywords.get("residual"), algorithm)
     upsample = keywords.get("upsample", False)
     return torch.ops.sdfast.conv2d_forward(x, weight, bias, stride, list(padding), upsample, *more)
-
-
-def references(args: tuple, keywords: dict[str, object]) -> tuple[Tensor, Tensor]:
-    """Eager, and in fp64."""
-
-    def wide(value: object) -> object:
-        return value.double() if isinstance(value, Tensor) else value
-
-    exact = conv2d_torch(*map(wide, args), **{name: wide(value) for name, value in keywords.items()})
-    return conv2d_torch(*args, **keywords), exact
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -118,25 +98,7 @@ def test_a_result_larger_than_the_caches(algorithm: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_layouts_and_strides(dtype: torch.dtype) -> None:
-    args, keywords = make((2, 33, 9, 8, 34, 3, 1, 1), dtype)
-    x, weight, bias, stride, padding = args
-    expected = ops.conv2d(*args, **keywords, backend="cpu")
-    wider = torch.full((2, 36, 11, 10), float("nan"), dtype=dtype)
-    view = wider[:, 2:35, 1:10, 1:9]
-    view.copy_(x)
-    spread = torch.empty(68, dtype=dtype)[::2].copy_(bias)
-    assert torch.equal(ops.conv2d(x, weight, spread, stride, padding, **keywords, backend="cpu"), expected)
-    for other in (x.contiguous(), view):
-        y = ops.conv2d(other, weight, bias, stride, padding, **keywords, backend="cpu")
-        assert torch.equal(y, expected)
-    for other in (weight.contiguous(memory_format=torch.channels_last), weight.flip(0).flip(0)):
-        y = ops.conv2d(x, other, bias, stride, padding, **keywords, backend="cpu")
-        assert torch.equal(y, expected)
-    strided = {
-        "residual": keywords["residual"].contiguous(),
-        "time_embedding": keywords["time_embedding"].t().contiguous().t(),
-    }
-    assert torch.equal(ops.conv2d(*args, **strided, backend="cpu"), expected)
+    checks.layouts_and_strides(checks.by("cpu"), (2, 33, 9, 8, 34, 3, 1, 1), dtype, "cpu")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conv2d_checks import make
 from gradients import check_gradients, gradients
 from processes import run_with_library
-from test_conv2d import CASES, DTYPES, make, needs_kernel
+from test_conv2d import CASES, DTYPES, needs_kernel
 from torch import Tensor
 
 from sdfast import dispatch, ops, packing

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from unittest import mock
 
+import conv2d_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
+from conv2d_checks import LAYOUT
+from conv2d_checks import references as eager_and_exact
 from emulated_cuda import device, thread_order
-from guarded import Guards
-from test_conv2d import make
-from test_conv2d import references as eager_and_exact
 from torch import Tensor
 
-from sdfast import dispatch, ops, packing
+from sdfast import dispatch, ops
 from sdfast.ops.conv2d import NormPrologue, conv2d_fuses, group_statistics
 from sdfast.testing import assert_within_budget
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LAYOUT = torch.channels_last
 # (N, C_in, H, W, C_out, kernel, stride, padding)
 ODD = (
     (1, 3, 7, 9, 5, 3, 1, 1),
@@ -66,25 +65,22 @@ def references(args: tuple, keywords: dict[str, object]) -> tuple[Tensor, Tensor
     return eager, exact
 
 
+cuda = checks.by("cuda")
+
+
+def reordered(seed: int) -> checks.Run:
+    """The same with its threads in another order."""
+    return thread_order(seed)(cuda)
+
+
 def on_device(
     case: tuple, dtype: torch.dtype, where: str, upsample: bool = False
 ) -> tuple[tuple, dict[str, object]]:
-    args, keywords = make(case, dtype, upsample)
-    args = tuple(a.to(where) if isinstance(a, Tensor) else a for a in args)
-    return args, {name: v.to(where) if isinstance(v, Tensor) else v for name, v in keywords.items()}
-
-
-def cuda(*args: object, **keywords: object) -> Tensor:
-    return ops.conv2d(*args, **keywords, backend="cuda")
+    return checks.make(case, dtype, upsample, where)
 
 
 def check(args: tuple, keywords: dict[str, object], what: str, seed: int = 0) -> None:
-    """Right, and the same bits in another order of threads."""
-    actual = cuda(*args, **keywords)
-    assert actual.is_contiguous(memory_format=LAYOUT)
-    assert_within_budget(actual, *references(args, keywords), what=what)
-    with thread_order(seed + 1):
-        assert torch.equal(actual, cuda(*args, **keywords))
+    checks.within_budget(cuda, reordered(seed + 1), references, args, keywords, what)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])
@@ -123,15 +119,12 @@ def test_upsample(dtype: torch.dtype, cuda_kernels: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_sources(dtype: torch.dtype, cuda_kernels: str) -> None:
-    """The channels of skip follow those of x, whatever their numbers, with each kind of kernel."""
-    for case, first in (
-        (ODD[0], 1), (ODD[5], 7), (ODD[8], 16), (SPLIT, 72), ((2, 48, 5, 4, 20, 1, 1, 0), 32),
-    ):  # fmt: skip
-        for upsample in (False, True) if case in (ODD[0], ODD[5]) else (False,):
-            (x, *args), keywords = on_device(case, dtype, cuda_kernels, upsample)
-            sources = x[:, :first].contiguous(), x[:, first:].contiguous(memory_format=LAYOUT)
-            actual = cuda(sources[0], *args, **keywords, skip=sources[1])
-            assert_within_budget(actual, *references((x, *args), keywords), what=f"{case}, {first} channels")
+    """With each kind of kernel."""
+    cases = (
+        *((case, first, upsample) for case, first in ((ODD[0], 1), (ODD[5], 7)) for upsample in (False, True)),
+        (ODD[8], 16, False), (SPLIT, 72, False), ((2, 48, 5, 4, 20, 1, 1, 0), 32, False),
+    )  # fmt: skip
+    checks.two_sources(cuda, references, cases, dtype, cuda_kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,26 +140,15 @@ def test_each_addition_alone(dtype: torch.dtype, cuda_kernels: str) -> None:
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(dtype: torch.dtype, offset: float, cuda_kernels: str) -> None:
-    """Those of the rounded result, a large mean too; of one launch, of a split K, of four phases."""
-    for case, groups, upsample in (
+    """Of one launch, of a split K, of four phases."""
+    cases = (
         ((2, 16, 13, 11, 40, 1, 2, 0), 8, False),  # groups of 5 channels, tiles that are not full
         ((2, 16, 9, 11, 160, 1, 1, 0), 40, False),
         ((1, 8, 20, 17, 70, 1, 1, 0), 7, False),
         (SPLIT, 4, False),
         ((2, 9, 5, 7, 6, 3, 1, 1), 2, True),
-    ):
-        (x, weight, bias, *more), keywords = on_device(case, dtype, cuda_kernels, upsample)
-        args = (x, weight, bias + offset, *more)
-        named = {**keywords, "stats_groups": groups, "stats_eps": 1e-3}
-        y, mean, rstd = cuda(*args, **named)
-        assert torch.equal(y, cuda(*args, **keywords))
-        eager, exact = (group_statistics(t, groups, 1e-3) for t in (y, y.double()))
-        terms = group_statistics(y.double().abs(), groups, 1e-3)[0]  # a mean near zero cancels
-        assert_within_budget(mean, eager[0], exact[0], magnitude=terms, what=f"mean of {case}")
-        assert_within_budget(rstd, eager[1], exact[1], what=f"rstd of {case}")
-        with thread_order(2):
-            again = cuda(*args, **named)
-        assert torch.equal(again[1], mean) and torch.equal(again[2], rstd)
+    )
+    checks.statistics(cuda, reordered(2), cases, dtype, cuda_kernels, offset)
 
 
 def with_norm(case: tuple, dtype: torch.dtype, where: str, groups: int) -> tuple[tuple, dict[str, object]]:
@@ -216,61 +198,22 @@ def test_norm_of_the_kernel(dtype: torch.dtype, cuda_kernels: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts_and_strides(dtype: torch.dtype, cuda_kernels: str) -> None:
-    args, keywords = on_device((2, 40, 9, 8, 24, 3, 1, 1), dtype, cuda_kernels)
-    x, weight, bias, stride, padding = args
-    expected = cuda(*args, **keywords)
-    wider = torch.full((2, 42, 11, 10), float("nan"), dtype=dtype, device=cuda_kernels)
-    view = wider[:, 1:41, 1:10, 1:9]
-    view.copy_(x)
-    spread = torch.empty(48, dtype=dtype, device=cuda_kernels)[::2].copy_(bias)
-    for other in (x.contiguous(), view):
-        assert torch.equal(cuda(other, weight, spread, stride, padding, **keywords), expected)
-    for other in (weight.contiguous(memory_format=LAYOUT), weight.flip(0).flip(0)):
-        assert torch.equal(cuda(x, other, bias, stride, padding, **keywords), expected)
-    strided = {
-        "residual": keywords["residual"].contiguous(),
-        "time_embedding": keywords["time_embedding"].t().contiguous().t(),
-    }
-    assert torch.equal(cuda(*args, **strided), expected)
+    checks.layouts_and_strides(cuda, (2, 40, 9, 8, 24, 3, 1, 1), dtype, cuda_kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stays_within_its_tensors(dtype: torch.dtype, cuda_kernels: str, poisoned_memory: None) -> None:
-    """Misaligned, and what lies around them is NaN; what is read at once where it is aligned, here is not."""
+    """What is read at once where it is aligned, here is not."""
     for case in ((2, 24, 5, 7, 16, 3, 1, 1), SPLIT, (1, 20, 5, 7, 18, 3, 1, 1)):
-        args, keywords = on_device(case, dtype, cuda_kernels)
-        expected = cuda(*args, **keywords, stats_groups=2)
-        guards = Guards()
-
-        def around(value: object, guards: Guards = guards) -> object:
-            return guards.around(value, offset=1) if isinstance(value, Tensor) else value
-
-        surrounded = [around(a) for a in args], {name: around(value) for name, value in keywords.items()}
-        y = cuda(*surrounded[0], **surrounded[1], stats_groups=2)
-        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(y, expected, strict=True))
-        guards.check()
+        checks.stays_within_its_tensors(cuda, case, 2, dtype, cuda_kernels)
 
 
 def test_a_nan_reaches_only_its_neighbours(cuda_kernels: str) -> None:
-    args, _ = on_device((1, 32, 12, 12, 32, 3, 1, 1), torch.float16, cuda_kernels)
-    args[0][0, 5, 8, 9] = float("nan")
-    y = cuda(*args)
-    assert y[0, :, 7:10, 8:11].isnan().all()
-    y[0, :, 7:10, 8:11] = 0
-    assert y.isfinite().all()
+    checks.a_nan_reaches_only_its_neighbours(cuda, torch.float16, cuda_kernels)
 
 
 def test_weights_are_read_where_they_lie(cuda_kernels: str) -> None:
-    packing.clear()
-    args, keywords = on_device(ODD[2], torch.float16, cuda_kernels)
-    weight = args[1].contiguous(memory_format=LAYOUT)
-    expected = cuda(args[0], weight, *args[2:], **keywords)
-    assert packing.packed_bytes() == 0
-    assert torch.equal(cuda(*args, **keywords), expected)
-    assert packing.packed_bytes() == weight.nbytes  # the rows of one that lies otherwise
-    cuda(args[0], weight, *args[2:], upsample=True)
-    assert packing.packed_bytes() == weight.nbytes + weight.nbytes * 16 // 9
-    packing.clear()
+    checks.weights_are_read_where_they_lie(cuda, ODD[2], torch.float16, cuda_kernels)
 
 
 def test_opcheck(cuda_kernels: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import conv2d_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
-from guarded import Guards
-from test_conv2d import make, references
+from conv2d_checks import LAYOUT, references
 from torch import Tensor
 
-from sdfast import dispatch, ops, packing
+from sdfast import dispatch, ops
 from sdfast.ops import _triton
 from sdfast.ops.conv2d import NormPrologue, conv2d_fuses, conv2d_torch, group_statistics
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
@@ -18,7 +18,6 @@ from sdfast.testing import assert_within_budget
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bf16 wrongly in tl.dot.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
-LAYOUT = torch.channels_last
 # (N, C_in, H, W, C_out, kernel, stride, padding)
 CASES = (
     (1, 3, 7, 9, 5, 3, 1, 1),
@@ -38,21 +37,15 @@ pytestmark = [
 ]
 
 
+triton = checks.by("triton")
+
+
 def on_device(case: tuple, dtype: torch.dtype, upsample: bool = False) -> tuple[tuple, dict[str, object]]:
-    args, keywords = make(case, dtype, upsample)
-    args = tuple(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)
-    return args, {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in keywords.items()}
-
-
-def triton(*args: object, **keywords: object) -> Tensor:
-    return ops.conv2d(*args, **keywords, backend="triton")
+    return checks.make(case, dtype, upsample, DEVICE)
 
 
 def check(args: tuple, keywords: dict[str, object], what: str) -> None:
-    actual = triton(*args, **keywords)
-    assert actual.is_contiguous(memory_format=LAYOUT)
-    assert_within_budget(actual, *references(args, keywords), what=what)
-    assert torch.equal(actual, triton(*args, **keywords))
+    checks.within_budget(triton, triton, references, args, keywords, what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,15 +65,12 @@ def test_upsample(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_sources(dtype: torch.dtype) -> None:
-    """The channels of skip follow those of x, whatever their numbers, with each kind of kernel."""
-    for case, first in (
-        (CASES[0], 1), (CASES[5], 7), (CASES[9], 16), (SPLIT, 64), ((2, 48, 5, 4, 20, 1, 1, 0), 32),
-    ):  # fmt: skip
-        for upsample in (False, True) if case is CASES[0] or case is CASES[5] else (False,):
-            (x, *args), keywords = on_device(case, dtype, upsample)
-            sources = x[:, :first].contiguous(), x[:, first:].contiguous(memory_format=LAYOUT)
-            actual = triton(sources[0], *args, **keywords, skip=sources[1])
-            assert_within_budget(actual, *references((x, *args), keywords), what=f"{case}, {first} channels")
+    """With each kind of kernel."""
+    cases = (
+        *((case, first, upsample) for case, first in ((CASES[0], 1), (CASES[5], 7)) for upsample in (False, True)),
+        (CASES[9], 16, False), (SPLIT, 64, False), ((2, 48, 5, 4, 20, 1, 1, 0), 32, False),
+    )  # fmt: skip
+    checks.two_sources(triton, references, cases, dtype, DEVICE)
 
 
 def test_two_sources_are_concatenated_elsewhere() -> None:
@@ -104,23 +94,15 @@ def test_each_addition_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(dtype: torch.dtype, offset: float) -> None:
-    """Those of the rounded result, a large mean too; of one launch, of a split K, of four phases."""
-    for case, groups, upsample in (
+    """Of one launch, of a split K, of four phases."""
+    cases = (
         ((2, 16, 13, 11, 40, 1, 2, 0), 8, False),  # groups of 5 channels, a tile that is not full
         ((2, 16, 9, 11, 40, 1, 1, 0), 40, False),
         ((1, 8, 20, 17, 70, 1, 1, 0), 7, False),
         (SPLIT, 4, False),
         ((2, 9, 5, 7, 6, 3, 1, 1), 2, True),
-    ):
-        (x, weight, bias, *more), keywords = on_device(case, dtype, upsample)
-        args = (x, weight, bias + offset, *more)
-        y, mean, rstd = triton(*args, **keywords, stats_groups=groups, stats_eps=1e-3)
-        eager, exact = (group_statistics(t, groups, 1e-3) for t in (y, y.double()))
-        terms = group_statistics(y.double().abs(), groups, 1e-3)[0]  # a mean near zero cancels
-        assert_within_budget(mean, eager[0], exact[0], magnitude=terms, what=f"mean of {case}")
-        assert_within_budget(rstd, eager[1], exact[1], what=f"rstd of {case}")
-        again = triton(*args, **keywords, stats_groups=groups, stats_eps=1e-3)
-        assert torch.equal(again[1], mean) and torch.equal(again[2], rstd)
+    )
+    checks.statistics(triton, triton, cases, dtype, DEVICE, offset)
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -218,35 +200,11 @@ def test_launches() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts_and_strides(dtype: torch.dtype) -> None:
-    args, keywords = on_device((2, 33, 9, 8, 34, 3, 1, 1), dtype)
-    x, weight, bias, stride, padding = args
-    expected = triton(*args, **keywords)
-    wider = torch.full((2, 36, 11, 10), float("nan"), dtype=dtype, device=DEVICE)
-    view = wider[:, 2:35, 1:10, 1:9]
-    view.copy_(x)
-    spread = torch.empty(68, dtype=dtype, device=DEVICE)[::2].copy_(bias)
-    for other in (x.contiguous(), view):
-        assert torch.equal(triton(other, weight, spread, stride, padding, **keywords), expected)
-    for other in (weight.contiguous(memory_format=LAYOUT), weight.flip(0).flip(0)):
-        assert torch.equal(triton(x, other, bias, stride, padding, **keywords), expected)
-    strided = {
-        "residual": keywords["residual"].contiguous(),
-        "time_embedding": keywords["time_embedding"].t().contiguous().t(),
-    }
-    assert torch.equal(triton(*args, **strided), expected)
+    checks.layouts_and_strides(triton, (2, 33, 9, 8, 34, 3, 1, 1), dtype, DEVICE)
 
 
 def test_weights_are_read_where_they_lie() -> None:
-    packing.clear()
-    args, keywords = on_device(CASES[2], torch.float32)
-    weight = args[1].contiguous(memory_format=LAYOUT)
-    expected = triton(args[0], weight, *args[2:], **keywords)
-    assert packing.packed_bytes() == 0
-    assert torch.equal(triton(*args, **keywords), expected)
-    assert packing.packed_bytes() == weight.nbytes  # the rows of one that lies otherwise
-    triton(args[0], weight, *args[2:], upsample=True)
-    assert packing.packed_bytes() == weight.nbytes + weight.nbytes * 16 // 9
-    packing.clear()
+    checks.weights_are_read_where_they_lie(triton, CASES[2], torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,27 +217,11 @@ def test_nothing_is_left_unwritten(dtype: torch.dtype, poisoned_memory: None) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stays_within_its_tensors(dtype: torch.dtype) -> None:
-    """Misaligned, and what lies around them is NaN."""
-    args, keywords = on_device((2, 20, 5, 7, 18, 3, 1, 1), dtype)
-    expected = triton(*args, **keywords, stats_groups=3)
-    guards = Guards()
-
-    def around(value: object) -> object:
-        return guards.around(value, offset=1) if isinstance(value, Tensor) else value
-
-    surrounded = [around(a) for a in args], {name: around(value) for name, value in keywords.items()}
-    y = triton(*surrounded[0], **surrounded[1], stats_groups=3)
-    assert all(torch.equal(a, b) for a, b in zip(y, expected, strict=True))
-    guards.check()
+    checks.stays_within_its_tensors(triton, (2, 20, 5, 7, 18, 3, 1, 1), 3, dtype, DEVICE)
 
 
 def test_a_nan_reaches_only_its_neighbours() -> None:
-    args, _ = on_device((1, 32, 12, 12, 32, 3, 1, 1), torch.float32)
-    args[0][0, 5, 8, 9] = float("nan")
-    y = triton(*args)
-    assert y[0, :, 7:10, 8:11].isnan().all()
-    y[0, :, 7:10, 8:11] = 0
-    assert y.isfinite().all()
+    checks.a_nan_reaches_only_its_neighbours(triton, torch.float32, DEVICE)
 
 
 def test_opcheck() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import group_norm_checks as checks
 import pytest
 import torch
 from emulated_cuda import device, thread_order
+from group_norm_checks import on_device
 from test_group_norm import NAMES, Case, in_layout, make_case, terms
-from torch import Tensor
 
 from sdfast.ops import group_norm
 from sdfast.testing import assert_within_budget
@@ -17,15 +18,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("first", "last", "strided")
 OPS = torch.ops.sdfast
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
-
-
-def on_device(case: Case, where: str) -> Case:
-    """The same values, in the same strides."""
-    moved = {n: None if (t := getattr(case, n)) is None else t.to(where) for n in NAMES}
-    moved["x"] = torch.empty_strided(
-        case.x.shape, case.x.stride(), dtype=case.x.dtype, device=where
-    ).copy_(case.x)  # fmt: skip
-    return dataclasses.replace(case, **moved)
 
 
 def check(case: Case, where: str, *, backward: bool = True) -> None:
@@ -195,13 +187,6 @@ def test_views(layout: str, cuda_kernels: str) -> None:
     assert memory[[0, -1]].isnan().all()
 
 
-def concatenated(
-    x: Tensor, skip: Tensor, groups: int, where: str, parameters: tuple[Tensor, ...]
-) -> Tensor:  # fmt: skip
-    x, skip, *parameters = (t.to(where) for t in (x, skip, *parameters))
-    return group_norm(x, groups, *parameters, activation="silu", skip=skip, backend="cuda").cpu()
-
-
 @pytest.mark.parametrize(
     ("channels", "skip_channels", "groups", "size", "dtype"),
     [
@@ -214,45 +199,13 @@ def test_skip(
     channels: int, skip_channels: int, groups: int, size: tuple[int, int], dtype: torch.dtype, cuda_kernels: str
 ) -> None:  # fmt: skip
     """Groups that straddle the two sources, images of one launch and of two, a group in parts."""
-    x = (torch.randn(2, channels, *size) * 2 + 0.7).to(dtype)
-    skip = torch.randn(2, skip_channels, *size).to(dtype)
-    total = channels + skip_channels
-    weight, bias = (1 + torch.randn(total) * 0.3).to(dtype), torch.randn(total).to(dtype)
-    both = Case(torch.cat([x, skip], 1), groups, weight, bias)
-    exact = both.converted(torch.float64).run("torch")
-    sizes = terms(both, torch.zeros_like(both.x))
-    for layouts in (("last", "last"), ("first", "first"), ("last", "strided")):
-        sources = [in_layout(t, layout) for t, layout in zip((x, skip), layouts, strict=True)]
-        for capability in (86, 90):
-            with device(capability, 132):
-                y = concatenated(*sources, groups, cuda_kernels, (weight, bias))
-            assert_within_budget(y, both.run("torch"), exact, magnitude=sizes["y"])
-            assert y.is_contiguous(memory_format=torch.channels_last) == (layouts == ("last", "last"))
+    for capability in (86, 90):
+        with device(capability, 132):
+            checks.skip("cuda", channels, skip_channels, groups, size, dtype, cuda_kernels)
 
 
 def test_gradients_reach_the_skip(cuda_kernels: str) -> None:
-    x, skip, dy = torch.randn(2, 7, 4, 3), torch.randn(2, 5, 4, 3), torch.randn(2, 12, 4, 3)
-
-    def gradients(backend: str, dtype: torch.dtype, *requires: bool) -> list[Tensor]:
-        leaves = [
-            t.to(cuda_kernels, dtype).requires_grad_(r) for t, r in zip((x, skip), requires, strict=True)
-        ]
-        y = group_norm(leaves[0], 4, skip=leaves[1], activation="silu", backend=backend)
-        return list(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy.to(y)))
-
-    for requires in ((True, True), (False, True)):
-        results = [
-            gradients(backend, dtype, *requires)
-            for backend, dtype in (("cuda", torch.float32), ("torch", torch.float32), ("torch", torch.float64))
-        ]  # fmt: skip
-        for actual, eager, exact in zip(*results, strict=True):
-            assert_within_budget(actual, eager, exact, magnitude=3 * exact.abs().mean() + exact.abs())
-
-
-def statistics_of(x: Tensor, groups: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    grouped = x.reshape(x.shape[0], groups, -1).double()
-    variance = grouped.var(-1, correction=0)
-    return grouped.mean(-1).float(), (variance + eps).rsqrt().float()
+    checks.gradients_reach_the_skip("cuda", cuda_kernels)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -260,47 +213,22 @@ def statistics_of(x: Tensor, groups: int, eps: float = 1e-5) -> tuple[Tensor, Te
 def test_statistics(dtype: torch.dtype, layout: str, cuda_kernels: str) -> None:
     """Taken for granted, and what the forward of training gives."""
     for shape, groups in (((2, 60, 7, 5), 6), ((1, 34, 17, 19), 2), ((1, 32, 48, 40), 1)):
-        case = make_case(shape, groups, dtype, layout)
-        given, exact = on_device(case, cuda_kernels), case.converted(torch.float64).run("torch")
-        more = {"activation": "silu", "scale": given.scale, "shift": given.shift, "backend": "cuda"}
-        statistics = statistics_of(given.x, groups)
-        y = group_norm(given.x, groups, given.weight, given.bias, statistics=statistics, **more)
-        sizes = terms(case, torch.zeros(shape))
-        assert_within_budget(y.cpu(), case.run("torch"), exact, magnitude=sizes["y"])
-        strided = tuple(torch.stack([t, t], -1)[..., 0] for t in statistics)
-        again = group_norm(given.x, groups, given.weight, given.bias, statistics=strided, **more)
-        assert torch.equal(y, again)
+        checks.known_statistics("cuda", shape, groups, dtype, layout, cuda_kernels)
+        x = on_device(make_case(shape, groups, dtype, layout), cuda_kernels).x
         for capability in (86, 90):
             with device(capability, 100):
-                computed = OPS.group_norm_forward_cuda(given.x, groups, None, None, 1e-5, False, None, None)
-            for actual, right in zip(computed[1:], statistics, strict=True):
+                computed = OPS.group_norm_forward_cuda(x, groups, None, None, 1e-5, False, None, None)
+            for actual, right in zip(computed[1:], checks.statistics_of(x, groups), strict=True):
                 torch.testing.assert_close(actual, right)
 
 
 def test_gradients_with_statistics(cuda_kernels: str) -> None:
-    """As without: the gradient is that of a normalisation by x's own statistics."""
-    x, weight = torch.randn(2, 6, 4, 3, device=cuda_kernels), torch.randn(6, device=cuda_kernels)
-    dy = torch.randn_like(x)
-    mean, rstd = OPS.group_norm_forward_cuda(x, 2, weight, None, 1e-5, False, None, None)[1:]
-    results = []
-    for statistics in (None, (mean, rstd)):
-        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        y = group_norm(leaves[0], 2, leaves[1], statistics=statistics, backend="cuda")
-        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+    checks.gradients_with_statistics("cuda", cuda_kernels)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
 def test_empty(shape: tuple[int, ...], cuda_kernels: str) -> None:
-    case = on_device(make_case(shape, 2, torch.float32, "first"), cuda_kernels)
-    gradients = case.gradients("cuda", torch.empty(shape, device=cuda_kernels))
-    assert case.run("cuda").shape == gradients["x"].shape == shape
-    assert all(not gradients[name].any() for name in NAMES)
-    y = group_norm(case.x, 2, skip=case.x, backend="cuda")
-    assert y.shape == (shape[0], 8, *shape[2:])
-    zeros = torch.zeros(shape[0], 2, device=cuda_kernels)
-    assert group_norm(case.x, 2, statistics=(zeros, zeros), backend="cuda").shape == shape
+    checks.empty("cuda", shape, cuda_kernels)
 
 
 def test_memory_format_is_kept(cuda_kernels: str) -> None:
@@ -319,18 +247,4 @@ def test_memory_format_is_kept(cuda_kernels: str) -> None:
 
 @pytest.mark.parametrize("layout", ["last", "strided"])
 def test_opcheck(layout: str, cuda_kernels: str) -> None:
-    for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)][layout != "last" :]:
-        case = make_case((2, 9, 2, 3), 3, dtype, layout, affine=optional, scale_shift=optional)
-        case = on_device(case, cuda_kernels)
-        affine, last = (case.weight, case.bias), (case.scale, case.shift)
-        forward = (case.x, 3, *affine, 1e-5, True, *last)
-        torch.library.opcheck(OPS.group_norm_cuda.default, forward)
-        torch.library.opcheck(OPS.group_norm_forward_cuda.default, forward)
-        y, mean, rstd = OPS.group_norm_forward_cuda(*forward)
-        assert torch.equal(OPS.group_norm_cuda(*forward), y)
-        backward = (torch.randn_like(y), case.x, mean, rstd, 3, *affine, True, *last)
-        torch.library.opcheck(OPS.group_norm_backward_cuda.default, backward)
-        known = (case.x, mean, rstd, 3, *affine, True, *last)
-        torch.library.opcheck(OPS.group_norm_apply_cuda.default, known)
-        pair = (case.x[:, :7], case.x[:, 7:], 3, *affine, 1e-5, True, *last)
-        torch.library.opcheck(OPS.group_norm_pair_cuda.default, pair)
+    checks.opcheck("cuda", layout, cuda_kernels)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import group_norm_checks as checks
 import pytest
 import torch
-from test_group_norm import NAMES, Case, in_layout, make_case, terms
+from test_group_norm import NAMES, Case, make_case, terms
 from torch import Tensor
 
 from sdfast.ops import _triton, group_norm
@@ -28,14 +29,7 @@ pytestmark = [
 
 
 def on_device(case: Case) -> Case:
-    """The same values, in the same strides."""
-    if DEVICE == "cpu":
-        return case
-    moved = {n: None if (t := getattr(case, n)) is None else t.to(DEVICE) for n in NAMES}
-    moved["x"] = torch.empty_strided(
-        case.x.shape, case.x.stride(), dtype=case.x.dtype, device=DEVICE
-    ).copy_(case.x)  # fmt: skip
-    return dataclasses.replace(case, **moved)
+    return checks.on_device(case, DEVICE)
 
 
 def check(case: Case, *, backward: bool = True) -> None:
@@ -160,13 +154,6 @@ def test_views(layout: str) -> None:
     assert memory[[0, -1]].isnan().all()
 
 
-def concatenated(
-    x: Tensor, skip: Tensor, groups: int, backend: str, parameters: tuple[Tensor, ...] = (), **more: object
-) -> Tensor:
-    x, skip, *parameters = (t.to(DEVICE) for t in (x, skip, *parameters))
-    return group_norm(x, groups, *parameters, activation="silu", skip=skip, backend=backend, **more).cpu()
-
-
 @pytest.mark.parametrize(
     ("channels", "skip_channels", "groups", "size", "dtype"),
     [
@@ -179,18 +166,7 @@ def test_skip(
     channels: int, skip_channels: int, groups: int, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Groups that straddle the two sources, images of one launch and of two, a group in parts."""
-    x = (torch.randn(2, channels, *size) * 2 + 0.7).to(dtype)
-    skip = torch.randn(2, skip_channels, *size).to(dtype)
-    total = channels + skip_channels
-    weight, bias = (1 + torch.randn(total) * 0.3).to(dtype), torch.randn(total).to(dtype)
-    both = Case(torch.cat([x, skip], 1), groups, weight, bias)
-    exact = both.converted(torch.float64).run("torch")
-    sizes = terms(both, torch.zeros_like(both.x))
-    for layouts in (("last", "last"), ("first", "first"), ("last", "strided")):
-        sources = [in_layout(t, layout) for t, layout in zip((x, skip), layouts, strict=True)]
-        y = concatenated(*sources, groups, "triton", (weight, bias))
-        assert_within_budget(y, both.run("torch"), exact, magnitude=sizes["y"])
-        assert y.is_contiguous(memory_format=torch.channels_last) == (layouts == ("last", "last"))
+    checks.skip("triton", channels, skip_channels, groups, size, dtype, DEVICE)
 
 
 def test_skip_is_the_concatenation() -> None:
@@ -201,42 +177,14 @@ def test_skip_is_the_concatenation() -> None:
 
 
 def test_gradients_reach_the_skip() -> None:
-    x, skip, dy = torch.randn(2, 7, 4, 3), torch.randn(2, 5, 4, 3), torch.randn(2, 12, 4, 3)
-
-    def gradients(backend: str, dtype: torch.dtype, *requires: bool) -> list[Tensor]:
-        leaves = [t.to(DEVICE, dtype).requires_grad_(r) for t, r in zip((x, skip), requires, strict=True)]
-        y = group_norm(leaves[0], 4, skip=leaves[1], activation="silu", backend=backend)
-        return list(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy.to(y)))
-
-    for requires in ((True, True), (False, True)):
-        results = [
-            gradients(backend, dtype, *requires)
-            for backend, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64))
-        ]  # fmt: skip
-        for actual, eager, exact in zip(*results, strict=True):
-            assert_within_budget(actual, eager, exact, magnitude=3 * exact.abs().mean() + exact.abs())
-
-
-def statistics_of(x: Tensor, groups: int, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    grouped = x.reshape(x.shape[0], groups, -1).double()
-    variance = grouped.var(-1, correction=0)
-    return grouped.mean(-1).float(), (variance + eps).rsqrt().float()
+    checks.gradients_reach_the_skip("triton", DEVICE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(dtype: torch.dtype, layout: str) -> None:
     for shape, groups in (((2, 60, 7, 5), 6), ((1, 34, 17, 19), 2), ((1, 294, 3, 2), 1)):
-        case = make_case(shape, groups, dtype, layout)
-        given, exact = on_device(case), case.converted(torch.float64).run("torch")
-        more = {"activation": "silu", "scale": given.scale, "shift": given.shift, "backend": "triton"}
-        statistics = statistics_of(given.x, groups)
-        y = group_norm(given.x, groups, given.weight, given.bias, statistics=statistics, **more)
-        sizes = terms(case, torch.zeros(shape))
-        assert_within_budget(y.cpu(), case.run("torch"), exact, magnitude=sizes["y"])
-        strided = tuple(torch.stack([t, t], -1)[..., 0] for t in statistics)
-        again = group_norm(given.x, groups, given.weight, given.bias, statistics=strided, **more)
-        assert torch.equal(y, again)
+        checks.known_statistics("triton", shape, groups, dtype, layout, DEVICE)
 
 
 def test_statistics_are_taken_for_granted_by_triton_alone() -> None:
@@ -250,17 +198,7 @@ def test_statistics_are_taken_for_granted_by_triton_alone() -> None:
 
 
 def test_gradients_with_statistics() -> None:
-    """As without: the gradient is that of a normalisation by x's own statistics."""
-    x, weight = torch.randn(2, 6, 4, 3, device=DEVICE), torch.randn(6, device=DEVICE)
-    dy = torch.randn_like(x)
-    mean, rstd = OPS.group_norm_forward_triton(x, 2, weight, None, 1e-5, False, None, None)[1:]
-    results = []
-    for statistics in (None, (mean, rstd)):
-        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        y = group_norm(leaves[0], 2, leaves[1], statistics=statistics, backend="triton")
-        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+    checks.gradients_with_statistics("triton", DEVICE)
 
 
 def test_launches() -> None:
@@ -287,33 +225,12 @@ def test_launches() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
 def test_empty(shape: tuple[int, ...]) -> None:
-    case = on_device(make_case(shape, 2, torch.float32, "first"))
-    gradients = case.gradients("triton", torch.empty(shape, device=DEVICE))
-    assert case.run("triton").shape == gradients["x"].shape == shape
-    assert all(not gradients[name].any() for name in NAMES)
-    y = group_norm(case.x, 2, skip=case.x, backend="triton")
-    assert y.shape == (shape[0], 8, *shape[2:])
-    zeros = torch.zeros(shape[0], 2, device=DEVICE)
-    assert group_norm(case.x, 2, statistics=(zeros, zeros), backend="triton").shape == shape
+    checks.empty("triton", shape, DEVICE)
 
 
 @pytest.mark.parametrize("layout", ["last", "strided"])
 def test_opcheck(layout: str) -> None:
-    for dtype, optional in [(torch.float32, True), (torch.bfloat16, False)][layout != "last" :]:
-        case = on_device(make_case((2, 9, 2, 3), 3, dtype, layout, affine=optional, scale_shift=optional))
-        affine, last = (case.weight, case.bias), (case.scale, case.shift)
-        forward = (case.x, 3, *affine, 1e-5, True, *last)
-        torch.library.opcheck(OPS.group_norm_triton, forward)
-        torch.library.opcheck(OPS.group_norm_forward_triton, forward)
-        y, mean, rstd = OPS.group_norm_forward_triton(*forward)
-        assert torch.equal(OPS.group_norm_triton(*forward), y)
-        for actual, right in zip((mean, rstd), statistics_of(case.x, 3), strict=True):
-            torch.testing.assert_close(actual, right)
-        backward = (torch.randn_like(y), case.x, mean, rstd, 3, *affine, True, *last)
-        torch.library.opcheck(OPS.group_norm_backward_triton, backward)
-        torch.library.opcheck(OPS.group_norm_apply_triton, (case.x, mean, rstd, 3, *affine, True, *last))
-        pair = (case.x[:, :7], case.x[:, 7:], 3, *affine, 1e-5, True, *last)
-        torch.library.opcheck(OPS.group_norm_pair_triton, pair)
+    checks.opcheck("triton", layout, DEVICE)
 
 
 def test_compiles_to_one_graph() -> None:
