@@ -176,7 +176,9 @@ void transform_tile(const Shape& s, const Phase& phase, const T* x, const Positi
         Vec out[kPatch];
         F::transform_input(half[i], out);
         for (int j = 0; j < kPatch; ++j) {
-          simd::store(v + (i * kPatch + j) * point_stride + c, out[j]);
+          float* to = v + (i * kPatch + j) * point_stride + c;
+          simd::store(to, out[j]);
+          simd::prefetch_for_write(to + 4 * simd::kLanes);  // too many points for it, too
         }
       }
     });
@@ -204,7 +206,11 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
     Vec half[kTile][kPatch];
     for (int j = 0; j < kPatch; ++j) {
       Vec sums[kPatch], out[kTile];
-      for (int i = 0; i < kPatch; ++i) sums[i] = simd::load(from + (i * kPatch + j) * point_stride);
+      for (int i = 0; i < kPatch; ++i) {
+        const float* sum = from + (i * kPatch + j) * point_stride;
+        sums[i] = simd::load(sum);
+        simd::prefetch(sum + 2 * gemm::kColumns);  // two tiles on
+      }
       F::transform_output(sums, out);
       for (int i = 0; i < kTile; ++i) half[i][j] = out[i];
     }
