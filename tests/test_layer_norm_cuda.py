@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import layer_norm_checks as checks
 import pytest
 import torch
 from emulated_cuda import device, thread_order
-from test_layer_norm import DTYPES, NAMES, Case, make_case, strided, terms
+from layer_norm_checks import on_device
+from test_layer_norm import DTYPES, Case, make_case, strided
 
-from sdfast.ops import layer_norm
 from sdfast.testing import assert_within_budget, relative_error
 
 
-def moved(case: Case, where: str) -> Case:
-    return dataclasses.replace(
-        case, **{n: None if (t := getattr(case, n)) is None else t.to(where) for n in NAMES}
-    )
-
-
 def check(case: Case, where: str, seed: int = 3) -> None:
-    """Within the budget of eager on the CPU, contiguous, and the same bits twice, in another order of threads."""
-    given, exact_case = moved(case, where), case.converted(torch.float64)
-    y = given.run("cuda")
-    dy = torch.randn(y.shape).to(y.dtype)
-    sizes = terms(case, dy)
-    assert_within_budget(y.cpu(), case.run("torch"), exact_case.run("torch"), magnitude=sizes["y"], what="y")
-    actual = given.gradients("cuda", dy.to(where))
-    with thread_order(seed):
-        again = given.gradients("cuda", dy.to(where))
-        assert torch.equal(given.run("cuda"), y)
-    eager, exact = case.gradients("torch", dy), exact_case.gradients("torch", dy.double())
-    for name, value in actual.items():
-        assert value.shape == getattr(case, name).shape and torch.equal(value, again[name])
-        assert_within_budget(value.cpu(), eager[name], exact[name], magnitude=sizes[name], what=f"d{name}")
-    assert y.is_contiguous() and actual["x"].is_contiguous()
+    """Again in another order of threads."""
+    checks.within_budget(case, "cuda", where, thread_order(seed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +60,7 @@ def test_large_mean(cuda_kernels: str) -> None:
         case = make_case(shape, torch.float32)
         case.x += 1e4
         error = relative_error(
-            moved(case, cuda_kernels).run("cuda").cpu(), case.converted(torch.float64).run("torch")
+            on_device(case, cuda_kernels).run("cuda").cpu(), case.converted(torch.float64).run("torch")
         )
         assert error < 4e-7
         check(case, cuda_kernels)
@@ -88,24 +70,21 @@ def test_constant_rows(cuda_kernels: str) -> None:
     """Their variance is zero, and never below."""
     case = make_case((12, 320), torch.float32)
     case.x[:] = 123.456
-    given = moved(case, cuda_kernels)
+    given = on_device(case, cuda_kernels)
     assert torch.allclose(given.run("cuda"), given.bias.expand(case.x.shape), atol=1e-2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_stay_in_their_row(value: float, cuda_kernels: str) -> None:
     for width in (40, 300, 8200):
-        case = moved(make_case((5, width), torch.float16), cuda_kernels)
-        case.x[3, 7] = value
-        y = case.run("cuda")
-        assert y[3].isnan().all() and int(y.isnan().sum()) == width
+        checks.non_finite_values_stay_in_their_row(value, width, "cuda", cuda_kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_fp32_parameters_with_a_half_precision_input(dtype: torch.dtype, cuda_kernels: str) -> None:
     case = make_case((5, 48), dtype)
     check(dataclasses.replace(case, weight=torch.randn(48), bias=torch.randn(48)), cuda_kernels)
-    mixed = moved(dataclasses.replace(case, weight=torch.randn(48)), cuda_kernels)
+    mixed = on_device(dataclasses.replace(case, weight=torch.randn(48)), cuda_kernels)
     exact = mixed.converted(torch.float64).run("torch")
     assert_within_budget(mixed.run("cuda"), mixed.run("torch"), exact)
 
@@ -116,12 +95,12 @@ def test_views(cuda_kernels: str) -> None:
     memory = torch.full((242,), float("nan"), dtype=torch.float16)
     memory[1:-1].view(6, 40).copy_(case.x)
     dy = torch.randn(40, 6).t().to(cuda_kernels)
-    expected = moved(case, cuda_kernels).gradients("cuda", dy)
-    y = moved(case, cuda_kernels).run("cuda")
+    expected = on_device(case, cuda_kernels).gradients("cuda", dy)
+    y = on_device(case, cuda_kernels).run("cuda")
     off = torch.full((41,), float("nan"), dtype=torch.float16)[1:]
     for x in (strided(case.x), case.x.t().contiguous().t(), memory[1:-1].view(6, 40)):
         views = dataclasses.replace(case, x=x, weight=strided(case.weight), bias=off.copy_(case.bias))
-        views = moved(views, cuda_kernels)
+        views = on_device(views, cuda_kernels)
         torch.testing.assert_close(views.run("cuda"), y)  # sums are taken in another order
         for name, gradient in views.gradients("cuda", dy).items():
             torch.testing.assert_close(gradient, expected[name], rtol=2e-3, atol=2e-3)
@@ -129,27 +108,11 @@ def test_views(cuda_kernels: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
 def test_empty(shape: tuple[int, ...], cuda_kernels: str) -> None:
-    case = moved(make_case(shape, torch.float32), cuda_kernels)
-    gradients = case.gradients("cuda", torch.empty(shape, device=cuda_kernels))
-    assert case.run("cuda").shape == gradients["x"].shape == shape
-    assert all(not gradients[name].any() for name in NAMES)
+    checks.empty(shape, "cuda", cuda_kernels)
 
 
 def test_opcheck(cuda_kernels: str) -> None:
-    ops = torch.ops.sdfast
-    for dtype, parameters, view in [(torch.float32, True, False), (torch.bfloat16, False, True)]:
-        case = moved(make_case((2, 3, 8), dtype, 2, weight=parameters, bias=parameters), cuda_kernels)
-        x = strided(case.x) if view else case.x
-        forward = (x, 2, case.weight, case.bias, 1e-5)
-        torch.library.opcheck(ops.layer_norm_cuda.default, forward)
-        torch.library.opcheck(ops.layer_norm_forward_cuda.default, forward)
-        y, mean, rstd = ops.layer_norm_forward_cuda(*forward)
-        assert torch.equal(ops.layer_norm_cuda(*forward), y)
-        rows = x.reshape(2, 24).double()
-        torch.testing.assert_close(mean, rows.mean(1).float())
-        torch.testing.assert_close(rstd, (rows.var(1, correction=0) + 1e-5).rsqrt().float())
-        backward = (torch.randn_like(y), x, mean, rstd, 2, case.weight, case.bias)
-        torch.library.opcheck(ops.layer_norm_backward_cuda.default, backward)
+    checks.opcheck("cuda", cuda_kernels)
 
 
 def test_what_is_unsafe_is_refused_by_the_operation_itself(cuda_kernels: str) -> None:
@@ -161,10 +124,4 @@ def test_what_is_unsafe_is_refused_by_the_operation_itself(cuda_kernels: str) ->
 
 
 def test_compiles_to_one_graph(cuda_kernels: str) -> None:
-    torch._dynamo.reset()
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x * 2, (24,), backend="cuda") + 1
-
-    x = torch.randn(3, 24, device=cuda_kernels)
-    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
+    checks.compiles_to_one_graph("cuda", cuda_kernels)

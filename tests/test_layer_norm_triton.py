@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import layer_norm_checks as checks
 import pytest
 import torch
-from test_layer_norm import NAMES, Case, make_case, strided, terms
-from torch import Tensor
+from test_layer_norm import NAMES, Case, make_case, strided
 
-from sdfast.ops import _triton, layer_norm
+from sdfast.ops import _triton
 from sdfast.ops.layer_norm_triton import layer_norm_backward
-from sdfast.testing import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPS = torch.ops.sdfast
 pytestmark = [
     pytest.mark.skipif(
         _triton.why_not("x", DEVICE) is not None, reason=str(_triton.why_not("x", DEVICE))
@@ -24,27 +22,11 @@ pytestmark = [
 
 
 def on_device(case: Case) -> Case:
-    moved = {n: None if (t := getattr(case, n)) is None else t.to(DEVICE) for n in NAMES}
-    return dataclasses.replace(case, **moved)
+    return checks.on_device(case, DEVICE)
 
 
 def check(case: Case) -> None:
-    """Within the budget of eager on the CPU, contiguous, and the same bits twice."""
-    given, exact_case = on_device(case), case.converted(torch.float64)
-    y = given.run("triton")
-    dy = torch.randn(y.shape).to(y.dtype)
-    sizes = terms(case, dy)
-    assert_within_budget(
-        y.cpu(), case.run("torch"), exact_case.run("torch"), magnitude=sizes["y"], what="y"
-    )  # fmt: skip
-    actual, again = (given.gradients("triton", dy.to(DEVICE)) for _ in range(2))
-    eager, exact = case.gradients("torch", dy), exact_case.gradients("torch", dy.double())
-    for name, value in actual.items():
-        assert value.shape == getattr(case, name).shape and torch.equal(value, again[name])
-        assert_within_budget(
-            value.cpu(), eager[name], exact[name], magnitude=sizes[name], what=f"d{name}"
-        )  # fmt: skip
-    assert y.is_contiguous() and actual["x"].is_contiguous() and torch.equal(y, given.run("triton"))
+    checks.within_budget(case, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,10 +93,7 @@ def test_large_mean() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values_stay_in_their_row(value: float) -> None:
     for width in (40, 8200):
-        case = on_device(make_case((5, width), torch.float16))
-        case.x[3, 7] = value
-        y = case.run("triton")
-        assert y[3].isnan().all() and int(y.isnan().sum()) == width
+        checks.non_finite_values_stay_in_their_row(value, width, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -139,33 +118,12 @@ def test_views() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, 4)])
 def test_empty(shape: tuple[int, ...]) -> None:
-    case = on_device(make_case(shape, torch.float32))
-    gradients = case.gradients("triton", torch.empty(shape, device=DEVICE))
-    assert case.run("triton").shape == gradients["x"].shape == shape
-    assert all(not gradients[name].any() for name in NAMES)
+    checks.empty(shape, "triton", DEVICE)
 
 
 def test_opcheck() -> None:
-    for dtype, parameters, x_strides in [(torch.float32, True, False), (torch.bfloat16, False, True)]:
-        case = on_device(make_case((2, 3, 8), dtype, 2, weight=parameters, bias=parameters))
-        x = strided(case.x) if x_strides else case.x
-        forward = (x, 2, case.weight, case.bias, 1e-5)
-        torch.library.opcheck(OPS.layer_norm_triton, forward)
-        torch.library.opcheck(OPS.layer_norm_forward_triton, forward)
-        y, mean, rstd = OPS.layer_norm_forward_triton(*forward)
-        assert torch.equal(OPS.layer_norm_triton(*forward), y)
-        rows = x.reshape(2, 24).double()
-        torch.testing.assert_close(mean, rows.mean(1).float())
-        torch.testing.assert_close(rstd, (rows.var(1, correction=0) + 1e-5).rsqrt().float())
-        backward = (torch.randn_like(y), x, mean, rstd, 2, case.weight, case.bias)
-        torch.library.opcheck(OPS.layer_norm_backward_triton, backward)
+    checks.opcheck("triton", DEVICE)
 
 
 def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
-
-    def call(x: Tensor) -> Tensor:
-        return layer_norm(x * 2, (24,), backend="triton") + 1
-
-    x = torch.randn(3, 24, device=DEVICE)
-    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
+    checks.compiles_to_one_graph("triton", DEVICE)

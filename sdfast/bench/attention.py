@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec, Way
+from sdfast.bench.case import Case, Spec, Way, gradients
 
 # (B, heads, L, S, D): the U-Net at 512x512 with a guided batch of 2, the VAE, and the causal text encoder.
 UNET = tuple(
@@ -37,9 +37,6 @@ def make(setting: Setting, causal: bool, training: bool, dtype: torch.dtype, dev
     )
     leaves = [t.requires_grad_(training) for t in (q, k, v)]
     do = torch.randn_like(q)
-
-    def gradients(y: Tensor, inputs: Sequence[Tensor], do: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(y, inputs, do)) if training else [y]
 
     # The first queries of one head decide for all; gradients need all of its queries.
     queries = length if training else max(1, min(length, 2**22 // (keys * head_dim)))

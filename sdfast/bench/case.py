@@ -20,6 +20,11 @@ def whole(results: Results) -> Results:
     return results
 
 
+def gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+    """Those of the inputs, where they ask for any; else y."""
+    return list(torch.autograd.grad(y, inputs, dy)) if y.requires_grad else [y]
+
+
 @dataclasses.dataclass
 class Case:
     """One call, ready to run.

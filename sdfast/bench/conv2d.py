@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sdfast
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec
+from sdfast.bench.case import Case, Spec, gradients
 from sdfast.ops.conv2d import conv2d_torch
 
 # N, C_in, size, C_out, kernel, stride, and whether a nearest-2x upsample comes before.
@@ -62,12 +62,12 @@ def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> C
 
     def eager() -> list[Tensor]:
         y = conv2d_torch(x, weight, bias, stride, padding, upsample=upsample)
-        return list(torch.autograd.grad(y, leaves, dy)) if training else [y]
+        return gradients(y, leaves, dy)
 
     def ours() -> list[Tensor]:
         y = ops.conv2d(x, weight, bias, stride, kernel // 2, upsample=upsample)
         assert isinstance(y, Tensor)
-        return list(torch.autograd.grad(y, leaves, dy)) if training else [y]
+        return gradients(y, leaves, dy)
 
     def ours_exact() -> list[Tensor]:
         with sdfast.use_numerics("exact"):
@@ -91,7 +91,7 @@ def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> C
         def gradient(operands: list[Tensor], dy: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
             y = formula(*operands)
             dy = dy[..., : y.shape[2], : y.shape[3]].double()
-            return list(torch.autograd.grad(y, wanted, dy))
+            return gradients(y, wanted, dy)
 
         if not training:
             return part([formula(*wide(x[:1, :, near, near], weight[few], bias[few]))])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec
+from sdfast.bench.case import Case, Spec, gradients
 
 # (N, C, H, W), eps and whether SiLU follows: the calls of diffusers' UNet2DConditionModel in its SD 1.5
 # configuration (64x64 latent, guided batch of 2) ...
@@ -52,9 +52,6 @@ def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> C
     weight, bias = (torch.randn(shape[1]).to(device, dtype) for _ in range(2))
     leaves = [t.requires_grad_(training) for t in (x, weight, bias)]
     dy = torch.randn_like(x)
-
-    def gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(y, inputs, dy)) if training else [y]
 
     def eager() -> list[Tensor]:
         y = F.group_norm(x, GROUPS, weight, bias, eps)

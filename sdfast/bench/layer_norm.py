@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec, Way
+from sdfast.bench.case import Case, Spec, Way, gradients
 
 # (N, L, C): the transformer blocks of the U-Net (64x64 latent, guided batch of 2) and of the text encoder.
 SHAPES = ((2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 64, 1280), (2, 77, 768))
@@ -24,9 +23,6 @@ def make(shape: tuple[int, ...], training: bool, dtype: torch.dtype, device: str
     weight, bias = (torch.randn(shape[-1]).to(device, dtype) for _ in range(2))
     leaves = [t.requires_grad_(training) for t in (x, weight, bias)]
     dy = torch.randn_like(x)
-
-    def gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(y, inputs, dy)) if training else [y]
 
     def exact() -> list[Tensor]:
         wide = [t.detach().double().requires_grad_(training) for t in leaves]

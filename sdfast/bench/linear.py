@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec, Way
+from sdfast.bench.case import Case, Spec, Way, gradients
 from sdfast.ops.linear import linear_torch
 
 # 64x64 latent, guided batch of 2: tokens and channels of each level ...
@@ -47,9 +47,6 @@ def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> C
     width = rows // (2 if activation == "geglu" else 1)
     dy = torch.randn(tokens, width).to(device, dtype)
     few = slice(0, tokens if training else 64)  # of the tokens decide for all
-
-    def gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(y, inputs, dy)) if training else [y]
 
     def exact() -> list[Tensor]:
         added = None if residual is None else residual[few].double()
