@@ -5,11 +5,11 @@
 // patch of x, 6x6 for F(4x4, 3x3), is transformed into as many numbers ("points") a channel. (2)
 // For each point a matrix product over the channels, tiles x out_channels. (3) Its sums are
 // transformed into 4x4 or 2x2 pixels of y. Multiplications: 1/4 or 1/2.25 of the direct
-// algorithm's. Where L3 holds the weights beside all else, each thread takes rounds of tiles of its
-// own through (1), (2) and (3), and what lies between the steps stays near its core. Elsewhere all
-// threads take one round together; what lies between the steps stays in L3, and where the weights
-// are larger than L3 a round holds more, for they are read once a round. Bytes: x, the packed
-// weights once a round, y; the transforms written and read in L2 and L3. Limit: fused
+// algorithm's. Where L3 holds the weights beside all else and tiles are many, each thread takes
+// rounds of its own through (1), (2) and (3), and what lies between the steps stays near its core.
+// Elsewhere all threads take one round together; what lies between the steps stays in L3, and where
+// the weights are larger than L3 a round holds more, for they are read once a round. Bytes: x, the
+// packed weights once a round, y; the transforms written and read in L2 and L3. Limit: fused
 // multiply-adds; the weights' bytes where tiles are few. The transforms cancel, so it rounds more
 // than the direct algorithm, F(4x4) most: tests/test_conv2d.py says how much.
 #pragma once
@@ -251,8 +251,9 @@ struct Rounds {
     const auto rounds_of = [&](int64_t bytes) {
       return (tiling.count * tile_bytes + bytes - 1) / bytes;
     };
-    own = weight_bytes <= kMostWeightBytes &&
-          rounds_of(kOwnBytes) >= kOwnRounds * torch::stable::get_num_threads();
+    const int64_t threads = torch::stable::get_num_threads();
+    own = weight_bytes <= kMostWeightBytes && rounds_of(kOwnBytes) >= kOwnRounds * threads &&
+          threads * (kOwnBytes + gemm::kRows * tile_bytes) <= kMostBytes;
     const int64_t rounds =
         rounds_of(own ? kOwnBytes : std::clamp(weight_bytes / 3, kLeastBytes, kMostBytes));
     tiles = gemm::padded_rows((tiling.count + rounds - 1) / rounds);

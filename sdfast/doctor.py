@@ -158,11 +158,12 @@ def _build_tools() -> Iterator[str]:
 
 
 def _optional_packages() -> Iterator[str]:
+    extras: dict[str, str] = {}  # the first that brings a package
     for requirement in importlib.metadata.requires("sdfast") or []:
         optional = re.match(r"([\w.-]+).*\bextra == .(\w+)", requirement)
-        if optional is None or optional[2] not in _EXTRAS:
-            continue
-        name, extra = optional.groups()
+        if optional is not None and optional[2] in _EXTRAS:
+            extras.setdefault(*optional.groups())
+    for name, extra in extras.items():
         try:
             yield f"yes  {name} {importlib.metadata.version(name)}, for {_EXTRAS[extra]}"
         except importlib.metadata.PackageNotFoundError:

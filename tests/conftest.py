@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
 
+pytest.register_assert_rewrite("conv2d_checks", "group_norm_checks", "layer_norm_checks")
+
 import emulated_cuda  # noqa: E402
 from triton_guards import guarded  # noqa: E402
 

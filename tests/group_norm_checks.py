@@ -15,7 +15,9 @@ OPS = torch.ops.sdfast
 
 
 def on_device(case: Case, where: str) -> Case:
-    """The same values, in the same strides."""
+    """The same values, in the same strides; itself where it is there, with what lies around it."""
+    if case.x.device.type == where:
+        return case
     moved = {n: None if (t := getattr(case, n)) is None else t.to(where) for n in NAMES}
     moved["x"] = torch.empty_strided(
         case.x.shape, case.x.stride(), dtype=case.x.dtype, device=where

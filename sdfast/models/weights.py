@@ -156,7 +156,9 @@ def _read_shards(index: pathlib.Path) -> Tensors:
         shard = read_file(_shard_path(index, entry))
         twice = tensors.keys() & shard.keys()
         if twice:
-            raise CheckpointError(f"{index}: {listed(twice)} in more than one shard; download it again")
+            raise CheckpointError(
+                f"{index}: {listed(twice, _MOST_NAMES_IN_ERROR)} in more than one shard; download it again"
+            )
         tensors |= shard
     return tensors
 
