@@ -178,7 +178,7 @@ void transform_tile(const Shape& s, const Phase& phase, const T* x, const Positi
         for (int j = 0; j < kPatch; ++j) {
           float* to = v + (i * kPatch + j) * point_stride + c;
           simd::store(to, out[j]);
-          simd::prefetch_for_write(to + 4 * simd::kLanes);  // too many points for it, too
+          simd::prefetch_for_write(to + 4 * simd::kLanes);  // so many streams it does not see
         }
       }
     });
@@ -209,7 +209,7 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
       for (int i = 0; i < kPatch; ++i) {
         const float* sum = from + (i * kPatch + j) * point_stride;
         sums[i] = simd::load(sum);
-        simd::prefetch(sum + 2 * gemm::kColumns);  // two tiles on
+        simd::prefetch(sum + 2 * gemm::kColumns);  // of the next tile but one
       }
       F::transform_output(sums, out);
       for (int i = 0; i < kTile; ++i) half[i][j] = out[i];
@@ -246,6 +246,7 @@ struct Rounds {
       : channels(simd::round_up(s.channels)),
         panels((s.out_channels + gemm::kColumns - 1) / gemm::kColumns) {
     constexpr int64_t kLeastBytes = 4 << 20, kMostBytes = 64 << 20, kFloat = sizeof(float);
+    // Of a thread's own: near its core; read once a round by each, so from L3; to share evenly.
     constexpr int64_t kOwnBytes = 2 << 20, kMostWeightBytes = 12 << 20, kOwnRounds = 4;
     const int64_t tile_bytes = points * (channels + panels * gemm::kColumns) * kFloat;
     const auto rounds_of = [&](int64_t bytes) {

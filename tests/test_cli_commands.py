@@ -1,6 +1,7 @@
 """The command line's other commands: train digits, doctor, help."""
 
 import errno
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -86,6 +87,24 @@ def test_doctor(capsys):
     for expected in (f"torch {torch.__version__}", "_C_cpu", "triton", "cmake", "threads", "CUDA"):
         assert expected in out
     assert "could not be found out" not in out
+
+
+def test_doctor_names_every_optional_package_once(monkeypatch):
+    extras = importlib.metadata.metadata("sdfast").get_all("Provides-Extra")
+    assert set(extras) == {*doctor._EXTRAS, "dev"}
+    present = importlib.metadata.version
+
+    def version(name):
+        if name == "scipy":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return present(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    lines = list(doctor._optional_packages())
+    assert "no   scipy, for segmentation's measures: pip install 'sdfast[segment]'" in lines
+    assert f"yes  scikit-learn {present('scikit-learn')}, for training" in lines
+    names = [line.split()[1].rstrip(",") for line in lines]
+    assert len(set(names)) == len(names) and {"triton", "matplotlib", "openvino"} <= set(names)
 
 
 def test_doctor_never_fails(monkeypatch):

@@ -29,6 +29,7 @@ Setting = tuple[int, int, int, int, int]
 
 
 def make(setting: Setting, causal: bool, training: bool, dtype: torch.dtype, device: str) -> Case:
+    """The case of a setting (B, heads, L, S, D), forward or with `training` forward and backward."""
     batch, heads, length, keys, head_dim = setting
     torch.manual_seed(0)
     q, k, v = (

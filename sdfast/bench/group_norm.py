@@ -46,6 +46,7 @@ Setting = tuple[tuple[int, ...], float, bool]
 
 
 def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> Case:
+    """The case of a setting ((N, C, H, W), eps, SiLU), forward or with `training` forward and backward."""
     shape, eps, silu = setting
     torch.manual_seed(0)
     x = (torch.randn(shape) * 2 + 0.5).to(device, dtype).to(memory_format=torch.channels_last)

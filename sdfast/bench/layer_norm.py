@@ -18,6 +18,7 @@ _FLOPS = 6
 
 
 def make(shape: tuple[int, ...], training: bool, dtype: torch.dtype, device: str) -> Case:
+    """The case of x (N, L, C), forward or with `training` forward and backward."""
     torch.manual_seed(0)
     x = (torch.randn(shape) * 2 + 0.5).to(device, dtype)
     weight, bias = (torch.randn(shape[-1]).to(device, dtype) for _ in range(2))
