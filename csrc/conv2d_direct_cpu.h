@@ -9,6 +9,7 @@
 #pragma once
 
 #include "conv2d_cpu.h"
+#include "cpu_tiles.h"
 #include "cpu_weights.h"
 
 namespace sdfast::conv2d::direct {
@@ -21,14 +22,14 @@ struct Epilogue {
   const Added<T>& added;
   T* y;
 
-  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const float* c,
-                  const float*) const {
+  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
+                  const gemm::Sums& sums) const {
     const int64_t pixels = phase.rows * phase.columns;
     for (int64_t t = 0; t < count; ++t) {
       const int64_t image = (token + t) / pixels, i = (token + t) % pixels;
       const int64_t pixel = phase.pixel(shape, image, i / phase.columns, i % phase.columns);
       simd::for_each_vector(row, row + rows, [&](int64_t o, auto lanes) {
-        const Vec sum = simd::load(c + t * gemm::kGroup + (o - row));
+        const Vec sum = simd::load(sums.values + t * sums.stride + (o - row));
         simd::store(y + pixel * shape.out_channels + o,
                     finished(added, shape, sum, image, pixel, o, lanes), lanes);
       });
@@ -66,9 +67,98 @@ struct Pixels {
   }
 };
 
+#if defined(SDFAST_TILES)
+// The pixels of a phase as tokens on AMX tiles: bands of rows of x are copied, with zeros for what
+// lies outside, so that a tap is the same step away from every token.
+struct Bands {
+  const Shape& shape;
+  const Phase& phase;
+  const simd::BFloat16* x;
+
+  int64_t tokens() const { return shape.images * phase.rows * phase.columns; }
+  int64_t rows() const {
+    constexpr int64_t kTokens = 512, kLeast = 4;
+    return std::min(std::max((kTokens + phase.columns - 1) / phase.columns, kLeast), phase.rows);
+  }
+  int64_t image_blocks() const { return (phase.rows + rows() - 1) / rows(); }
+  int64_t blocks() const { return shape.images * image_blocks(); }
+  // In the copy: columns of a row, values from a pixel to the next; an odd number of cache lines,
+  // so that rows of a tile do not crowd a set.
+  int64_t columns() const { return (phase.columns - 1) * shape.stride + phase.kernel_width; }
+  int64_t pixel() const {
+    return ((shape.channels + gemm::tiles::kStep - 1) / gemm::tiles::kStep | 1) *
+           gemm::tiles::kStep;
+  }
+  int64_t copied() const {
+    const int64_t height = (rows() - 1) * shape.stride + phase.kernel_height;
+    return (height * columns() + gemm::tiles::kTileRows * shape.stride) * pixel();
+  }
+  // Rows that are no whole tiles are one line with the columns between them.
+  bool by_row() const { return shape.stride > 1 || phase.columns % gemm::tiles::kTileRows == 0; }
+  int64_t most_tiles() const { return band(0, rows(), nullptr).all_tiles(); }
+  std::vector<int64_t> taps() const {
+    std::vector<int64_t> all;
+    for (int64_t y = 0; y < phase.kernel_height; ++y) {
+      for (int64_t x = 0; x < phase.kernel_width; ++x) all.push_back((y * columns() + x) * pixel());
+    }
+    return all;
+  }
+
+  gemm::tiles::Lines band(int64_t token, int64_t count, const simd::BFloat16* copy) const {
+    const int64_t width = phase.columns, row = shape.stride * columns() * pixel();
+    if (by_row()) {
+      return {copy, count, width, row, shape.stride * pixel(), width, width, token};
+    }
+    return {copy, 1, (count - 1) * columns() + width, 0, pixel(), columns(), width, token};
+  }
+
+  gemm::tiles::Lines lines(int64_t block, simd::BFloat16* copy) const {
+    const int64_t image = block / image_blocks(), part = block % image_blocks();
+    const int64_t first = part * phase.rows / image_blocks();
+    const int64_t count = (part + 1) * phase.rows / image_blocks() - first;
+    simd::BFloat16* to = copy;
+    for (int64_t y = 0; y < (count - 1) * shape.stride + phase.kernel_height; ++y) {
+      const int64_t row = first * shape.stride + phase.top + y;
+      for (int64_t x_ = 0; x_ < columns(); ++x_, to += pixel()) {
+        const int64_t column = phase.left + x_;
+        int64_t there = 0;
+        if (shape.inside(row, column)) {
+          there = shape.channels;
+          std::memcpy(to, x + shape.offset(image, row, column), there * sizeof *to);
+        }
+        std::memset(static_cast<void*>(to + there), 0, (pixel() - there) * sizeof *to);
+      }
+    }
+    return band((image * phase.rows + first) * phase.columns, count, copy);
+  }
+};
+
+// weight: for each phase (out_channels, taps, channels).
+inline void run_tiles(const Shape& s, const simd::BFloat16* x, const simd::BFloat16* weight,
+                      const Added<simd::BFloat16>& added, simd::BFloat16* y) {
+  for (const Phase& phase : phases_of(s)) {
+    const Epilogue<simd::BFloat16> epilogue{s, phase, added, y};
+    const bool by_pixel = phase.kernel_height * phase.kernel_width == 1 && s.stride == 1 &&
+                          s.pixels() == s.height * s.width && phase.top == 0 && phase.left == 0;
+    if (by_pixel) {
+      const gemm::tiles::Tokens source{x, s.images * s.pixels(), s.channels, s.channels};
+      gemm::tiles::multiply_weights({s.out_channels, s.channels, {0}}, weight, source, epilogue);
+    } else {
+      const Bands source{s, phase, x};
+      gemm::tiles::multiply_weights({s.out_channels, s.channels, source.taps()}, weight, source,
+                                    epilogue);
+    }
+    weight += s.out_channels * phase.kernel_height * phase.kernel_width * s.channels;
+  }
+}
+#endif
+
 // weight: for each phase (out_channels, taps, channels).
 template <typename Operand, typename T>
 void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* y) {
+#if defined(SDFAST_TILES)
+  if constexpr (std::is_same_v<T, simd::BFloat16>) return run_tiles(s, x, weight, added, y);
+#endif
   const std::vector<T> zeros(s.channels);
   for (const Phase& phase : phases_of(s)) {
     const int64_t taps = phase.kernel_height * phase.kernel_width, dim = taps * s.channels;

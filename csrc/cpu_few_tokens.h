@@ -88,7 +88,7 @@ void multiply_few_tokens(const Product& p, const T* x, int64_t stride, const T* 
         multiply_few_rows<Operand>(weight + (row + half * p.rows) * p.dim, rows, p.dim, x, stride,
                                    p.tokens, sums[half]);
       }
-      finish(0, p.tokens, row, rows, sums[0], sums[1]);
+      finish(0, p.tokens, row, rows, Sums{sums[0], sums[1], kGroup});
     }
   });
 }

@@ -195,6 +195,13 @@ class Ahead {
   int64_t rows_ = 0, row_bytes_ = 0, stride_bytes_ = 0, row_ = 0;
 };
 
+// Finished sums of tokens: `stride` from one to the next. The second, of a gated product, are of
+// its gates.
+struct Sums {
+  const float *values, *gates;
+  int64_t stride;
+};
+
 // How often multiply_panel calls the micro-kernel.
 constexpr int64_t calls_of(int64_t rows, int64_t steps) {
   return (rows + kRows - 1) / kRows * ((steps + kChain - 1) / kChain);

@@ -130,8 +130,7 @@ struct Cut {
 };
 
 // weight: (rows, dim), contiguous, twice the rows where gated. pack(token, count, piece, to) packs
-// tokens into columns. finish(token, count, row, rows, c, gates) takes sums (count, kGroup) of rows
-// [row, row + rows).
+// tokens into columns. finish(token, count, row, rows, sums) takes Sums of rows [row, row + rows).
 template <typename Operand, typename T, typename Pack, typename Finish>
 void multiply_weights(const Product& p, const T* weight, const Pack& pack, const Finish& finish) {
   constexpr int64_t kSums = kGroup * kColumns;
@@ -191,7 +190,7 @@ void multiply_weights(const Product& p, const T* weight, const Pack& pack, const
             if (part + 1 == parts) {
               const int64_t token = panel * kColumns;
               finish(token, std::min<int64_t>(kColumns, p.tokens - token), row, rows,
-                     transposed.get(), transposed.get() + kSums);
+                     Sums{transposed.get(), transposed.get() + kSums, kGroup});
             }
           }
         }

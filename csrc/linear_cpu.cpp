@@ -9,11 +9,11 @@
 #include "cpu_few_tokens.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"
+#include "cpu_tiles.h"
 
 namespace sdfast {
 namespace {
 
-using gemm::kGroup;
 using simd::Vec;
 
 enum class Activation : int64_t { kNone, kSilu, kGelu, kQuickGelu, kGeglu };
@@ -37,21 +37,23 @@ struct Epilogue {
 
   // Vectors `v` of tokens [token, token + kR) at this row of W, with bias and residual.
   template <int kR, typename Lanes>
-  SDFAST_INLINE simd::Vecs<kR> sums(const float* c, int64_t token, int64_t row, Lanes lanes) const {
-    const Vec added = bias ? simd::load(bias + row, lanes) : Vec{};
+  SDFAST_INLINE simd::Vecs<kR> added(const float* c, int64_t stride, int64_t token, int64_t row,
+                                     Lanes lanes) const {
+    const Vec of_row = bias ? simd::load(bias + row, lanes) : Vec{};
     return simd::make_vecs<kR>([&](int r) {
-      const Vec sum = simd::load(c + r * kGroup) + added;
+      const Vec sum = simd::load(c + r * stride) + of_row;
       return residual ? sum + simd::load(residual + (token + r) * weight_rows + row, lanes) : sum;
     });
   }
 
   template <Activation kActivation, int kR>
-  SDFAST_INLINE void tokens(int64_t token, int64_t row, int64_t rows, const float* c,
-                            const float* gates) const {
+  SDFAST_INLINE void tokens(int64_t token, int64_t first, int64_t row, int64_t rows,
+                            const gemm::Sums& sums) const {
     simd::for_each_vector(row, row + rows, [&](int64_t j, auto lanes) {
-      auto v = sums<kR>(c + (j - row), token, j, lanes);
+      const int64_t at = (token - first) * sums.stride + (j - row);
+      auto v = added<kR>(sums.values + at, sums.stride, token, j, lanes);
       if constexpr (kActivation == Activation::kGeglu) {
-        v = v * simd::gelu(sums<kR>(gates + (j - row), token, j + width, lanes));
+        v = v * simd::gelu(added<kR>(sums.gates + at, sums.stride, token, j + width, lanes));
       } else {
         v = activate<kActivation>(v);
       }
@@ -61,30 +63,28 @@ struct Epilogue {
   }
 
   template <Activation kActivation>
-  void block(int64_t token, int64_t count, int64_t row, int64_t rows, const float* c,
-             const float* gates) const {
-    int64_t r = 0;
-    for (; r + 4 <= count; r += 4) {
-      tokens<kActivation, 4>(token + r, row, rows, c + r * kGroup, gates + r * kGroup);
+  void block(int64_t first, int64_t count, int64_t row, int64_t rows,
+             const gemm::Sums& sums) const {
+    int64_t token = first;
+    for (; token + 4 <= first + count; token += 4) {
+      tokens<kActivation, 4>(token, first, row, rows, sums);
     }
-    for (; r < count; ++r) {
-      tokens<kActivation, 1>(token + r, row, rows, c + r * kGroup, gates + r * kGroup);
-    }
+    for (; token < first + count; ++token) tokens<kActivation, 1>(token, first, row, rows, sums);
   }
 
-  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const float* c,
-                  const float* gates) const {
+  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
+                  const gemm::Sums& sums) const {
     switch (activation) {
       case Activation::kNone:
-        return block<Activation::kNone>(token, count, row, rows, c, gates);
+        return block<Activation::kNone>(token, count, row, rows, sums);
       case Activation::kSilu:
-        return block<Activation::kSilu>(token, count, row, rows, c, gates);
+        return block<Activation::kSilu>(token, count, row, rows, sums);
       case Activation::kGelu:
-        return block<Activation::kGelu>(token, count, row, rows, c, gates);
+        return block<Activation::kGelu>(token, count, row, rows, sums);
       case Activation::kQuickGelu:
-        return block<Activation::kQuickGelu>(token, count, row, rows, c, gates);
+        return block<Activation::kQuickGelu>(token, count, row, rows, sums);
       case Activation::kGeglu:
-        return block<Activation::kGeglu>(token, count, row, rows, c, gates);
+        return block<Activation::kGeglu>(token, count, row, rows, sums);
     }
   }
 };
@@ -98,6 +98,12 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   if (tokens <= gemm::kFewTokens) {
     return gemm::multiply_few_tokens<Operand>(product, x, stride, weight, epilogue);
   }
+#if defined(SDFAST_TILES)
+  if constexpr (std::is_same_v<T, simd::BFloat16>) {
+    const gemm::tiles::Tokens source{x, tokens, stride, k};
+    return gemm::tiles::multiply_weights({epilogue.width, k, {0}, gated}, weight, source, epilogue);
+  }
+#endif
   using Piece = gemm::Product::Piece;
   gemm::multiply_weights<Operand>(
       product, weight,

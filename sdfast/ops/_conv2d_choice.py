@@ -119,7 +119,8 @@ def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str,
     height, width = scale * height, scale * width
     suits = suits_winograd(weight, batch, height, width) and "winograd4x4_unpacked" in allowed
     # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast.
-    if not suits or (shape.upsample and _multiplies_pairs(weight.dtype)):
+    on_tiles = weight.dtype is torch.bfloat16 and _library.has_kernel("bf16_tiles", "cpu")
+    if not suits or on_tiles or (shape.upsample and _multiplies_pairs(weight.dtype)):
         return "direct", math.inf
     large = "winograd4x4" in allowed and batch * height * width >= _COPY_PIXELS
     if large and packing.affordable(weight, *_copy("winograd4x4", shape), _SAVED_MS):

@@ -1,0 +1,309 @@
+// Products of bf16 with a weight on AMX tiles: y = x Wᵀ for W (rows, taps x channels) as it lies.
+//
+// Algorithm. Tokens are the rows of the left operand and are read where they lie, or in a copy of
+// a block of them; so sums come out token by token. W is what the tiles want in pairs of K: each
+// panel of 32 of its rows is transposed once a call, into a scratch that all threads share where
+// tokens are many, else by the thread that multiplies all tokens by it. Sums of two by two tiles
+// stay in tile registers over a chunk of K, whose operands fit in L2. Bytes: x and W read, y
+// written. Limit: TDPBF16PS.
+// Every element is one chain of additions over K in one order: the result does not depend on the
+// number of threads.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "cpu_gemm.h"
+#include "cpu_scratch.h"
+#include "cpu_transpose.h"
+
+#if defined(__AMX_BF16__) || defined(SDFAST_EMULATE_AMX)
+#define SDFAST_TILES
+
+namespace sdfast::gemm::tiles {
+
+using amx::kTileRows;
+using simd::BFloat16;
+
+constexpr int64_t kStep = 32;                   // values of K that a tile holds
+constexpr int64_t kPanelRows = 2 * kTileRows;   // of W, beside two tiles of tokens
+constexpr int64_t kGroupRows = 2 * kPanelRows;  // of W, whose sums are finished together
+constexpr int64_t kPanelStep = kPanelRows * kStep;
+constexpr int64_t kChunkSteps = 90;         // of K: a group of W and the tokens share L2
+constexpr int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next chunk
+constexpr int64_t kBlockBytes = 768 << 10;  // of tokens
+constexpr int64_t kManyTokens = 1024;       // beyond which W is transposed by all threads
+
+// Tokens that lie evenly apart. Tiles may reach beyond the last one of a line, into memory that is
+// there.
+struct Lines {
+  const BFloat16* first;        // under the first tap
+  int64_t count, length;        // lines; tokens of each
+  int64_t line_stride, stride;  // values from a line, from a token to the next
+  int64_t pitch, width;         // the first `width` of each `pitch` tokens of a line are there
+  int64_t token;                // the number of the first
+
+  int64_t line_tiles() const { return (length + kTileRows - 1) / kTileRows; }
+  int64_t all_tiles() const { return count * line_tiles(); }
+  const BFloat16* tile(int64_t index) const {
+    return first + index / line_tiles() * line_stride + index % line_tiles() * kTileRows * stride;
+  }
+  // Calls work(token, count, row of the tile) for each run of tokens of a tile that are there.
+  template <typename Work>
+  void for_each_run(int64_t index, const Work& work) const {
+    const int64_t line = index / line_tiles(), begin = index % line_tiles() * kTileRows;
+    const int64_t end = std::min<int64_t>(begin + kTileRows, length);
+    const int64_t line_tokens = (length + pitch - 1) / pitch * width;
+    for (int64_t i = begin; i < end;) {
+      const int64_t column = i % pitch, run = std::min(width - column, end - i);
+      if (run > 0) work(token + line * line_tokens + i / pitch * width + column, run, i - begin);
+      i += run > 0 ? run : pitch - column;
+    }
+  }
+};
+
+// What is multiplied. A gated product pairs row i of W with row i + rows: W has twice the rows.
+struct Product {
+  int64_t rows, channels;
+  std::vector<int64_t> taps;  // values from a token to where its channels begin under each tap
+  bool gated = false;
+
+  int64_t steps() const { return (channels + kStep - 1) / kStep; }  // a tap
+  int64_t tap_count() const { return static_cast<int64_t>(taps.size()); }
+  int64_t halves() const { return gated ? 2 : 1; }
+  int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
+  int64_t chunks() const { return (steps() * tap_count() + kChunkSteps - 1) / kChunkSteps; }
+  int64_t first_step(int64_t chunk) const { return chunk * steps() / chunks(); }
+  // Values of a group of W, transposed, of so many steps of each tap.
+  int64_t packed(int64_t count) const { return halves() * 2 * tap_count() * count * kPanelStep; }
+};
+
+// kTileRows rows of W, `stride` apart, kStep values of each: as pairs by rows. `there` of the rows
+// and `values` exist, the others are zeros.
+inline void transpose_tile(const BFloat16* from, int64_t stride, int64_t there, int64_t values,
+                           BFloat16* to, int64_t to_stride) {
+  Vec rows[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = Vec{};
+    if (i >= there) continue;
+    if (values >= kStep) {
+      std::memcpy(&rows[i], from + i * stride, sizeof(Vec));
+    } else {
+      std::memcpy(&rows[i], from + i * stride, values * sizeof(BFloat16));
+    }
+    simd::prefetch(from + i * stride + 8 * kStep);
+  }
+  simd::transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(Vec));
+}
+
+// A chunk of a group of W: for each half and panel (taps, steps, kPanelStep).
+inline void pack(const Product& p, const BFloat16* weight, int64_t group, int64_t chunk,
+                 BFloat16* to) {
+  const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
+  const int64_t row_stride = p.tap_count() * p.channels;
+  for (int64_t half = 0; half < p.halves(); ++half) {
+    for (int64_t panel = 0; panel < 2; ++panel) {
+      const int64_t row = group * kGroupRows + panel * kPanelRows;
+      const BFloat16* rows = weight + (half * p.rows + row) * row_stride;
+      for (int64_t tap = 0; tap < p.tap_count(); ++tap) {
+        for (int64_t step = first; step < last; ++step, to += kPanelStep) {
+          const int64_t channel = step * kStep;
+          for (int64_t i = 0; i < kPanelRows; i += kTileRows) {
+            transpose_tile(rows + i * row_stride + tap * p.channels + channel, row_stride,
+                           std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
+                           p.channels - channel, to + i * kTileRows * 2, kTileRows * 2);
+          }
+        }
+      }
+    }
+  }
+}
+
+// c (kTileRows or twice as many, kPanelRows), kGroupRows apart, (+)= a b over taps and steps: a at
+// `first` and, if it is not null, `second`.
+template <bool kTwo>
+inline __attribute__((noinline)) void multiply_tiles(const BFloat16* first, const BFloat16* second,
+                                                     int64_t stride,
+                                                     const std::vector<int64_t>& taps,
+                                                     int64_t steps, const BFloat16* b, float* c,
+                                                     bool accumulate) {
+  constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kTileRows * 4;
+  float* below = c + kTileRows * kGroupRows;
+  // GCC's tile loads do not say that they read memory.
+  __asm__ volatile("" ::: "memory");
+  if (accumulate) {
+    _tile_loadd(0, c, kSums);
+    _tile_loadd(1, c + kTileRows, kSums);
+    if constexpr (kTwo) {
+      _tile_loadd(2, below, kSums);
+      _tile_loadd(3, below + kTileRows, kSums);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  const int64_t apart = stride * sizeof(BFloat16);
+  for (const int64_t tap : taps) {
+    const BFloat16 *from = first + tap, *other = second + tap;
+    for (int64_t step = 0; step < steps; ++step, b += kPanelStep, from += kStep, other += kStep) {
+      _tile_loadd(6, b, kPairs);
+      _tile_loadd(4, from, apart);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kPanelStep / 2, kPairs);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kTwo) {
+        _tile_loadd(5, other, apart);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, c, kSums);
+  _tile_stored(1, c + kTileRows, kSums);
+  if constexpr (kTwo) {
+    _tile_stored(2, below, kSums);
+    _tile_stored(3, below + kTileRows, kSums);
+  }
+  __asm__ volatile("" ::: "memory");
+}
+
+// source: tokens() and blocks() of them, which depend on the shape alone; copied(), values of the
+// copy of a block; most_tiles() of a block; lines(block, copy) gives a block, where it lies or
+// copied. weight: (rows, taps, channels), twice the rows where gated. finish(token, count, row,
+// rows, sums) takes Sums of rows [row, row + rows).
+template <typename Source, typename Finish>
+void multiply_weights(const Product& p, const BFloat16* weight, const Source& source,
+                      const Finish& finish) {
+  const bool many = source.tokens() > kManyTokens;
+  const int64_t blocks = source.blocks(), groups = p.groups(), chunks = p.chunks();
+  const int64_t threads = torch::stable::get_num_threads(), halves = p.halves();
+  const int64_t pair_sums = halves * kPanelRows * kGroupRows;
+  const int64_t item_tiles = (many ? 1 : blocks) * source.most_tiles();
+  const int64_t item_pairs = (item_tiles + 1) / 2 + (many ? 0 : blocks);
+  // Groups whose sums wait together for the next chunk.
+  const int64_t fit = kSumsBytes / (item_pairs * pair_sums * static_cast<int64_t>(sizeof(float)));
+  const int64_t span = chunks > 1 ? std::clamp<int64_t>(fit, 1, groups) : 1;
+  const int64_t spans = (groups + span - 1) / span;
+  const int64_t most_steps = (p.steps() + chunks - 1) / chunks;
+
+  const Scratch<BFloat16> packed(many ? groups * p.packed(p.steps()) : 0);
+  const Scratch<BFloat16> copies(many ? 0 : blocks * source.copied());
+  std::vector<Lines> all(many ? 0 : blocks);
+  const auto packed_at = [&](int64_t group, int64_t chunk) {
+    return packed.get() + group * p.packed(p.steps()) + p.packed(p.first_step(chunk));
+  };
+  const int64_t before = many ? groups * chunks : blocks;
+  torch::stable::parallel_for(0, before, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (many) {
+        pack(p, weight, i / chunks, i % chunks, packed_at(i / chunks, i % chunks));
+      } else {
+        all[i] = source.lines(i, copies.get() + i * source.copied());
+      }
+    }
+  });
+  // A block of many is multiplied by all of W, where there are blocks enough.
+  const int64_t splits =
+      many ? std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, threads == 1 ? 1 : spans)
+           : spans;
+  share(many ? blocks * splits : splits, [&](const auto& next) {
+    const amx::Tiles tiles;
+    const Scratch<BFloat16> copy(many ? source.copied() : 0);
+    const Scratch<BFloat16> panels(many ? 0 : p.packed(most_steps));
+    const Scratch<float> sums(pair_sums * (chunks > 1 ? span * item_pairs : 1));
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t split = many ? item % splits : item;
+      Lines own;
+      if (many) own = source.lines(item / splits, copy.get());
+      const Lines* begin = many ? &own : all.data();
+      const Lines* end = begin + (many ? 1 : blocks);
+      for (int64_t s = split * spans / splits; s < (split + 1) * spans / splits; ++s) {
+        const int64_t first_group = s * span, end_group = std::min(first_group + span, groups);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const int64_t channel = p.first_step(chunk) * kStep;
+          const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
+          const int64_t panel_size = p.tap_count() * steps * kPanelStep;
+          for (int64_t group = first_group; group < end_group; ++group) {
+            const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, p.rows - row);
+            const BFloat16* b = many ? packed_at(group, chunk) : panels.get();
+            if (!many) pack(p, weight, group, chunk, panels.get());
+            float* c = sums.get();
+            if (chunks > 1) c += (group - first_group) * item_pairs * pair_sums;
+            for (const Lines* lines = begin; lines < end; ++lines) {
+              const int64_t count = lines->all_tiles();
+              for (int64_t t = 0; t < count; t += 2) {
+                const bool two = t + 1 < count;
+                const BFloat16* from = lines->tile(t) + channel;
+                const BFloat16* other = two ? lines->tile(t + 1) + channel : from;
+                for (int64_t half = 0; half < halves; ++half) {
+                  float* to = c + half * kPanelRows * kGroupRows;
+                  for (int64_t panel = 0; panel * kPanelRows < rows; ++panel) {
+                    const auto tile = two ? &multiply_tiles<true> : &multiply_tiles<false>;
+                    tile(from, other, lines->stride, p.taps, steps,
+                         b + (half * 2 + panel) * panel_size, to + panel * kPanelRows, chunk > 0);
+                  }
+                }
+                if (chunk + 1 == chunks) {
+                  for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
+                    const float* of_tile = c + i * kTileRows * kGroupRows;
+                    lines->for_each_run(t + i, [&](int64_t token, int64_t there, int64_t r) {
+                      const float* values = of_tile + r * kGroupRows;
+                      finish(token, there, row, rows,
+                             Sums{values, values + kPanelRows * kGroupRows, kGroupRows});
+                    });
+                  }
+                }
+                if (chunks > 1) c += pair_sums;
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// Rows of a matrix as tokens, their values adjacent.
+struct Tokens {
+  const BFloat16* x;
+  int64_t count, stride, channels;
+
+  int64_t tokens() const { return count; }
+  int64_t block() const {
+    return std::clamp<int64_t>(kBlockBytes / 2 / std::max<int64_t>(channels, 1), 128, 512) /
+           kPanelRows * kPanelRows;
+  }
+  int64_t blocks() const { return (count + block() - 1) / block(); }
+  int64_t most_tiles() const { return (std::min(block(), count) + kTileRows - 1) / kTileRows; }
+  // A whole number of cache lines, odd: rows of a tile do not crowd a set.
+  int64_t copy_stride() const { return ((channels + kStep - 1) / kStep | 1) * kStep; }
+  bool lies_ready(int64_t tokens) const {
+    return channels % kStep == 0 && tokens % kTileRows == 0 && !crowds(stride * sizeof *x);
+  }
+  int64_t copied() const {
+    if (lies_ready(count)) return 0;
+    return most_tiles() * kTileRows * copy_stride();
+  }
+  Lines lines(int64_t index, BFloat16* copy) const {
+    const int64_t first = index * block(), size = std::min(block(), count - first);
+    const BFloat16* from = x + first * stride;
+    if (lies_ready(size)) return {from, 1, size, 0, stride, size, size, first};
+    const int64_t apart = copy_stride();
+    for (int64_t t = 0; t < size; ++t) {
+      std::memcpy(copy + t * apart, from + t * stride, channels * sizeof *x);
+      std::fill(copy + t * apart + channels, copy + (t + 1) * apart, BFloat16{});
+    }
+    return {copy, 1, size, 0, apart, size, size, first};
+  }
+};
+
+}  // namespace sdfast::gemm::tiles
+
+#endif
