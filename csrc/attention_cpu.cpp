@@ -39,20 +39,24 @@ struct Attention {
   bool is_causal;
   double scale;
 
-  // Keys in a block, even: their operands and the tiles' share L2.
+  // AMX reads the left operand by rows: the values by D, not by keys. Its tiles are whole: keys, D
+  // and their steps are completed with zeros.
+  static constexpr bool kByColumn = gemm::kTileRows<Operand> > gemm::kRows;
+  static constexpr int64_t kWhole = kByColumn ? simd::kLanes : 1;
+  static int64_t whole(int64_t size) { return (size + kWhole - 1) / kWhole * kWhole; }
+
+  // Keys in a block, whole steps of them: their operands and the tiles' share L2.
   int64_t block_keys() const {
-    return std::clamp<int64_t>(32768 / sizes.dim, 32, kMostKeys) / 2 * 2;
+    constexpr int64_t kStep = 2 * kWhole;
+    return std::clamp<int64_t>(32768 / sizes.dim, 32, kMostKeys) / kStep * kStep;
   }
 
-  int64_t depth_steps() const { return gemm::steps_of(Operand::kDepth, sizes.dim); }
-  int64_t key_steps() const { return gemm::steps_of(Operand::kDepth, sizes.keys); }
-
-  // AMX reads the left operand by rows: the values by D, not by keys.
-  static constexpr bool kByColumn = gemm::kTileRows<Operand> > gemm::kRows;
+  int64_t depth_steps() const { return whole(gemm::steps_of(Operand::kDepth, sizes.dim)); }
+  int64_t key_steps(int64_t keys) const { return whole(gemm::steps_of(Operand::kDepth, keys)); }
 
   // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or (D, steps of keys).
-  int64_t packed_keys() const { return sizes.keys * depth_steps(); }
-  int64_t packed_head() const { return packed_keys() + key_steps() * sizes.dim; }
+  int64_t packed_keys() const { return whole(sizes.keys) * depth_steps(); }
+  int64_t packed_head() const { return packed_keys() + key_steps(sizes.keys) * whole(sizes.dim); }
 
   // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
   bool in_place() const { return std::is_same_v<T, float> && sizes.queries <= kFewQueries; }
@@ -68,19 +72,22 @@ struct Attention {
       return {reinterpret_cast<const Operand*>(k.row(batch, h, 0)),
               reinterpret_cast<const Operand*>(v.row(batch, h, 0)), k.row_stride, v.row_stride};
     }
-    return {packed, packed + packed_keys(), depth_steps(), kByColumn ? key_steps() : sizes.dim};
+    return {packed, packed + packed_keys(), depth_steps(),
+            kByColumn ? key_steps(sizes.keys) : sizes.dim};
   }
 
   void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     for (int64_t key = first; key < last; ++key) {
-      attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
+      Operand* row = to + key * depth_steps();
+      if constexpr (kByColumn) std::fill_n(row + sizes.dim / 2, depth_steps() - sizes.dim / 2, Operand{});
+      attention::pack_key(k.row(batch, h, key), sizes.dim, row);
     }
     Operand* values = to + packed_keys();
     if constexpr (kByColumn) {
       return attention::pack_values_by_column(v.row(batch, h, first), v.row_stride, last - first,
                                               sizes.dim, values + first / Operand::kDepth,
-                                              key_steps());
+                                              key_steps(sizes.keys));
     }
     for (int64_t key = first; key < last; key += Operand::kDepth) {
       attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
@@ -95,6 +102,8 @@ struct Attention {
     for (int64_t t = 0; t < count; ++t) {
       attention::pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count,
                               sizes.dim, scale < 0, tiles[t].q);
+      const int64_t there = gemm::steps_of(Operand::kDepth, sizes.dim) * kColumns;
+      std::fill(tiles[t].q + there, tiles[t].q + steps * kColumns, Operand{});
     }
     const int64_t most = block_keys();
     const float to_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
@@ -104,14 +113,19 @@ struct Attention {
         int64_t keys = std::min(most, sizes.keys - key);
         if (is_causal) keys = std::min(keys, tile.first + tile.count - key);
         if (keys <= 0) continue;
-        attention::multiply_rows<Operand, false>(keys, steps,
+        attention::multiply_rows<Operand, false>(whole(keys), steps,
                                                  operands.keys + key * operands.key_stride,
                                                  operands.key_stride, tile.q, scores, false);
         if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
         attention::weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
         const int64_t step = key / Operand::kDepth;
+        if constexpr (kByColumn) {  // the weights of keys that complete the last step
+          const int64_t there = gemm::steps_of(Operand::kDepth, keys), all = key_steps(keys);
+          std::fill_n(reinterpret_cast<Operand*>(scores) + there * kColumns,
+                      (all - there) * kColumns, Operand{});
+        }
         attention::multiply_rows<Operand, !kByColumn>(
-            sizes.dim, gemm::steps_of(Operand::kDepth, keys),
+            whole(sizes.dim), key_steps(keys),
             operands.values + step * (kByColumn ? 1 : operands.value_stride), operands.value_stride,
             reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
       }
@@ -154,7 +168,7 @@ struct Attention {
       }
       torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
         const gemm::Tiles<Operand> held;
-        const int64_t q_size = depth_steps() * kColumns, o_size = sizes.dim * kColumns;
+        const int64_t q_size = depth_steps() * kColumns, o_size = whole(sizes.dim) * kColumns;
         Scratch<Operand> queries(most * q_size);
         Scratch<float> floats(most * (o_size + 2 * kColumns) + block_keys() * kColumns);
         Tile<Operand> tile[kMostTiles];

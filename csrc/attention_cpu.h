@@ -125,7 +125,8 @@ inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows
     std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
   });
 }
-// The values of all steps of `keys` rows, transposed: (D) rows `stride` operands apart.
+// The values of all steps of `keys` rows, transposed: (D) rows `stride` operands apart. Steps and
+// rows are completed with zeros to whole vectors.
 inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, int64_t keys,
                                   int64_t dim, gemm::BFloat16Pair* to, int64_t stride) {
   const int64_t steps = gemm::steps_of(2, keys);
@@ -138,9 +139,8 @@ inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, i
         rows[i] = value_pairs(v + key * row_stride + d, row_stride, keys - key, lanes);
       }
       transpose(rows);
-      for (int64_t i = 0; i < lanes; ++i) {
-        std::memcpy(static_cast<void*>(to + (d + i) * stride + step), &rows[i],
-                    count * sizeof(float));
+      for (int64_t i = 0; i < kLanes; ++i) {
+        std::memcpy(static_cast<void*>(to + (d + i) * stride + step), &rows[i], sizeof(Vec));
       }
     });
   }

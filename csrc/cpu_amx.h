@@ -62,6 +62,17 @@ SDFAST_INLINE void multiply_step(const void* a, int64_t a_stride, const void* b)
 }
 
 template <int kR>
+SDFAST_INLINE void load_tiles(const float* c) {
+  constexpr int64_t kStride = kColumns * sizeof(float);
+  _tile_loadd(0, c, kStride);
+  _tile_loadd(1, c + kTileColumns, kStride);
+  if constexpr (kR > kTileRows) {
+    _tile_loadd(2, c + kTileRows * kColumns, kStride);
+    _tile_loadd(3, c + kTileRows * kColumns + kTileColumns, kStride);
+  }
+}
+
+template <int kR>
 SDFAST_INLINE void store_tiles(float* c) {
   constexpr int64_t kStride = kColumns * sizeof(float);
   _tile_stored(0, c, kStride);
@@ -93,22 +104,22 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const void* a, int64
   }
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::"r"(last_rows), "r"(last_columns) : "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kR > kTileRows) {
-    _tile_zero(2);
-    _tile_zero(3);
+  if (accumulate) {
+    load_tiles<kR>(c);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kR > kTileRows) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
   for (int64_t step = 0; step < whole; step += kTileSteps) {
     multiply_step<kR>(rows + step, lda * sizeof(Pair), columns + step * kColumns);
   }
   if (left > 0) multiply_step<kR>(last_rows, sizeof last_rows[0], last_columns);
-  if (!accumulate) return store_tiles<kR>(c);
-  float sums[kR * kColumns];
-  store_tiles<kR>(sums);
-  for (int i = 0; i < kR * kColumns; i += simd::kLanes) {
-    simd::store(c + i, simd::load(c + i) + simd::load(sums + i));
-  }
+  store_tiles<kR>(c);
+  __asm__ volatile("" ::: "memory");
 }
 
 #else

@@ -212,7 +212,7 @@ constexpr int64_t calls_of(int64_t rows, int64_t steps) {
 template <typename Operand>
 void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const Operand* panel,
                     float* c, bool accumulate, Ahead& ahead, int64_t columns = kColumns) {
-  const bool narrow = kTileRows<Operand> == kRows && columns <= simd::kLanes;
+  const bool narrow = columns <= simd::kLanes;
   int64_t row = 0;
   const auto tile = [&](auto count) {
     int64_t step = 0;
@@ -223,25 +223,16 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
       float* to = c + row * kColumns;
       const bool add = accumulate || step > 0;
       const Fetch fetch = ahead.during(chain);
-      if constexpr (count <= kRows) {
-        if (narrow) {
-          multiply_tile<count, Operand, false, 1>(chain, from, a.stride, b, to, add, fetch);
-        } else {
-          multiply_tile<count>(chain, from, a.stride, b, to, add, fetch);
-        }
+      if (narrow) {
+        multiply_tile<count, Operand, false, 1>(chain, from, a.stride, b, to, add, fetch);
       } else {
-        amx::multiply_tile<count>(chain, from, a.stride, b, to, add);
+        multiply_tile<count>(chain, from, a.stride, b, to, add, fetch);
       }
       step += kChain;
     } while (step < steps);
     row += count;
   };
-  constexpr int kWhole = kTileRows<Operand>;
-  while (row + kWhole <= rows) tile(std::integral_constant<int, kWhole>());
-  if constexpr (kWhole > kRows) {
-    if (row + kWhole / 2 <= rows) tile(std::integral_constant<int, kWhole / 2>());
-    if (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
-  }
+  while (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
   for (; row + 4 <= rows;) tile(std::integral_constant<int, 4>());
   for (; row < rows;) tile(std::integral_constant<int, 1>());
 }

@@ -140,7 +140,6 @@ void multiply_weights(const Product& p, const T* weight, const Pack& pack, const
   const int64_t most_panels = (panels + cut.blocks - 1) / cut.blocks;
   const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
   share(cut.blocks * cut.splits, [&](const auto& next) {
-    const Tiles<Operand> tiles;
     const Scratch<Operand> packed(most_panels * most_steps * kColumns);
     const int64_t group_size = kGroup * (most_steps + kLanes);
     const Scratch<Operand> scratch(halves * group_size);
