@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "attention_tensors_cpu.h"
+#include "attention_tiles_cpu.h"
 
 namespace sdfast {
 namespace {
@@ -48,7 +49,8 @@ struct Attention {
   // Keys in a block, whole steps of them: their operands and the tiles' share L2.
   int64_t block_keys() const {
     constexpr int64_t kStep = 2 * kWhole;
-    return std::clamp<int64_t>(32768 / sizes.dim, 32, kMostKeys) / kStep * kStep;
+    const int64_t most = kByColumn && sizes.dim <= 128 ? kMostKeys / 2 : kMostKeys;
+    return std::clamp<int64_t>(32768 / sizes.dim, 32, most) / kStep * kStep;
   }
 
   int64_t depth_steps() const { return whole(gemm::steps_of(Operand::kDepth, sizes.dim)); }
@@ -72,22 +74,26 @@ struct Attention {
       return {reinterpret_cast<const Operand*>(k.row(batch, h, 0)),
               reinterpret_cast<const Operand*>(v.row(batch, h, 0)), k.row_stride, v.row_stride};
     }
-    return {packed, packed + packed_keys(), depth_steps(),
-            kByColumn ? key_steps(sizes.keys) : sizes.dim};
+    return {packed, packed + packed_keys(), depth_steps(), sizes.dim};
   }
 
   void pack(int64_t head, int64_t first, int64_t last, Operand* to) const {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
-    for (int64_t key = first; key < last; ++key) {
-      Operand* row = to + key * depth_steps();
-      if constexpr (kByColumn) std::fill_n(row + sizes.dim / 2, depth_steps() - sizes.dim / 2, Operand{});
-      attention::pack_key(k.row(batch, h, key), sizes.dim, row);
-    }
     Operand* values = to + packed_keys();
+#if defined(SDFAST_TILES)
     if constexpr (kByColumn) {
-      return attention::pack_values_by_column(v.row(batch, h, first), v.row_stride, last - first,
-                                              sizes.dim, values + first / Operand::kDepth,
-                                              key_steps(sizes.keys));
+      for (int64_t key = first; key < last; ++key) {
+        const int64_t row = key % amx::kTileRows;
+        attention::pack_key_in_tiles(k.row(batch, h, key), sizes.dim, depth_steps() / simd::kLanes,
+                                     to + (key - row) * depth_steps() + row * simd::kLanes);
+      }
+      return attention::pack_values_in_tiles(v.row(batch, h, first), v.row_stride, last - first,
+                                             sizes.dim,
+                                             values + first / Operand::kDepth * whole(sizes.dim));
+    }
+#endif
+    for (int64_t key = first; key < last; ++key) {
+      attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
     }
     for (int64_t key = first; key < last; key += Operand::kDepth) {
       attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
@@ -107,29 +113,72 @@ struct Attention {
     }
     const int64_t most = block_keys();
     const float to_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
-    for (int64_t key = 0; key < sizes.keys; key += most) {
-      for (int64_t t = 0; t < count; ++t) {
-        const Tile<Operand>& tile = tiles[t];
-        int64_t keys = std::min(most, sizes.keys - key);
-        if (is_causal) keys = std::min(keys, tile.first + tile.count - key);
-        if (keys <= 0) continue;
-        attention::multiply_rows<Operand, false>(whole(keys), steps,
-                                                 operands.keys + key * operands.key_stride,
-                                                 operands.key_stride, tile.q, scores, false);
-        if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
-        attention::weigh(tile, keys, sizes.dim, to_log2, key == 0, scores);
-        const int64_t step = key / Operand::kDepth;
-        if constexpr (kByColumn) {  // the weights of keys that complete the last step
-          const int64_t there = gemm::steps_of(Operand::kDepth, keys), all = key_steps(keys);
-          std::fill_n(reinterpret_cast<Operand*>(scores) + there * kColumns,
-                      (all - there) * kColumns, Operand{});
+    // How many keys a tile of queries sees.
+    const auto keys_of = [&](const Tile<Operand>& tile) {
+      return is_causal ? std::min(sizes.keys, tile.first + tile.count) : sizes.keys;
+    };
+#if defined(SDFAST_TILES)
+    if constexpr (kByColumn) {
+      using attention::Item;
+      using attention::RowsProduct;
+      attention::attend_items(
+          attention::items_of(count, sizes.keys, most,
+                              [&](int64_t t) { return keys_of(tiles[t]); }),
+          tiles, sizes.dim, to_log2, scores, most * kColumns,
+          [&](const Item& item, float* to) {
+            return RowsProduct{operands.keys + item.key * steps,
+                               tiles[item.tile].q,
+                               amx::kTileRows * steps,
+                               attention::kTile,
+                               steps / simd::kLanes,
+                               whole(item.keys),
+                               to,
+                               false};
+          },
+          [&](const Item& item, const Operand* weights) {
+            return RowsProduct{operands.values + item.key / Operand::kDepth * whole(sizes.dim),
+                               weights,
+                               attention::kTile,
+                               whole(sizes.dim) * simd::kLanes,
+                               key_steps(item.keys) / simd::kLanes,
+                               whole(sizes.dim),
+                               tiles[item.tile].o,
+                               item.key > 0};
+          },
+          [&](const Item& item, float* to) {
+            if (is_causal) {
+              attention::hide_later_keys(tiles[item.tile].first, item.key, item.keys, to);
+            }
+            attention::complete_pair(item.keys, to);
+          },
+          [&](const Item& item, float* weights) {
+            const int64_t there = gemm::steps_of(Operand::kDepth, item.keys);
+            std::fill_n(reinterpret_cast<Operand*>(weights) + there * kColumns,
+                        (key_steps(item.keys) - there) * kColumns, Operand{});
+          });
+    } else
+#endif
+      for (int64_t key = 0; key < sizes.keys; key += most) {
+        for (int64_t t = 0; t < count; ++t) {
+          const Tile<Operand>& tile = tiles[t];
+          const int64_t keys = std::min(most, keys_of(tile) - key);
+          if (keys <= 0) continue;
+          attention::multiply_rows<Operand, false>(keys, steps,
+                                                   operands.keys + key * operands.key_stride,
+                                                   operands.key_stride, tile.q, scores, false);
+          if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
+          attention::complete_pair(keys, scores);
+          const auto shift =
+              attention::reference_of(tile, keys, sizes.dim, to_log2, key == 0, scores);
+          attention::add_to_sum(
+              tile, attention::weigh<Operand>((keys + 1) / 2 * 2, to_log2, shift, scores));
+          const int64_t step = key / Operand::kDepth;
+          attention::multiply_rows<Operand, true>(
+              sizes.dim, gemm::steps_of(Operand::kDepth, keys),
+              operands.values + step * operands.value_stride, operands.value_stride,
+              reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
         }
-        attention::multiply_rows<Operand, !kByColumn>(
-            whole(sizes.dim), key_steps(keys),
-            operands.values + step * (kByColumn ? 1 : operands.value_stride), operands.value_stride,
-            reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
       }
-    }
     for (int64_t t = 0; t < count; ++t) {
       const Tile<Operand>& tile = tiles[t];
       const float *reference = tile.stats, *sum = tile.stats + kColumns;
@@ -170,7 +219,7 @@ struct Attention {
         const gemm::Tiles<Operand> held;
         const int64_t q_size = depth_steps() * kColumns, o_size = whole(sizes.dim) * kColumns;
         Scratch<Operand> queries(most * q_size);
-        Scratch<float> floats(most * (o_size + 2 * kColumns) + block_keys() * kColumns);
+        Scratch<float> floats(most * (o_size + 2 * kColumns) + 3 * block_keys() * kColumns);
         Tile<Operand> tile[kMostTiles];
         for (int64_t t = 0; t < most; ++t) {
           float* at = floats.get() + t * (o_size + 2 * kColumns);

@@ -104,9 +104,6 @@ template <typename T>
 void pack_value(const T* v, int64_t, int64_t, int64_t dim, gemm::Float32* to) {
   pack_key(v, dim, to);
 }
-// Never called: pairs alone are packed so.
-template <typename T>
-void pack_values_by_column(const T*, int64_t, int64_t, int64_t, gemm::Float32*, int64_t);
 #if defined(__AVX512BF16__)
 inline void pack_key(const simd::BFloat16* k, int64_t dim, gemm::BFloat16Pair* to) {
   if (dim % 2) to[dim / 2].bits = 0;
@@ -124,26 +121,6 @@ inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows
     const Vec pairs = value_pairs(v + i, row_stride, rows, lanes);
     std::memcpy(static_cast<void*>(to + i), &pairs, lanes * sizeof(float));
   });
-}
-// The values of all steps of `keys` rows, transposed: (D) rows `stride` operands apart. Steps and
-// rows are completed with zeros to whole vectors.
-inline void pack_values_by_column(const simd::BFloat16* v, int64_t row_stride, int64_t keys,
-                                  int64_t dim, gemm::BFloat16Pair* to, int64_t stride) {
-  const int64_t steps = gemm::steps_of(2, keys);
-  for (int64_t step = 0; step < steps; step += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, steps - step);
-    simd::for_each_vector(0, dim, [&](int64_t d, auto lanes) {
-      Vec rows[kLanes] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t key = 2 * (step + i);
-        rows[i] = value_pairs(v + key * row_stride + d, row_stride, keys - key, lanes);
-      }
-      transpose(rows);
-      for (int64_t i = 0; i < kLanes; ++i) {
-        std::memcpy(static_cast<void*>(to + (d + i) * stride + step), &rows[i], sizeof(Vec));
-      }
-    });
-  }
 }
 #endif
 
@@ -207,6 +184,23 @@ SDFAST_INLINE void store_row_pair(gemm::BFloat16Pair* to, const Vecs<2 * kV>& ro
 constexpr float kLowest = -125.0f;
 template <bool kCoarse, typename V>
 SDFAST_INLINE V power_of_two(const V& exponent) {
+#if defined(SDFAST_TILES)
+  // CPUs with tiles have few ports for vectors, and fast instructions for this; the polynomial is
+  // the minimax one of 2^r, 0 <= r < 1.
+  if constexpr (kCoarse) {
+    return simd::each(
+        [](Vec v) {
+          const __m512 number = reinterpret_cast<__m512>(v);
+          const Vec r = reinterpret_cast<Vec>(
+              _mm512_maskz_reduce_ps(simd::kAllLanes, number, 0x9));  // v - floor(v)
+          const Vec power =
+              ((r * 0.0780245513f + 0.226067185f) * r + 0.695833504f) * r + 0.999925256f;
+          return reinterpret_cast<Vec>(
+              _mm512_maskz_scalef_ps(simd::kAllLanes, reinterpret_cast<__m512>(power), number));
+        },
+        exponent);
+  }
+#endif
   const V v = simd::at_least(exponent, kLowest);
 #if defined(__AVX512F__)
   // As simd::exp_in_range, but n's integer part is added to the exponent of the table's entry as an
@@ -247,61 +241,90 @@ struct Tile {
   int64_t first, count;  // queries
 };
 
+// Keys, where they are odd, are completed with one of no weight.
+inline void complete_pair(int64_t keys, float* scores) {
+  if (keys % 2 == 0) return;
+  std::fill_n(scores + keys * kColumns, kColumns, -std::numeric_limits<float>::infinity());
+}
+
+SDFAST_INLINE Vecs<4> row_pair(const float* scores, int64_t key) {
+  return simd::make_vecs<4>(
+      [&](int i) { return simd::load(scores + key * kColumns + i * kLanes); });
+}
+
 constexpr float kSlack = 8.0f;
-// Scores to weights 2^(scale score - reference), in place, and the tile's statistics brought up to
-// date. The reference is a maximum, of some block: it follows the running maximum, and o and the
-// sum are rescaled, only where that is more than kSlack beyond; almost never after the first block.
-// scores: (keys rounded up to even, kColumns).
+// What is to be subtracted from scale x scores, for all of a block. It is a maximum, of some block:
+// it follows the running maximum, and o and the sum are rescaled, only where that is more than
+// kSlack beyond; almost never after the first block. scores: (keys rounded up to even, kColumns).
 template <typename Operand>
-void weigh(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bool first,
-           float* scores) {
-  constexpr bool kCoarse = Operand::kDepth == 2;
-  const auto row_pair = [&](int64_t key) {
-    return simd::make_vecs<4>(
-        [&](int i) { return simd::load(scores + key * kColumns + i * kLanes); });
-  };
-  const Vec lowest = simd::broadcast(-std::numeric_limits<float>::infinity());
-  if (keys % 2) {
-    for (int i = 0; i < 2; ++i) simd::store(scores + keys * kColumns + i * kLanes, lowest);
-  }
-  Vecs<4> most = row_pair(0);
+Vecs<2> reference_of(const Tile<Operand>& tile, int64_t keys, int64_t dim, float scale, bool first,
+                     const float* scores) {
+  Vecs<4> most = row_pair(scores, 0);
   for (int64_t key = 2; key < keys; key += 2) {
-    most = simd::each([](Vec a, Vec b) { return larger(a, b); }, most, row_pair(key));
+    most = simd::each([](Vec a, Vec b) { return larger(a, b); }, most, row_pair(scores, key));
   }
   most = most * scale;
   float *reference = tile.stats, *sum = tile.stats + kColumns;
   Vecs<2> shift = simd::make_vecs<2>([&](int i) { return larger(most.v[i], most.v[i + 2]); });
-  Vecs<2> sums{};
-  if (!first) {
+  if (first) {
+    for (int i = 0; i < 2; ++i) simd::store(sum + i * kLanes, Vec{});
+  } else {
     const Vecs<2> before =
         simd::make_vecs<2>([&](int i) { return simd::load(reference + i * kLanes); });
     shift =
         simd::each([](Vec a, Vec b) { return simd::select(a > b + kSlack, a, b); }, shift, before);
-    sums = simd::make_vecs<2>([&](int i) { return simd::load(sum + i * kLanes); });
     if (std::memcmp(&shift, reference, sizeof shift) != 0) {
       const Vecs<2> factor = power_of_two<false>(before - shift);
-      sums = sums * factor;
-      for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t d = -1; d < dim; ++d) {
+        float* row = d < 0 ? sum : tile.o + d * kColumns;
         for (int i = 0; i < 2; ++i) {
-          float* o = tile.o + d * kColumns + i * kLanes;
-          simd::store(o, simd::load(o) * factor.v[i]);
+          simd::store(row + i * kLanes, simd::load(row + i * kLanes) * factor.v[i]);
         }
       }
     }
   }
+  simd::for_each_of(shift, [&](int i, Vec v) { simd::store(reference + i * kLanes, v); });
+  return shift;
+}
+
+// Scores of keys [begin, end), both even, to weights 2^(scale score - shift), in place, added to
+// `total`: of even and odd keys.
+template <typename Operand>
+SDFAST_INLINE void weigh(int64_t begin, int64_t end, float scale, const Vecs<2>& shift,
+                         float* scores, Vecs<4>& total) {
+  constexpr bool kCoarse = Operand::kDepth == 2;
   const Vecs<4> shifts{{shift.v[0], shift.v[1], shift.v[0], shift.v[1]}};
   Operand* weights = reinterpret_cast<Operand*>(scores);
+  Vecs<4> sum = total;
+  for (int64_t key = begin; key < end; key += 2) {
+    const Vecs<4> weight = power_of_two<kCoarse>(row_pair(scores, key) * scale - shifts);
+    sum = sum + weight;
+    store_row_pair<2>(weights + key / Operand::kDepth * kColumns, weight);
+  }
+  total = sum;
+}
+
+SDFAST_INLINE Vecs<2> even_and_odd(const Vecs<4>& total) {
+  return simd::make_vecs<2>([&](int i) { return total.v[i] + total.v[i + 2]; });
+}
+
+// All keys of a block. Returns the sum of their weights.
+template <typename Operand>
+Vecs<2> weigh(int64_t keys, float scale, const Vecs<2>& shift, float* scores) {
+  Vecs<2> sums{};
   for (int64_t begin = 0; begin < keys; begin += kChain) {
     Vecs<4> total{};
-    for (int64_t key = begin; key < std::min(begin + kChain, keys); key += 2) {
-      const Vecs<4> weight = power_of_two<kCoarse>(row_pair(key) * scale - shifts);
-      total = total + weight;
-      store_row_pair<2>(weights + key / Operand::kDepth * kColumns, weight);
-    }
-    sums = sums + simd::make_vecs<2>([&](int i) { return total.v[i] + total.v[i + 2]; });
+    weigh<Operand>(begin, std::min(begin + kChain, keys), scale, shift, scores, total);
+    sums = sums + even_and_odd(total);
   }
-  simd::for_each_of(shift, [&](int i, Vec v) { simd::store(reference + i * kLanes, v); });
-  simd::for_each_of(sums, [&](int i, Vec v) { simd::store(sum + i * kLanes, v); });
+  return sums;
+}
+
+template <typename Operand>
+SDFAST_INLINE void add_to_sum(const Tile<Operand>& tile, const Vecs<2>& sums) {
+  float* sum = tile.stats + kColumns;
+  simd::for_each_of(
+      sums, [&](int i, Vec v) { simd::store(sum + i * kLanes, simd::load(sum + i * kLanes) + v); });
 }
 
 // Hides the keys after each query's own position. scores: keys from `key` on.

@@ -22,6 +22,21 @@ struct Epilogue {
   const Added<T>& added;
   T* y;
 
+  // Fetches what the sums of these rows will be added to and written to.
+  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t pixels = phase.rows * phase.columns;
+    for (int64_t t = token; t < token + count; ++t) {
+      const int64_t i = t % pixels;
+      const int64_t at =
+          phase.pixel(shape, t / pixels, i / phase.columns, i % phase.columns) * shape.out_channels;
+      for (int64_t o = row; o < row + rows; o += kLine) {
+        simd::prefetch_for_write(y + at + o);
+        if (added.residual) simd::prefetch(added.residual + at + o);
+      }
+    }
+  }
+
   void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
                   const gemm::Sums& sums) const {
     const int64_t pixels = phase.rows * phase.columns;
@@ -96,12 +111,9 @@ struct Bands {
   // Rows that are no whole tiles are one line with the columns between them.
   bool by_row() const { return shape.stride > 1 || phase.columns % gemm::tiles::kTileRows == 0; }
   int64_t most_tiles() const { return band(0, rows(), nullptr).all_tiles(); }
-  std::vector<int64_t> taps() const {
-    std::vector<int64_t> all;
-    for (int64_t y = 0; y < phase.kernel_height; ++y) {
-      for (int64_t x = 0; x < phase.kernel_width; ++x) all.push_back((y * columns() + x) * pixel());
-    }
-    return all;
+  gemm::tiles::Product product() const {
+    return {shape.out_channels, shape.channels,      phase.kernel_height,
+            phase.kernel_width, columns() * pixel(), pixel()};
   }
 
   gemm::tiles::Lines band(int64_t token, int64_t count, const simd::BFloat16* copy) const {
@@ -142,11 +154,10 @@ inline void run_tiles(const Shape& s, const simd::BFloat16* x, const simd::BFloa
                           s.pixels() == s.height * s.width && phase.top == 0 && phase.left == 0;
     if (by_pixel) {
       const gemm::tiles::Tokens source{x, s.images * s.pixels(), s.channels, s.channels};
-      gemm::tiles::multiply_weights({s.out_channels, s.channels, {0}}, weight, source, epilogue);
+      gemm::tiles::multiply_weights({s.out_channels, s.channels}, weight, source, epilogue);
     } else {
       const Bands source{s, phase, x};
-      gemm::tiles::multiply_weights({s.out_channels, s.channels, source.taps()}, weight, source,
-                                    epilogue);
+      gemm::tiles::multiply_weights(source.product(), weight, source, epilogue);
     }
     weight += s.out_channels * phase.kernel_height * phase.kernel_width * s.channels;
   }

@@ -24,6 +24,7 @@ struct NoTiles {
 };
 
 #if defined(__AMX_BF16__) || defined(SDFAST_EMULATE_AMX)
+#define SDFAST_TILES
 constexpr bool kAvailable = true;
 
 constexpr int kTileRows = 16, kTileSteps = 16, kTileColumns = 16, kColumns = 2 * kTileColumns;

@@ -10,15 +10,13 @@
 // number of threads.
 #pragma once
 
-#include <numeric>
 #include <vector>
 
 #include "cpu_gemm.h"
 #include "cpu_scratch.h"
 #include "cpu_transpose.h"
 
-#if defined(__AMX_BF16__) || defined(SDFAST_EMULATE_AMX)
-#define SDFAST_TILES
+#if defined(SDFAST_TILES)
 
 namespace sdfast::gemm::tiles {
 
@@ -64,57 +62,65 @@ struct Lines {
 
 // What is multiplied. A gated product pairs row i of W with row i + rows: W has twice the rows.
 struct Product {
-  int64_t rows, channels;
-  std::vector<int64_t> taps;  // values from a token to where its channels begin under each tap
+  int64_t rows, channels;  // of W, of a tap
+  int64_t tap_rows = 1, tap_columns = 1;
+  // Values from a token to where its channels begin under each tap.
+  int64_t tap_row_stride = 0, tap_stride = 0;
   bool gated = false;
 
-  int64_t steps() const { return (channels + kStep - 1) / kStep; }  // a tap
-  int64_t tap_count() const { return static_cast<int64_t>(taps.size()); }
+  int64_t taps() const { return tap_rows * tap_columns; }
+  int64_t dim() const { return taps() * channels; }
+  int64_t steps() const { return (channels + kStep - 1) / kStep; }  // of a tap
   int64_t halves() const { return gated ? 2 : 1; }
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
-  int64_t chunks() const { return (steps() * tap_count() + kChunkSteps - 1) / kChunkSteps; }
+  // K is cut where it is long: so many steps of each tap make a chunk.
+  int64_t chunks() const { return (steps() * taps() + kChunkSteps - 1) / kChunkSteps; }
   int64_t first_step(int64_t chunk) const { return chunk * steps() / chunks(); }
   // Values of a group of W, transposed, of so many steps of each tap.
-  int64_t packed(int64_t count) const { return halves() * 2 * tap_count() * count * kPanelStep; }
+  int64_t packed(int64_t count) const { return halves() * 2 * taps() * count * kPanelStep; }
 };
 
 // kTileRows rows of W, `stride` apart, kStep values of each: as pairs by rows. `there` of the rows
-// and `values` exist, the others are zeros.
+// and `values` exist, the others are zeros. What lies `ahead` is fetched.
 inline void transpose_tile(const BFloat16* from, int64_t stride, int64_t there, int64_t values,
-                           BFloat16* to, int64_t to_stride) {
+                           int64_t ahead, BFloat16* to) {
   Vec rows[kLanes];
+  if (there == kTileRows && values >= kStep) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    rows[i] = Vec{};
-    if (i >= there) continue;
-    if (values >= kStep) {
+    for (int i = 0; i < kLanes; ++i) {
       std::memcpy(&rows[i], from + i * stride, sizeof(Vec));
-    } else {
-      std::memcpy(&rows[i], from + i * stride, values * sizeof(BFloat16));
+      simd::prefetch(from + i * stride + ahead);
     }
-    simd::prefetch(from + i * stride + 8 * kStep);
+  } else {
+    std::memset(rows, 0, sizeof rows);
+    for (int i = 0; i < there; ++i) {
+      std::memcpy(&rows[i], from + i * stride, std::min(values, kStep) * sizeof(BFloat16));
+    }
   }
   simd::transpose(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * to_stride, &rows[i], sizeof(Vec));
+  for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * kTileRows * 2, &rows[i], sizeof(Vec));
 }
 
-// A chunk of a group of W: for each half and panel (taps, steps, kPanelStep).
+// A chunk of a group of W: for each half and panel (tap rows, steps, tap columns, kPanelStep).
 inline void pack(const Product& p, const BFloat16* weight, int64_t group, int64_t chunk,
                  BFloat16* to) {
   const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
-  const int64_t row_stride = p.tap_count() * p.channels;
+  // A row of taps, or of a matrix some steps, before they are read.
+  const int64_t ahead = p.tap_rows > 1 ? p.tap_columns * p.channels : 8 * kStep;
   for (int64_t half = 0; half < p.halves(); ++half) {
     for (int64_t panel = 0; panel < 2; ++panel) {
       const int64_t row = group * kGroupRows + panel * kPanelRows;
-      const BFloat16* rows = weight + (half * p.rows + row) * row_stride;
-      for (int64_t tap = 0; tap < p.tap_count(); ++tap) {
-        for (int64_t step = first; step < last; ++step, to += kPanelStep) {
-          const int64_t channel = step * kStep;
-          for (int64_t i = 0; i < kPanelRows; i += kTileRows) {
-            transpose_tile(rows + i * row_stride + tap * p.channels + channel, row_stride,
-                           std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
-                           p.channels - channel, to + i * kTileRows * 2, kTileRows * 2);
+      const BFloat16* rows = weight + (half * p.rows + row) * p.dim();
+      for (int64_t y = 0; y < p.tap_rows; ++y) {
+        for (int64_t step = first; step < last; ++step) {
+          for (int64_t x = 0; x < p.tap_columns; ++x, to += kPanelStep) {
+            const int64_t value = (y * p.tap_columns + x) * p.channels + step * kStep;
+            for (int64_t i = 0; i < kPanelRows; i += kTileRows) {
+              transpose_tile(rows + i * p.dim() + value, p.dim(),
+                             std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
+                             p.channels - step * kStep, ahead, to + i * kStep);
+            }
           }
         }
       }
@@ -122,14 +128,47 @@ inline void pack(const Product& p, const BFloat16* weight, int64_t group, int64_
   }
 }
 
+// Fetches what pack reads of a chunk of a group, a line at each call.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Product& p, const BFloat16* weight, int64_t group, int64_t chunk)
+      : runs_left_(std::min(kGroupRows, p.rows - group * kGroupRows) * p.taps()),
+        lines_(p.first_step(chunk + 1) - p.first_step(chunk)),
+        stride_(p.channels),
+        next_half_(p.gated ? weight + (p.rows + group * kGroupRows) * p.dim() +
+                                 p.first_step(chunk) * kStep
+                           : nullptr),
+        runs_(runs_left_),
+        run_(weight + group * kGroupRows * p.dim() + p.first_step(chunk) * kStep) {}
+  int64_t lines() const { return runs_ * lines_ * (next_half_ ? 2 : 1); }
+  void fetch() {
+    if (runs_left_ == 0) return;
+    simd::prefetch_to_l2(run_ + line_ * kStep);
+    if (++line_ < lines_) return;
+    line_ = 0;
+    run_ += stride_;
+    if (--runs_left_ > 0 || !next_half_) return;
+    run_ = next_half_;
+    next_half_ = nullptr;
+    runs_left_ = runs_;
+  }
+
+ private:
+  int64_t runs_left_ = 0, lines_ = 0, stride_ = 0;
+  const BFloat16* next_half_ = nullptr;
+  int64_t runs_ = 0, line_ = 0;
+  const BFloat16* run_ = nullptr;
+};
+
 // c (kTileRows or twice as many, kPanelRows), kGroupRows apart, (+)= a b over taps and steps: a at
-// `first` and, if it is not null, `second`.
+// `first` and at `second`. `fetches` lines are fetched each step.
 template <bool kTwo>
-inline __attribute__((noinline)) void multiply_tiles(const BFloat16* first, const BFloat16* second,
-                                                     int64_t stride,
-                                                     const std::vector<int64_t>& taps,
+inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFloat16* first,
+                                                     const BFloat16* second, int64_t stride,
                                                      int64_t steps, const BFloat16* b, float* c,
-                                                     bool accumulate) {
+                                                     bool accumulate, Ahead& ahead,
+                                                     int64_t fetches) {
   constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kTileRows * 4;
   float* below = c + kTileRows * kGroupRows;
   // GCC's tile loads do not say that they read memory.
@@ -150,18 +189,26 @@ inline __attribute__((noinline)) void multiply_tiles(const BFloat16* first, cons
     }
   }
   const int64_t apart = stride * sizeof(BFloat16);
-  for (const int64_t tap : taps) {
-    const BFloat16 *from = first + tap, *other = second + tap;
-    for (int64_t step = 0; step < steps; ++step, b += kPanelStep, from += kStep, other += kStep) {
-      _tile_loadd(6, b, kPairs);
-      _tile_loadd(4, from, apart);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + kPanelStep / 2, kPairs);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kTwo) {
-        _tile_loadd(5, other, apart);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+  for (int64_t y = 0; y < p.tap_rows; ++y) {
+    for (int64_t step = 0; step < steps; ++step) {
+      // Neighbouring taps read the same lines, but of one token.
+      const BFloat16* from = first + y * p.tap_row_stride + step * kStep;
+      const BFloat16* other = second + y * p.tap_row_stride + step * kStep;
+      for (int64_t x = 0; x < p.tap_columns; ++x) {
+        _tile_loadd(6, b, kPairs);
+        _tile_loadd(4, from, apart);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + kPanelStep / 2, kPairs);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kTwo) {
+          _tile_loadd(5, other, apart);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        b += kPanelStep;
+        from += p.tap_stride;
+        other += p.tap_stride;
+        for (int64_t i = 0; i < fetches; ++i) ahead.fetch();
       }
     }
   }
@@ -229,11 +276,22 @@ void multiply_weights(const Product& p, const BFloat16* weight, const Source& so
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           const int64_t channel = p.first_step(chunk) * kStep;
           const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
-          const int64_t panel_size = p.tap_count() * steps * kPanelStep;
+          const int64_t panel_size = p.taps() * steps * kPanelStep;
           for (int64_t group = first_group; group < end_group; ++group) {
             const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, p.rows - row);
             const BFloat16* b = many ? packed_at(group, chunk) : panels.get();
-            if (!many) pack(p, weight, group, chunk, panels.get());
+            Ahead ahead;
+            int64_t fetches = 0;
+            if (!many) {
+              pack(p, weight, group, chunk, panels.get());
+              const bool last = group + 1 == end_group, last_chunk = chunk + 1 == chunks;
+              const int64_t next_group = !last ? group + 1 : last_chunk ? end_group : first_group;
+              if (next_group < groups) {
+                ahead = Ahead(p, weight, next_group, last ? (last_chunk ? 0 : chunk + 1) : chunk);
+                const int64_t all_steps = item_pairs * halves * 2 * p.taps() * steps;
+                fetches = (ahead.lines() + all_steps - 1) / all_steps;
+              }
+            }
             float* c = sums.get();
             if (chunks > 1) c += (group - first_group) * item_pairs * pair_sums;
             for (const Lines* lines = begin; lines < end; ++lines) {
@@ -242,12 +300,19 @@ void multiply_weights(const Product& p, const BFloat16* weight, const Source& so
                 const bool two = t + 1 < count;
                 const BFloat16* from = lines->tile(t) + channel;
                 const BFloat16* other = two ? lines->tile(t + 1) + channel : from;
+                if (chunk + 1 == chunks) {
+                  for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
+                    lines->for_each_run(t + i, [&](int64_t token, int64_t there, int64_t) {
+                      finish.fetch(token, there, row, rows);
+                    });
+                  }
+                }
                 for (int64_t half = 0; half < halves; ++half) {
                   float* to = c + half * kPanelRows * kGroupRows;
                   for (int64_t panel = 0; panel * kPanelRows < rows; ++panel) {
                     const auto tile = two ? &multiply_tiles<true> : &multiply_tiles<false>;
-                    tile(from, other, lines->stride, p.taps, steps,
-                         b + (half * 2 + panel) * panel_size, to + panel * kPanelRows, chunk > 0);
+                    tile(p, from, other, lines->stride, steps, b + (half * 2 + panel) * panel_size,
+                         to + panel * kPanelRows, chunk > 0, ahead, fetches);
                   }
                 }
                 if (chunk + 1 == chunks) {

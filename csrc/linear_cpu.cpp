@@ -46,6 +46,17 @@ struct Epilogue {
     });
   }
 
+  // Fetches what the sums of these rows will be added to and written to.
+  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t t = token; t < token + count; ++t) {
+      for (int64_t j = row; j < row + rows; j += kLine) {
+        simd::prefetch_for_write(y + t * width + j);
+        if (residual) simd::prefetch(residual + t * weight_rows + j);
+      }
+    }
+  }
+
   template <Activation kActivation, int kR>
   SDFAST_INLINE void tokens(int64_t token, int64_t first, int64_t row, int64_t rows,
                             const gemm::Sums& sums) const {
@@ -101,7 +112,9 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
 #if defined(SDFAST_TILES)
   if constexpr (std::is_same_v<T, simd::BFloat16>) {
     const gemm::tiles::Tokens source{x, tokens, stride, k};
-    return gemm::tiles::multiply_weights({epilogue.width, k, {0}, gated}, weight, source, epilogue);
+    gemm::tiles::Product on_tiles{epilogue.width, k};
+    on_tiles.gated = gated;
+    return gemm::tiles::multiply_weights(on_tiles, weight, source, epilogue);
   }
 #endif
   using Piece = gemm::Product::Piece;
