@@ -94,7 +94,8 @@ Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
 
 // x: (N, channels, H, W), channels last. weight: conv2d_pack's, or for an algorithm that takes it
 // unpacked (out_channels, kernel_height, kernel_width, channels), for each of the four phases of an
-// upsampling one (out_channels, 2, 2, channels), contiguous. bias: (out_channels). time_embedding:
+// upsampling one (out_channels, 2, 2, channels), contiguous; for the direct one also pack_tiles' of
+// that. bias: (out_channels). time_embedding:
 // (N, out_channels). residual: as y, channels last. padding: left, right, top, bottom. Returns y:
 // (N, out_channels, H', W'), channels last.
 Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
@@ -174,6 +175,19 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
         conv2d::winograd::run<F>(s, from, weight.const_data_ptr<float>(), added, to);
       });
     }
+#if defined(SDFAST_TILES)
+    if constexpr (std::is_same_v<T, simd::BFloat16>) {
+      if (by == Algorithm::kDirect && weight.dim() == 1) {  // of pack_tiles
+        const gemm::tiles::Product p{out_channels, s.channels, upsample ? 2 : kernel_height,
+                                     upsample ? 2 : kernel_width};
+        STD_TORCH_CHECK(weight.numel() == p.packed() * (upsample ? 4 : 1) &&
+                            weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous(),
+                        "weight: expected pack_tiles of a weight that fits x");
+        const auto* packed = static_cast<const T*>(weight.const_data_ptr());
+        return conv2d::direct::run_tiles(s, from, {packed, true}, added, to);
+      }
+    }
+#endif
     const int64_t taps = upsample ? 16 : kernel_height * kernel_width;  // of four phases
     STD_TORCH_CHECK(weight.numel() == out_channels * taps * s.channels &&
                         weight.scalar_type() == x.scalar_type() && weight.is_contiguous(),

@@ -22,33 +22,42 @@ struct Epilogue {
   const Added<T>& added;
   T* y;
 
-  // Fetches what the sums of these rows will be added to and written to.
-  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
+  // Calls work(t, image, pixel of y) for t < count: divisions are slow, so that there are three.
+  template <typename Work>
+  void for_each_pixel(int64_t token, int64_t count, const Work& work) const {
     const int64_t pixels = phase.rows * phase.columns;
-    for (int64_t t = token; t < token + count; ++t) {
-      const int64_t i = t % pixels;
-      const int64_t at =
-          phase.pixel(shape, t / pixels, i / phase.columns, i % phase.columns) * shape.out_channels;
-      for (int64_t o = row; o < row + rows; o += kLine) {
-        simd::prefetch_for_write(y + at + o);
-        if (added.residual) simd::prefetch(added.residual + at + o);
+    int64_t image = token / pixels, row = token % pixels / phase.columns;
+    int64_t column = token % phase.columns;
+    for (int64_t t = 0; t < count; ++row, column = 0) {
+      if (row == phase.rows) row = 0, ++image;
+      int64_t pixel = phase.pixel(shape, image, row, column);
+      for (; column < phase.columns && t < count; ++column, ++t, pixel += phase.spread) {
+        work(t, image, pixel);
       }
     }
   }
 
+  // Fetches what the sums of these rows will be added to and written to.
+  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for_each_pixel(token, count, [&](int64_t, int64_t, int64_t pixel) {
+      for (int64_t o = row; o < row + rows; o += kLine) {
+        const int64_t at = pixel * shape.out_channels + o;
+        simd::prefetch_for_write(y + at);
+        if (added.residual) simd::prefetch(added.residual + at);
+      }
+    });
+  }
+
   void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
                   const gemm::Sums& sums) const {
-    const int64_t pixels = phase.rows * phase.columns;
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t image = (token + t) / pixels, i = (token + t) % pixels;
-      const int64_t pixel = phase.pixel(shape, image, i / phase.columns, i % phase.columns);
+    for_each_pixel(token, count, [&](int64_t t, int64_t image, int64_t pixel) {
       simd::for_each_vector(row, row + rows, [&](int64_t o, auto lanes) {
         const Vec sum = simd::load(sums.values + t * sums.stride + (o - row));
         simd::store(y + pixel * shape.out_channels + o,
                     finished(added, shape, sum, image, pixel, o, lanes), lanes);
       });
-    }
+    });
   }
 };
 
@@ -145,8 +154,8 @@ struct Bands {
   }
 };
 
-// weight: for each phase (out_channels, taps, channels).
-inline void run_tiles(const Shape& s, const simd::BFloat16* x, const simd::BFloat16* weight,
+// weight: for each phase (out_channels, taps, channels), or that packed.
+inline void run_tiles(const Shape& s, const simd::BFloat16* x, gemm::tiles::Weight weight,
                       const Added<simd::BFloat16>& added, simd::BFloat16* y) {
   for (const Phase& phase : phases_of(s)) {
     const Epilogue<simd::BFloat16> epilogue{s, phase, added, y};
@@ -159,7 +168,9 @@ inline void run_tiles(const Shape& s, const simd::BFloat16* x, const simd::BFloa
       const Bands source{s, phase, x};
       gemm::tiles::multiply_weights(source.product(), weight, source, epilogue);
     }
-    weight += s.out_channels * phase.kernel_height * phase.kernel_width * s.channels;
+    const gemm::tiles::Product p{s.out_channels, s.channels, phase.kernel_height,
+                                 phase.kernel_width};
+    weight.values += weight.packed ? p.packed() : p.rows * p.dim();
   }
 }
 #endif
@@ -168,7 +179,7 @@ inline void run_tiles(const Shape& s, const simd::BFloat16* x, const simd::BFloa
 template <typename Operand, typename T>
 void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* y) {
 #if defined(SDFAST_TILES)
-  if constexpr (std::is_same_v<T, simd::BFloat16>) return run_tiles(s, x, weight, added, y);
+  if constexpr (std::is_same_v<T, simd::BFloat16>) return run_tiles(s, x, {weight}, added, y);
 #endif
   const std::vector<T> zeros(s.channels);
   for (const Phase& phase : phases_of(s)) {

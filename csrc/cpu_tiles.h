@@ -78,6 +78,16 @@ struct Product {
   int64_t first_step(int64_t chunk) const { return chunk * steps() / chunks(); }
   // Values of a group of W, transposed, of so many steps of each tap.
   int64_t packed(int64_t count) const { return halves() * 2 * taps() * count * kPanelStep; }
+  int64_t packed_at(int64_t group, int64_t chunk) const {
+    return group * packed(steps()) + packed(first_step(chunk));
+  }
+  int64_t packed() const { return groups() * packed(steps()); }
+};
+
+// W: its rows as they lie, or transposed by pack_all.
+struct Weight {
+  const BFloat16* values;
+  bool packed = false;
 };
 
 // kTileRows rows of W, `stride` apart, kStep values of each: as pairs by rows. `there` of the rows
@@ -126,6 +136,15 @@ inline void pack(const Product& p, const BFloat16* weight, int64_t group, int64_
       }
     }
   }
+}
+
+inline void pack_all(const Product& p, const BFloat16* weight, BFloat16* to) {
+  const int64_t chunks = p.chunks();
+  torch::stable::parallel_for(0, p.groups() * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack(p, weight, i / chunks, i % chunks, to + p.packed_at(i / chunks, i % chunks));
+    }
+  });
 }
 
 // Fetches what pack reads of a chunk of a group, a line at each call.
@@ -223,10 +242,10 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
 
 // source: tokens() and blocks() of them, which depend on the shape alone; copied(), values of the
 // copy of a block; most_tiles() of a block; lines(block, copy) gives a block, where it lies or
-// copied. weight: (rows, taps, channels), twice the rows where gated. finish(token, count, row,
-// rows, sums) takes Sums of rows [row, row + rows).
+// copied. weight: (rows, taps, channels), twice the rows where gated; or packed. finish(token,
+// count, row, rows, sums) takes Sums of rows [row, row + rows).
 template <typename Source, typename Finish>
-void multiply_weights(const Product& p, const BFloat16* weight, const Source& source,
+void multiply_weights(const Product& p, const Weight& weight, const Source& source,
                       const Finish& finish) {
   const bool many = source.tokens() > kManyTokens;
   const int64_t blocks = source.blocks(), groups = p.groups(), chunks = p.chunks();
@@ -240,22 +259,19 @@ void multiply_weights(const Product& p, const BFloat16* weight, const Source& so
   const int64_t spans = (groups + span - 1) / span;
   const int64_t most_steps = (p.steps() + chunks - 1) / chunks;
 
-  const Scratch<BFloat16> packed(many ? groups * p.packed(p.steps()) : 0);
+  const bool pack_first = many && !weight.packed, pack_here = !many && !weight.packed;
+  const Scratch<BFloat16> all_packed(pack_first ? p.packed() : 0);
+  const BFloat16* packed = weight.packed ? weight.values : all_packed.get();
   const Scratch<BFloat16> copies(many ? 0 : blocks * source.copied());
   std::vector<Lines> all(many ? 0 : blocks);
-  const auto packed_at = [&](int64_t group, int64_t chunk) {
-    return packed.get() + group * p.packed(p.steps()) + p.packed(p.first_step(chunk));
-  };
-  const int64_t before = many ? groups * chunks : blocks;
-  torch::stable::parallel_for(0, before, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (many) {
-        pack(p, weight, i / chunks, i % chunks, packed_at(i / chunks, i % chunks));
-      } else {
+  if (pack_first) pack_all(p, weight.values, all_packed.get());
+  if (!many) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
         all[i] = source.lines(i, copies.get() + i * source.copied());
       }
-    }
-  });
+    });
+  }
   // A block of many is multiplied by all of W, where there are blocks enough.
   const int64_t splits =
       many ? std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, threads == 1 ? 1 : spans)
@@ -263,7 +279,7 @@ void multiply_weights(const Product& p, const BFloat16* weight, const Source& so
   share(many ? blocks * splits : splits, [&](const auto& next) {
     const amx::Tiles tiles;
     const Scratch<BFloat16> copy(many ? source.copied() : 0);
-    const Scratch<BFloat16> panels(many ? 0 : p.packed(most_steps));
+    const Scratch<BFloat16> panels(pack_here ? p.packed(most_steps) : 0);
     const Scratch<float> sums(pair_sums * (chunks > 1 ? span * item_pairs : 1));
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t split = many ? item % splits : item;
@@ -279,15 +295,16 @@ void multiply_weights(const Product& p, const BFloat16* weight, const Source& so
           const int64_t panel_size = p.taps() * steps * kPanelStep;
           for (int64_t group = first_group; group < end_group; ++group) {
             const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, p.rows - row);
-            const BFloat16* b = many ? packed_at(group, chunk) : panels.get();
+            const BFloat16* b = pack_here ? panels.get() : packed + p.packed_at(group, chunk);
             Ahead ahead;
             int64_t fetches = 0;
-            if (!many) {
-              pack(p, weight, group, chunk, panels.get());
+            if (pack_here) {
+              pack(p, weight.values, group, chunk, panels.get());
               const bool last = group + 1 == end_group, last_chunk = chunk + 1 == chunks;
               const int64_t next_group = !last ? group + 1 : last_chunk ? end_group : first_group;
               if (next_group < groups) {
-                ahead = Ahead(p, weight, next_group, last ? (last_chunk ? 0 : chunk + 1) : chunk);
+                ahead = Ahead(p, weight.values, next_group,
+                              last ? (last_chunk ? 0 : chunk + 1) : chunk);
                 const int64_t all_steps = item_pairs * halves * 2 * p.taps() * steps;
                 fetches = (ahead.lines() + all_steps - 1) / all_steps;
               }

@@ -100,6 +100,23 @@ struct Epilogue {
   }
 };
 
+#if defined(SDFAST_TILES)
+using simd::BFloat16;
+
+gemm::tiles::Product tiles_of(int64_t width, int64_t k, bool gated) {
+  gemm::tiles::Product p{width, k};
+  p.gated = gated;
+  return p;
+}
+
+void run_tiles(const BFloat16* x, int64_t stride, int64_t k, const gemm::tiles::Weight& weight,
+               int64_t tokens, const Epilogue<BFloat16>& epilogue) {
+  const bool gated = epilogue.activation == Activation::kGeglu;
+  gemm::tiles::multiply_weights(tiles_of(epilogue.width, k, gated), weight,
+                                gemm::tiles::Tokens{x, tokens, stride, k}, epilogue);
+}
+#endif
+
 // x: (tokens, k), rows `stride` apart. weight: (rows, k) contiguous, twice the rows for GEGLU.
 template <typename Operand, typename T>
 void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
@@ -111,10 +128,7 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   }
 #if defined(SDFAST_TILES)
   if constexpr (std::is_same_v<T, simd::BFloat16>) {
-    const gemm::tiles::Tokens source{x, tokens, stride, k};
-    gemm::tiles::Product on_tiles{epilogue.width, k};
-    on_tiles.gated = gated;
-    return gemm::tiles::multiply_weights(on_tiles, weight, source, epilogue);
+    return run_tiles(x, stride, k, {weight}, tokens, epilogue);
   }
 #endif
   using Piece = gemm::Product::Piece;
@@ -128,47 +142,117 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
       epilogue);
 }
 
-// x: (tokens, K), rows contiguous. weight: (weight_rows, K), contiguous. bias: (weight_rows).
-// residual: (tokens, weight_rows), contiguous. Returns (tokens, weight_rows), half of it for GEGLU.
+// What a product takes beside the weight, checked. x: (tokens, K), rows contiguous. bias:
+// (weight_rows). residual: (tokens, weight_rows), contiguous. Gives y: (tokens, weight_rows), half
+// of it for GEGLU.
+struct Call {
+  const Tensor& x;
+  const std::optional<Tensor>&bias, &residual;
+  Activation activation;
+  int64_t tokens, k, weight_rows, width;
+  Tensor y;
+
+  Call(const Tensor& x, int64_t weight_rows, const std::optional<Tensor>& bias,
+       const std::optional<Tensor>& residual, int64_t activation)
+      : x(x),
+        bias(bias),
+        residual(residual),
+        activation(static_cast<Activation>(activation)),
+        weight_rows(weight_rows) {
+    check_device(x, "x");
+    STD_TORCH_CHECK(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
+                    "x: expected (tokens, K), its rows contiguous");
+    STD_TORCH_CHECK(x.size(1) > 0, "x: expected at least one value in a row");
+    STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation: expected 0 to 4");
+    tokens = x.size(0);
+    k = x.size(1);
+    width = is_gated() ? weight_rows / 2 : weight_rows;
+    if (bias) check_like(*bias, "bias");
+    if (residual) check_like(*residual, "residual");
+    if (bias) check_shape(*bias, "bias", {weight_rows});
+    if (residual) check_shape(*residual, "residual", {tokens, weight_rows});
+    y = empty({tokens, width}, x.scalar_type());
+    advise_huge_pages(y);
+  }
+  bool is_gated() const { return activation == Activation::kGeglu; }
+  void check_like(const Tensor& t, const char* name) const {
+    check_device(t, name);
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_contiguous(), name,
+                    ": expected contiguous, in the dtype of x");
+  }
+  template <typename T>
+  Epilogue<T> epilogue() {
+    const auto data = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+    };
+    return {activation,  data(bias), data(residual), static_cast<T*>(y.mutable_data_ptr()),
+            weight_rows, width};
+  }
+};
+
+// weight: (weight_rows, K), contiguous. The others as Call's.
 Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
                    std::optional<Tensor> residual, int64_t activation) {
   check_device(x, "x");
   check_device(weight, "weight");
-  STD_TORCH_CHECK(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
-                  "x: expected (tokens, K), its rows contiguous");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.is_contiguous(),
-                  "weight: expected contiguous, (rows, K) to fit x");
-  STD_TORCH_CHECK(x.size(1) > 0, "x: expected at least one value in a row");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation: expected 0 to 4");
-  const auto kind = static_cast<Activation>(activation);
-  const int64_t tokens = x.size(0), k = x.size(1), weight_rows = weight.size(0);
-  const int64_t width = kind == Activation::kGeglu ? weight_rows / 2 : weight_rows;
-  const auto check_like = [&](const Tensor& t, const char* name) {
-    check_device(t, name);
-    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_contiguous(), name,
-                    ": expected contiguous, in the dtype of x");
-  };
-  check_like(weight, "weight");
-  if (bias) check_like(*bias, "bias");
-  if (residual) check_like(*residual, "residual");
-  if (bias) check_shape(*bias, "bias", {weight_rows});
-  if (residual) check_shape(*residual, "residual", {tokens, weight_rows});
-  Tensor y = empty({tokens, width}, x.scalar_type());
-  advise_huge_pages(y);
-  if (y.numel() == 0) return y;
+  STD_TORCH_CHECK(
+      x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1) && weight.is_contiguous(),
+      "weight: expected contiguous, (rows, K) to fit x");
+  Call call(x, weight.size(0), bias, residual, activation);
+  call.check_like(weight, "weight");
+  if (call.y.numel() == 0) return call.y;
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const auto data = [](const std::optional<Tensor>& t) {
-      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-    };
-    const Epilogue<T> epilogue{kind,           data(bias),
-                               data(residual), static_cast<T*>(y.mutable_data_ptr()),
-                               weight_rows,    width};
     run<typename gemm::OperandOf<T>::Type>(static_cast<const T*>(x.const_data_ptr()), x.stride(0),
-                                           k, static_cast<const T*>(weight.const_data_ptr()),
-                                           tokens, epilogue);
+                                           call.k, static_cast<const T*>(weight.const_data_ptr()),
+                                           call.tokens, call.epilogue<T>());
   });
-  return y;
+  return call.y;
+}
+
+// weight: (phases, rows, kernel_height, kernel_width, channels), bf16, contiguous. Returns what
+// conv2d_kernel takes, and linear_packed of one phase and tap: each phase as cpu_tiles.h packs it.
+Tensor pack_tiles(Tensor weight, bool gated) {
+#if defined(SDFAST_TILES)
+  check_device(weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 5 && weight.scalar_type() == ScalarType::BFloat16 &&
+                      weight.is_contiguous() && weight.numel() > 0,
+                  "weight: expected bf16, (phases, rows, kernel, kernel, channels), contiguous");
+  gemm::tiles::Product p{weight.size(1), weight.size(4), weight.size(2), weight.size(3)};
+  p.gated = gated;
+  if (gated) p.rows /= 2;
+  Tensor packed = empty({weight.size(0) * p.packed()}, ScalarType::BFloat16);
+  advise_huge_pages(packed);
+  const auto* from = static_cast<const BFloat16*>(weight.const_data_ptr());
+  auto* to = static_cast<BFloat16*>(packed.mutable_data_ptr());
+  for (int64_t phase = 0; phase < weight.size(0); ++phase) {
+    gemm::tiles::pack_all(p, from + phase * p.rows * p.halves() * p.dim(), to + phase * p.packed());
+  }
+  return packed;
+#else
+  STD_TORCH_CHECK(false, "weight: nothing is packed so where there is no AMX");
+  (void)gated;
+  return weight;
+#endif
+}
+
+// packed: pack_tiles of a weight (weight_rows, K). The others as Call's, in bf16.
+Tensor linear_packed(Tensor x, Tensor packed, int64_t weight_rows, std::optional<Tensor> bias,
+                     std::optional<Tensor> residual, int64_t activation) {
+  Call call(x, weight_rows, bias, residual, activation);
+  call.check_like(packed, "packed");
+#if defined(SDFAST_TILES)
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 &&
+                      packed.numel() == tiles_of(call.width, call.k, call.is_gated()).packed(),
+                  "packed: expected pack_tiles of a weight that fits x");
+  if (call.y.numel() == 0) return call.y;
+  const auto* values = static_cast<const BFloat16*>(packed.const_data_ptr());
+  run_tiles(static_cast<const BFloat16*>(x.const_data_ptr()), x.stride(0), call.k, {values, true},
+            call.tokens, call.epilogue<BFloat16>());
+#else
+  STD_TORCH_CHECK(false, "packed: nothing is packed so where there is no AMX");
+#endif
+  return call.y;
 }
 
 // A number that changes with the weight: its version counter does not see what is written through
@@ -200,6 +284,8 @@ int64_t fingerprint(Tensor weight) {
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("linear_rows", TORCH_BOX(&linear_rows));
+  m.impl("linear_packed", TORCH_BOX(&linear_packed));
+  m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));
 }
 

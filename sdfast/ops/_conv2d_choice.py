@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing, tuning
+from sdfast.ops import _tiles
 
 # The fp32 elements of a copy for each of the weight's; with an upsample, of four 2x2 kernels each.
 _ELEMENTS = {
@@ -119,8 +120,7 @@ def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str,
     height, width = scale * height, scale * width
     suits = suits_winograd(weight, batch, height, width) and "winograd4x4_unpacked" in allowed
     # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast.
-    on_tiles = weight.dtype is torch.bfloat16 and _library.has_kernel("bf16_tiles", "cpu")
-    if not suits or on_tiles or (shape.upsample and _multiplies_pairs(weight.dtype)):
+    if not suits or _tiles.serve(weight.dtype) or (shape.upsample and _multiplies_pairs(weight.dtype)):
         return "direct", math.inf
     large = "winograd4x4" in allowed and batch * height * width >= _COPY_PIXELS
     if large and packing.affordable(weight, *_copy("winograd4x4", shape), _SAVED_MS):

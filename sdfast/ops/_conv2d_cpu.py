@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, packing
+from sdfast.ops import _tiles
 from sdfast.ops._conv2d_choice import algorithm_for, folds, kind_of, needs_copy, shape_of
 
 # As csrc/conv2d_cpu.cpp counts them.
@@ -91,7 +92,9 @@ def forward(
     packing.note(weight)
     if upsample and (algorithm == "winograd4x4_unpacked" or not folds(weight.shape[2:], stride, padding)):
         x, upsample = upsampled(x), False
-    values = values_of(weight, algorithm, upsample, worth)
+    values = _on_tiles(weight, upsample) if algorithm == "direct" else None
+    if values is None:
+        values = values_of(weight, algorithm, upsample, worth)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if time_embedding is not None:
@@ -105,6 +108,13 @@ def forward(
             weight.shape[0], weight.shape[2], weight.shape[3], stride, padding, upsample,
         ),
     )  # fmt: skip
+
+
+def _on_tiles(weight: Tensor, folded: bool) -> Tensor | None:
+    """The copy that AMX tiles read, where it is to be kept."""
+    if folded:
+        return _tiles.kept(weight, "tiles_folded", weight.numel() * 16 // 9, lambda w: fold(w).to(w.dtype))
+    return _tiles.kept(weight, "tiles", weight.numel(), lambda w: w.permute(0, 2, 3, 1)[None])
 
 
 def values_of(weight: Tensor, algorithm: str, folded: bool, worth: float = math.inf) -> Tensor:

@@ -16,8 +16,26 @@ def _rows_fake(
     return x.new_empty((x.shape[0], width))
 
 
+def _packed_fake(
+    x: Tensor,
+    packed: Tensor,
+    weight_rows: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> Tensor:
+    width = weight_rows // 2 if ACTIVATIONS[activation] == "geglu" else weight_rows
+    return x.new_empty((x.shape[0], width))
+
+
 rows_op = _library.define_native(
     "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
     _rows_fake,
+)
+# On AMX tiles; see _tiles.py.
+packed_op = _library.define_native(
+    "linear_packed(Tensor x, Tensor packed, int weight_rows, Tensor? bias, Tensor? residual, int activation)"
+    " -> Tensor",
+    _packed_fake,
 )
 rows_triton_op = _library.define_triton("linear_rows", "sdfast.ops.linear_triton")

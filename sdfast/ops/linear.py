@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library, dispatch, packing
+from sdfast.ops import _tiles
 from sdfast.ops._checks import (
     NO_KERNEL_YET,
     autocast_dtype,
@@ -30,9 +31,12 @@ from sdfast.ops._checks import (
     widened,
 )
 from sdfast.ops._linear_gate import linear_cuda
-from sdfast.ops._linear_rows import ACTIVATIONS, rows_op, rows_triton_op
+from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op
 from sdfast.ops._linear_training import TRITON, linear_training
 from sdfast.ops._native import requires_grad, unavailable
+
+# Of fewer tokens the product is as fast on the weight as it lies.
+_LEAST_TOKENS = 16
 
 
 def linear_torch(
@@ -78,9 +82,24 @@ def linear_cpu(
     """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
     if requires_grad(x, weight, bias, residual):
         return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation))
+    run = rows_op
     if not torch.compiler.is_compiling():
         packing.note(weight)
-    return _rows(rows_op, x, weight, bias, residual, activation)
+        run = _on_tiles(x, weight, activation) or run
+    return _rows(run, x, weight, bias, residual, activation)
+
+
+def _on_tiles(x: Tensor, weight: Tensor, activation: str | None) -> Callable[..., Tensor] | None:
+    """The operation on a copy of the weight for AMX tiles, where it is to be kept."""
+    if not _tiles.serve(x.dtype) or x.numel() < _LEAST_TOKENS * x.shape[-1]:
+        return None
+    gated = activation == "geglu"
+    kind = "tiles_gated" if gated else "tiles"
+    packed = _tiles.kept(weight, kind, weight.numel(), lambda w: w.flatten(1)[None, :, None, None], gated)
+    if packed is None:
+        return None
+    rows = weight.shape[0]
+    return lambda tokens, _, *others: packed_op(tokens, packed, rows, *others)
 
 
 def linear_triton(
