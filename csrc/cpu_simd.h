@@ -305,7 +305,6 @@ SDFAST_INLINE void finish_streams() {
 
 // Hints; an address outside the array does no harm.
 SDFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-SDFAST_INLINE void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 SDFAST_INLINE void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1); }
 
 #if defined(__AVX512F__)

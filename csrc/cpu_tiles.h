@@ -27,7 +27,7 @@ constexpr int64_t kStep = 32;                   // values of K that a tile holds
 constexpr int64_t kPanelRows = 2 * kTileRows;   // of W, beside two tiles of tokens
 constexpr int64_t kGroupRows = 2 * kPanelRows;  // of W, whose sums are finished together
 constexpr int64_t kPanelStep = kPanelRows * kStep;
-constexpr int64_t kChunkSteps = 90;         // of K: a group of W and the tokens share L2
+constexpr int64_t kChunkSteps = 90;         // of K: a panel of W and the tokens share L2
 constexpr int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next chunk
 constexpr int64_t kBlockBytes = 768 << 10;  // of tokens
 constexpr int64_t kManyTokens = 1024;       // beyond which W is transposed by all threads
@@ -147,47 +147,13 @@ inline void pack_all(const Product& p, const BFloat16* weight, BFloat16* to) {
   });
 }
 
-// Fetches what pack reads of a chunk of a group, a line at each call.
-class Ahead {
- public:
-  Ahead() = default;
-  Ahead(const Product& p, const BFloat16* weight, int64_t group, int64_t chunk)
-      : runs_left_(std::min(kGroupRows, p.rows - group * kGroupRows) * p.taps()),
-        lines_(p.first_step(chunk + 1) - p.first_step(chunk)),
-        stride_(p.channels),
-        next_half_(p.gated ? weight + (p.rows + group * kGroupRows) * p.dim() +
-                                 p.first_step(chunk) * kStep
-                           : nullptr),
-        runs_(runs_left_),
-        run_(weight + group * kGroupRows * p.dim() + p.first_step(chunk) * kStep) {}
-  int64_t lines() const { return runs_ * lines_ * (next_half_ ? 2 : 1); }
-  void fetch() {
-    if (runs_left_ == 0) return;
-    simd::prefetch_to_l2(run_ + line_ * kStep);
-    if (++line_ < lines_) return;
-    line_ = 0;
-    run_ += stride_;
-    if (--runs_left_ > 0 || !next_half_) return;
-    run_ = next_half_;
-    next_half_ = nullptr;
-    runs_left_ = runs_;
-  }
-
- private:
-  int64_t runs_left_ = 0, lines_ = 0, stride_ = 0;
-  const BFloat16* next_half_ = nullptr;
-  int64_t runs_ = 0, line_ = 0;
-  const BFloat16* run_ = nullptr;
-};
-
 // c (kTileRows or twice as many, kPanelRows), kGroupRows apart, (+)= a b over taps and steps: a at
-// `first` and at `second`. `fetches` lines are fetched each step.
+// `first` and at `second`.
 template <bool kTwo>
 inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFloat16* first,
                                                      const BFloat16* second, int64_t stride,
                                                      int64_t steps, const BFloat16* b, float* c,
-                                                     bool accumulate, Ahead& ahead,
-                                                     int64_t fetches) {
+                                                     bool accumulate) {
   constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kTileRows * 4;
   float* below = c + kTileRows * kGroupRows;
   // GCC's tile loads do not say that they read memory.
@@ -227,7 +193,6 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
         b += kPanelStep;
         from += p.tap_stride;
         other += p.tap_stride;
-        for (int64_t i = 0; i < fetches; ++i) ahead.fetch();
       }
     }
   }
@@ -240,112 +205,132 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
   __asm__ volatile("" ::: "memory");
 }
 
+// Two tiles of tokens, or the last one.
+struct Pair {
+  const Lines* lines;
+  int64_t index;  // of the first in its lines
+  const BFloat16 *first, *second;
+  bool two;
+
+  // Calls work(token, count, row of the pair's sums) for the tokens that are there.
+  template <typename Work>
+  void for_each_run(const Work& work) const {
+    for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
+      lines->for_each_run(index + i, [&](int64_t token, int64_t count, int64_t row) {
+        work(token, count, i * kTileRows + row);
+      });
+    }
+  }
+};
+
+inline std::vector<Pair> pairs_of(const std::vector<Lines>& blocks) {
+  std::vector<Pair> pairs;
+  for (const Lines& lines : blocks) {
+    const int64_t count = lines.all_tiles();
+    for (int64_t i = 0; i < count; i += 2) {
+      const bool two = i + 1 < count;
+      pairs.push_back({&lines, i, lines.tile(i), lines.tile(two ? i + 1 : i), two});
+    }
+  }
+  return pairs;
+}
+
+// sums (+)= the pairs' products with a chunk of a group of W, packed at b; finished after the last
+// chunk. Under several taps all pairs meet a panel while it is near, for each of their lines serves
+// several times; else each pair meets all panels. sums: (pairs, halves, kPanelRows, kGroupRows).
+template <typename Finish>
+void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t group, int64_t chunk,
+                    const BFloat16* b, float* sums, const Finish& finish) {
+  constexpr int64_t kHalfSums = kPanelRows * kGroupRows;
+  const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, p.rows - row);
+  const int64_t channel = p.first_step(chunk) * kStep;
+  const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, all = p.halves() * panels;
+  const int64_t count = static_cast<int64_t>(pairs.size()), run = p.taps() > 1 ? count : 1;
+  for (int64_t begin = 0; begin < count; begin += run) {
+    for (int64_t i = 0; i < all; ++i) {
+      const int64_t half = i / panels, panel = i % panels;
+      const BFloat16* columns = b + (half * 2 + panel) * p.taps() * steps * kPanelStep;
+      const bool finishes = chunk + 1 == p.chunks() && i + 1 == all;
+      for (int64_t j = begin; j < begin + run; ++j) {
+        const Pair& pair = pairs[j];
+        float* c = sums + j * p.halves() * kHalfSums;
+        if (finishes) {
+          pair.for_each_run([&](int64_t token, int64_t there, int64_t) {
+            finish.fetch(token, there, row, rows);
+          });
+        }
+        const auto tile = pair.two ? &multiply_tiles<true> : &multiply_tiles<false>;
+        tile(p, pair.first + channel, pair.second + channel, pair.lines->stride, steps, columns,
+             c + half * kHalfSums + panel * kPanelRows, chunk > 0);
+        if (finishes) {
+          pair.for_each_run([&](int64_t token, int64_t there, int64_t r) {
+            const float* values = c + r * kGroupRows;
+            finish(token, there, row, rows, Sums{values, values + kHalfSums, kGroupRows});
+          });
+        }
+      }
+    }
+  }
+}
+
 // source: tokens() and blocks() of them, which depend on the shape alone; copied(), values of the
 // copy of a block; most_tiles() of a block; lines(block, copy) gives a block, where it lies or
 // copied. weight: (rows, taps, channels), twice the rows where gated; or packed. finish(token,
-// count, row, rows, sums) takes Sums of rows [row, row + rows).
+// count, row, rows, sums) takes Sums of rows [row, row + rows), finish.fetch what it will touch.
 template <typename Source, typename Finish>
 void multiply_weights(const Product& p, const Weight& weight, const Source& source,
                       const Finish& finish) {
   const bool many = source.tokens() > kManyTokens;
+  const bool pack_first = many && !weight.packed, pack_here = !many && !weight.packed;
   const int64_t blocks = source.blocks(), groups = p.groups(), chunks = p.chunks();
-  const int64_t threads = torch::stable::get_num_threads(), halves = p.halves();
-  const int64_t pair_sums = halves * kPanelRows * kGroupRows;
-  const int64_t item_tiles = (many ? 1 : blocks) * source.most_tiles();
-  const int64_t item_pairs = (item_tiles + 1) / 2 + (many ? 0 : blocks);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t item_blocks = many ? 1 : blocks;
+  const int64_t group_sums =
+      item_blocks * ((source.most_tiles() + 1) / 2) * p.halves() * kPanelRows * kGroupRows;
   // Groups whose sums wait together for the next chunk.
-  const int64_t fit = kSumsBytes / (item_pairs * pair_sums * static_cast<int64_t>(sizeof(float)));
+  const int64_t fit = kSumsBytes / (group_sums * static_cast<int64_t>(sizeof(float)));
   const int64_t span = chunks > 1 ? std::clamp<int64_t>(fit, 1, groups) : 1;
   const int64_t spans = (groups + span - 1) / span;
-  const int64_t most_steps = (p.steps() + chunks - 1) / chunks;
 
-  const bool pack_first = many && !weight.packed, pack_here = !many && !weight.packed;
   const Scratch<BFloat16> all_packed(pack_first ? p.packed() : 0);
   const BFloat16* packed = weight.packed ? weight.values : all_packed.get();
+  if (pack_first) pack_all(p, weight.values, all_packed.get());
+  // Few tokens are made ready once for all threads.
   const Scratch<BFloat16> copies(many ? 0 : blocks * source.copied());
   std::vector<Lines> all(many ? 0 : blocks);
-  if (pack_first) pack_all(p, weight.values, all_packed.get());
-  if (!many) {
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        all[i] = source.lines(i, copies.get() + i * source.copied());
-      }
-    });
-  }
+  torch::stable::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) all[i] = source.lines(i, copies.get() + i * source.copied());
+  });
+  const std::vector<Pair> all_pairs = pairs_of(all);
   // A block of many is multiplied by all of W, where there are blocks enough.
-  const int64_t splits =
-      many ? std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, threads == 1 ? 1 : spans)
-           : spans;
-  share(many ? blocks * splits : splits, [&](const auto& next) {
+  const int64_t enough = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
+  const int64_t splits = many ? std::min(enough, spans) : spans;
+  share((many ? blocks : 1) * splits, [&](const auto& next) {
     const amx::Tiles tiles;
     const Scratch<BFloat16> copy(many ? source.copied() : 0);
-    const Scratch<BFloat16> panels(pack_here ? p.packed(most_steps) : 0);
-    const Scratch<float> sums(pair_sums * (chunks > 1 ? span * item_pairs : 1));
+    const Scratch<BFloat16> panels(pack_here ? p.packed((p.steps() + chunks - 1) / chunks) : 0);
+    const Scratch<float> sums(group_sums * span);
+    std::vector<Lines> block;
+    std::vector<Pair> own_pairs;
     for (int64_t item; (item = next()) >= 0;) {
-      const int64_t split = many ? item % splits : item;
-      Lines own;
-      if (many) own = source.lines(item / splits, copy.get());
-      const Lines* begin = many ? &own : all.data();
-      const Lines* end = begin + (many ? 1 : blocks);
+      const int64_t split = item % splits;
+      if (many) {
+        block.assign(1, source.lines(item / splits, copy.get()));
+        own_pairs = pairs_of(block);
+      }
+      const std::vector<Pair>& pairs = many ? own_pairs : all_pairs;
       for (int64_t s = split * spans / splits; s < (split + 1) * spans / splits; ++s) {
-        const int64_t first_group = s * span, end_group = std::min(first_group + span, groups);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const int64_t channel = p.first_step(chunk) * kStep;
-          const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
-          const int64_t panel_size = p.taps() * steps * kPanelStep;
-          for (int64_t group = first_group; group < end_group; ++group) {
-            const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, p.rows - row);
-            const BFloat16* b = pack_here ? panels.get() : packed + p.packed_at(group, chunk);
-            Ahead ahead;
-            int64_t fetches = 0;
-            if (pack_here) {
-              pack(p, weight.values, group, chunk, panels.get());
-              const bool last = group + 1 == end_group, last_chunk = chunk + 1 == chunks;
-              const int64_t next_group = !last ? group + 1 : last_chunk ? end_group : first_group;
-              if (next_group < groups) {
-                ahead = Ahead(p, weight.values, next_group,
-                              last ? (last_chunk ? 0 : chunk + 1) : chunk);
-                const int64_t all_steps = item_pairs * halves * 2 * p.taps() * steps;
-                fetches = (ahead.lines() + all_steps - 1) / all_steps;
-              }
-            }
-            float* c = sums.get();
-            if (chunks > 1) c += (group - first_group) * item_pairs * pair_sums;
-            for (const Lines* lines = begin; lines < end; ++lines) {
-              const int64_t count = lines->all_tiles();
-              for (int64_t t = 0; t < count; t += 2) {
-                const bool two = t + 1 < count;
-                const BFloat16* from = lines->tile(t) + channel;
-                const BFloat16* other = two ? lines->tile(t + 1) + channel : from;
-                if (chunk + 1 == chunks) {
-                  for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
-                    lines->for_each_run(t + i, [&](int64_t token, int64_t there, int64_t) {
-                      finish.fetch(token, there, row, rows);
-                    });
-                  }
-                }
-                for (int64_t half = 0; half < halves; ++half) {
-                  float* to = c + half * kPanelRows * kGroupRows;
-                  for (int64_t panel = 0; panel * kPanelRows < rows; ++panel) {
-                    const auto tile = two ? &multiply_tiles<true> : &multiply_tiles<false>;
-                    tile(p, from, other, lines->stride, steps, b + (half * 2 + panel) * panel_size,
-                         to + panel * kPanelRows, chunk > 0, ahead, fetches);
-                  }
-                }
-                if (chunk + 1 == chunks) {
-                  for (int64_t i = 0; i < (two ? 2 : 1); ++i) {
-                    const float* of_tile = c + i * kTileRows * kGroupRows;
-                    lines->for_each_run(t + i, [&](int64_t token, int64_t there, int64_t r) {
-                      const float* values = of_tile + r * kGroupRows;
-                      finish(token, there, row, rows,
-                             Sums{values, values + kPanelRows * kGroupRows, kGroupRows});
-                    });
-                  }
-                }
-                if (chunks > 1) c += pair_sums;
-              }
-            }
+        const int64_t first = s * span, end = std::min(first + span, groups);
+        for (int64_t i = 0; i < chunks * (end - first); ++i) {
+          const int64_t chunk = i / (end - first), group = first + i % (end - first);
+          const BFloat16* b = packed + p.packed_at(group, chunk);
+          if (pack_here) {
+            pack(p, weight.values, group, chunk, panels.get());
+            b = panels.get();
           }
+          multiply_group(p, pairs, group, chunk, b, sums.get() + (group - first) * group_sums,
+                         finish);
         }
       }
     }
