@@ -11,16 +11,17 @@ namespace {
 // Returns the floating point operations done, a multiplication and an addition for each product.
 template <typename Operand>
 int64_t multiply_in_l1(int64_t repetitions) {
-  constexpr int64_t kSteps = 128;
+  constexpr int64_t kSteps = 128, kR = gemm::kTileRows<Operand>;
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const std::vector<Operand> a(gemm::kRows * kSteps), b(kSteps * gemm::kColumns);
-    std::vector<float> c(gemm::kRows * gemm::kColumns);
+    const gemm::Tiles<Operand> tiles;
+    const std::vector<Operand> a(kR * kSteps), b(kSteps * gemm::kColumns);
+    std::vector<float> c(kR * gemm::kColumns);
     for (int64_t i = begin * repetitions; i < end * repetitions; ++i) {
-      gemm::multiply_tile<gemm::kRows>(kSteps, a.data(), kSteps, b.data(), c.data(), false);
+      gemm::multiply_any_tile<kR>(kSteps, a.data(), kSteps, b.data(), c.data(), false);
     }
   });
-  return 2 * threads * repetitions * gemm::kRows * gemm::kColumns * kSteps * Operand::kDepth;
+  return 2 * threads * repetitions * kR * gemm::kColumns * kSteps * Operand::kDepth;
 }
 
 // pairs: bf16 where this library multiplies it in pairs.

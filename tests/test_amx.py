@@ -103,6 +103,16 @@ OPERATIONS = {
             t.test_gradients_against_fp64("cpu", bf16, head_dim)
         t.test_causal_gradients(bf16)
     """,
+    "tiles": """
+        import test_tiles as t
+        for case in t.LINEAR:
+            t.test_linear(case, "geglu")
+            t.test_linear(case, None)
+        for case in t.CONV2D:
+            t.test_conv2d(case)
+        t.test_few_tokens_keep_no_copy()
+        t.test_what_does_not_fit_is_refused()
+    """,
     "guarded": """
         import test_guarded as t
         for name in ("linear", "conv2d", "conv2d_1x1", "attention"):

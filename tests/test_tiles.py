@@ -1,0 +1,120 @@
+"""Products on AMX tiles (csrc/cpu_tiles.h): with and without a copy of the weight, few and many tokens, cut K.
+
+test_amx.py runs the same on emulated tiles where the CPU has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdfast import _library, dispatch, ops, packing
+from sdfast.ops.conv2d import conv2d_torch
+from sdfast.ops.linear import linear_torch
+from sdfast.testing import assert_within_budget
+
+pytestmark = pytest.mark.skipif(
+    not _library.has_kernel("bf16_tiles", "cpu"), reason="this CPU has no AMX, or its library was not built"
+)
+
+# Tokens, rows, K.
+LINEAR = (
+    (16, 64, 32),
+    (45, 70, 40),
+    (64, 130, 2976),  # K in two chunks
+    (200, 98, 6000),  # sums of several groups wait for the next
+    (33, 34, 2048),  # rows that crowd a set of the cache
+    (1040, 96, 64),  # many, in place
+    (1031, 40, 72),  # the last block is copied
+)
+# Images, channels, out_channels, height, width, kernel, stride, whether it upsamples.
+CONV2D = (
+    (2, 32, 40, 8, 8, 3, 1, False),  # rows that are half a tile: one line an image
+    (1, 3, 17, 5, 20, 3, 1, False),
+    (1, 40, 33, 16, 16, 3, 1, False),
+    (2, 33, 18, 9, 18, 3, 2, False),
+    (1, 352, 32, 4, 16, 3, 1, False),  # K in two chunks
+    (1, 16, 70, 36, 32, 3, 1, False),  # many
+    (1, 24, 16, 6, 8, 3, 1, True),
+    (1, 8, 16, 20, 16, 3, 1, True),  # many
+    (2, 40, 24, 4, 8, 1, 1, False),
+    (1, 64, 24, 8, 160, 1, 1, False),
+)
+
+
+def in_both_ways(run: Callable[[], Tensor], weight: Tensor, kept: bool = True) -> Tensor:
+    """The result with a copy of the weight, the same to the bit without one, on one thread and on two."""
+    packing.clear()
+    results = []
+    for memory in ("default", "low"):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with dispatch.use_memory(memory):
+                results.append(run())
+        copies = packing.copies_of([weight])
+        assert bool(copies) == kept, memory
+    packing.clear()
+    torch.set_num_threads(1)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    return results[0]
+
+
+@pytest.mark.parametrize("activation", [None, "geglu"])
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_linear(case: tuple[int, int, int], activation: str | None) -> None:
+    tokens, rows, k = case
+    values = (torch.randn(tokens, k), torch.randn(rows, k) / k**0.5, torch.randn(rows))
+    x, weight, bias = (value.bfloat16() for value in values)
+    residual = torch.randn(tokens, rows).bfloat16()
+    more = {"activation": activation, "residual": residual}
+    actual = in_both_ways(lambda: ops.linear(x, weight, bias, **more, backend="cpu"), weight)
+    exact = linear_torch(
+        x.double(), weight.double(), bias.double(), activation=activation, residual=residual.double()
+    )
+    assert_within_budget(actual, linear_torch(x, weight, bias, **more), exact)
+
+
+@pytest.mark.parametrize("case", CONV2D, ids=str)
+def test_conv2d(case: tuple[int, ...]) -> None:
+    images, channels, out_channels, height, width, kernel, stride, upsample = case
+    x = torch.randn(images, channels, height, width)
+    weight = torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+    values = (x, weight, torch.randn(out_channels), torch.randn(images, out_channels))
+    x, weight, bias, embedding = (value.bfloat16() for value in values)
+    geometry = (stride, (kernel // 2,) * 4)
+    more = {"upsample": bool(upsample), "time_embedding": embedding}
+    with dispatch.use_numerics("exact"):
+        actual = in_both_ways(lambda: ops.conv2d(x, weight, bias, *geometry, **more, backend="cpu"), weight)
+    eager = conv2d_torch(x, weight, bias, *geometry, **more)
+    wide = (x.double(), weight.double(), bias.double())
+    exact = conv2d_torch(*wide, *geometry, **{**more, "time_embedding": embedding.double()})
+    assert_within_budget(actual, eager, exact)
+
+
+def test_few_tokens_keep_no_copy() -> None:
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(70, 64).bfloat16()
+    in_both_ways(lambda: ops.linear(x, weight, backend="cpu"), weight, kept=False)
+
+
+def test_the_copy_follows_the_weight() -> None:
+    layer = torch.nn.Linear(64, 96).bfloat16()
+    x = torch.randn(32, 64).bfloat16()
+    with torch.no_grad():
+        before = ops.linear(x, layer.weight, layer.bias)
+        layer.weight.data += 1  # as PEFT merges a LoRA: no version counter moves
+        after = ops.linear(x, layer.weight, layer.bias)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, layer(x))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, weight = torch.randn(32, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    packed = torch.ops.sdfast.pack_tiles(weight[None, :, None, None], False)
+    torch.ops.sdfast.linear_packed(x, packed, 96, None, None, 0)
+    with pytest.raises(RuntimeError, match="packed: expected pack_tiles of a weight that fits x"):
+        torch.ops.sdfast.linear_packed(x, packed, 160, None, None, 0)
+    with pytest.raises(RuntimeError, match="weight: expected bf16"):
+        torch.ops.sdfast.pack_tiles(weight.float()[None, :, None, None], False)
