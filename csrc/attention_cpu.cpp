@@ -3,8 +3,9 @@
 // Algorithm (Dao 2023, "FlashAttention-2", eq. 1-4 and algorithm 1, transposed). The lanes of the
 // vectors are queries: a tile of kColumns of them goes over all keys a block at a time, scores
 // (keys, kColumns) = k qᵀ, weights = exp(scores - a maximum), o (D, kColumns) += vᵀ weights.
-// So maximum and sum need no reduction across lanes, and neither keys nor D are padded. k and v of
-// a head are copied once into the micro-kernel's operands and shared by all its tiles.
+// So maximum and sum need no reduction across lanes, and neither keys nor D are padded, but for AMX
+// (attention_tiles_cpu.h). k and v of a head are copied once into the micro-kernel's operands and
+// shared by all its tiles.
 // bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
 // Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
 // The steps are in attention_cpu.h.
@@ -40,23 +41,22 @@ struct Attention {
   bool is_causal;
   double scale;
 
-  // AMX reads the left operand by rows: the values by D, not by keys. Its tiles are whole: keys, D
-  // and their steps are completed with zeros.
-  static constexpr bool kByColumn = gemm::kTileRows<Operand> > gemm::kRows;
-  static constexpr int64_t kWhole = kByColumn ? simd::kLanes : 1;
+  // Whether AMX multiplies. Its tiles are whole: keys, D and their steps are completed with zeros.
+  static constexpr bool kInTiles = gemm::kTileRows<Operand> > gemm::kRows;
+  static constexpr int64_t kWhole = kInTiles ? simd::kLanes : 1;
   static int64_t whole(int64_t size) { return (size + kWhole - 1) / kWhole * kWhole; }
 
   // Keys in a block, whole steps of them: their operands and the tiles' share L2.
   int64_t block_keys() const {
     constexpr int64_t kStep = 2 * kWhole;
-    const int64_t most = kByColumn && sizes.dim <= 128 ? kMostKeys / 2 : kMostKeys;
+    const int64_t most = kInTiles && sizes.dim <= 128 ? kMostKeys / 2 : kMostKeys;
     return std::clamp<int64_t>(32768 / sizes.dim, 32, most) / kStep * kStep;
   }
 
   int64_t depth_steps() const { return whole(gemm::steps_of(Operand::kDepth, sizes.dim)); }
   int64_t key_steps(int64_t keys) const { return whole(gemm::steps_of(Operand::kDepth, keys)); }
 
-  // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or (D, steps of keys).
+  // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or both in tiles.
   int64_t packed_keys() const { return whole(sizes.keys) * depth_steps(); }
   int64_t packed_head() const { return packed_keys() + key_steps(sizes.keys) * whole(sizes.dim); }
 
@@ -81,7 +81,7 @@ struct Attention {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     Operand* values = to + packed_keys();
 #if defined(SDFAST_TILES)
-    if constexpr (kByColumn) {
+    if constexpr (kInTiles) {
       for (int64_t key = first; key < last; ++key) {
         const int64_t row = key % amx::kTileRows;
         attention::pack_key_in_tiles(k.row(batch, h, key), sizes.dim, depth_steps() / simd::kLanes,
@@ -112,13 +112,15 @@ struct Attention {
       std::fill(tiles[t].q + there, tiles[t].q + steps * kColumns, Operand{});
     }
     const int64_t most = block_keys();
-    const float to_log2 = static_cast<float>(std::fabs(scale) * 1.4426950408889634);
+    // Not zero: hidden keys have a score of -inf.
+    const float to_log2 = std::max(static_cast<float>(std::fabs(scale) * 1.4426950408889634),
+                                   std::numeric_limits<float>::min());
     // How many keys a tile of queries sees.
     const auto keys_of = [&](const Tile<Operand>& tile) {
       return is_causal ? std::min(sizes.keys, tile.first + tile.count) : sizes.keys;
     };
 #if defined(SDFAST_TILES)
-    if constexpr (kByColumn) {
+    if constexpr (kInTiles) {
       using attention::Item;
       using attention::RowsProduct;
       attention::attend_items(

@@ -24,24 +24,15 @@ struct TileProduct {
   float* c;
   bool two, accumulate;
 
-  static constexpr int kTileRows = amx::kTileRows;
   static constexpr int64_t kRowBytes = kColumns * sizeof(float);
 
   SDFAST_INLINE void begin() const {
     // GCC's tile loads do not say that they read memory.
     __asm__ volatile("" ::: "memory");
     if (accumulate) {
-      _tile_loadd(0, c, kRowBytes);
-      _tile_loadd(1, c + kLanes, kRowBytes);
-      if (two) {
-        _tile_loadd(2, c + kTileRows * kColumns, kRowBytes);
-        _tile_loadd(3, c + kTileRows * kColumns + kLanes, kRowBytes);
-      }
+      amx::load_sums(c, kRowBytes, two);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      amx::zero_sums();
     }
     constexpr int64_t kApart = kLanes * sizeof(BFloat16Pair);
     const BFloat16Pair *rows = a, *more_rows = a + next_rows, *columns = b;
@@ -63,12 +54,7 @@ struct TileProduct {
   }
 
   SDFAST_INLINE void end() const {
-    _tile_stored(0, c, kRowBytes);
-    _tile_stored(1, c + kLanes, kRowBytes);
-    if (two) {
-      _tile_stored(2, c + kTileRows * kColumns, kRowBytes);
-      _tile_stored(3, c + kTileRows * kColumns + kLanes, kRowBytes);
-    }
+    amx::store_sums(c, kRowBytes, two);
     __asm__ volatile("" ::: "memory");
   }
 };
@@ -143,7 +129,7 @@ std::vector<Item> items_of(int64_t tiles, int64_t keys, int64_t most, const Keys
 
 // A tile's first maximum is subtracted from all its scores while the weights stay below this;
 // beyond, an item is multiplied out again and the maximum sought again.
-constexpr float kMostSum = 0x1p64f;
+constexpr float kMostSum = 0x1p32f;
 
 // Not where any is NaN.
 inline bool all_below(const Vecs<2>& v, float limit) {

@@ -4,8 +4,8 @@
 // is read where it lies, and panels of pixels are gathered into L2, a copy of C values a pixel and
 // tap; zeros stand for what lies outside. A 3x3 convolution after a nearest-2x upsample is four 2x2
 // convolutions, one for each parity of y's rows and columns, whose weights are sums of the 3x3's:
-// 4/9 of the multiplications. Bytes: x once a tap from cache, W and the residual read, y written.
-// Limit: fused multiply-adds.
+// 4/9 of the multiplications. With AMX bf16 is multiplied on tiles (cpu_tiles.h). Bytes: x once a
+// tap from cache, W and the residual read, y written. Limit: fused multiply-adds.
 #pragma once
 
 #include "conv2d_cpu.h"

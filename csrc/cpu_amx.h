@@ -62,26 +62,28 @@ SDFAST_INLINE void multiply_step(const void* a, int64_t a_stride, const void* b)
   }
 }
 
-template <int kR>
-SDFAST_INLINE void load_tiles(const float* c) {
-  constexpr int64_t kStride = kColumns * sizeof(float);
-  _tile_loadd(0, c, kStride);
-  _tile_loadd(1, c + kTileColumns, kStride);
-  if constexpr (kR > kTileRows) {
-    _tile_loadd(2, c + kTileRows * kColumns, kStride);
-    _tile_loadd(3, c + kTileRows * kColumns + kTileColumns, kStride);
-  }
+// Tiles 0 to 3 are (kTileRows or twice as many, kColumns) fp32, rows `stride` bytes apart in c.
+SDFAST_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
 }
-
-template <int kR>
-SDFAST_INLINE void store_tiles(float* c) {
-  constexpr int64_t kStride = kColumns * sizeof(float);
-  _tile_stored(0, c, kStride);
-  _tile_stored(1, c + kTileColumns, kStride);
-  if constexpr (kR > kTileRows) {
-    _tile_stored(2, c + kTileRows * kColumns, kStride);
-    _tile_stored(3, c + kTileRows * kColumns + kTileColumns, kStride);
-  }
+SDFAST_INLINE void load_sums(const float* c, int64_t stride, bool two) {
+  const char* below = reinterpret_cast<const char*>(c) + kTileRows * stride;
+  _tile_loadd(0, c, stride);
+  _tile_loadd(1, c + kTileColumns, stride);
+  if (!two) return;
+  _tile_loadd(2, below, stride);
+  _tile_loadd(3, below + 64, stride);
+}
+SDFAST_INLINE void store_sums(float* c, int64_t stride, bool two) {
+  char* below = reinterpret_cast<char*>(c) + kTileRows * stride;
+  _tile_stored(0, c, stride);
+  _tile_stored(1, c + kTileColumns, stride);
+  if (!two) return;
+  _tile_stored(2, below, stride);
+  _tile_stored(3, below + 64, stride);
 }
 
 // c (kR, kColumns) (+)= a b; as gemm::multiply_tile, whose operands are pairs here. kR: 16 or 32.
@@ -105,21 +107,17 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const void* a, int64
   }
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::"r"(last_rows), "r"(last_columns) : "memory");
+  constexpr int64_t kStride = kColumns * sizeof(float);
   if (accumulate) {
-    load_tiles<kR>(c);
+    load_sums(c, kStride, kR > kTileRows);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kR > kTileRows) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    zero_sums();
   }
   for (int64_t step = 0; step < whole; step += kTileSteps) {
     multiply_step<kR>(rows + step, lda * sizeof(Pair), columns + step * kColumns);
   }
   if (left > 0) multiply_step<kR>(last_rows, sizeof last_rows[0], last_columns);
-  store_tiles<kR>(c);
+  store_sums(c, kStride, kR > kTileRows);
   __asm__ volatile("" ::: "memory");
 }
 

@@ -4,7 +4,6 @@
 // Algorithm. A panel holds kColumns columns of b, so that each step of the inner loop reads one
 // contiguous piece. The micro-kernel keeps kRows x kColumns sums in registers and reads a where it
 // lies, row-major: broadcasting needs no packing.
-// Tiles of pairs of bf16 are AMX's where it is (cpu_amx.h).
 // Limit: fused multiply-adds, 24 of them against 14 loads a step with AVX-512.
 // Every element is one chain of additions over K, cut at fixed places: the result does not depend
 // on the number of threads.

@@ -27,10 +27,9 @@ constexpr int64_t kStep = 32;                   // values of K that a tile holds
 constexpr int64_t kPanelRows = 2 * kTileRows;   // of W, beside two tiles of tokens
 constexpr int64_t kGroupRows = 2 * kPanelRows;  // of W, whose sums are finished together
 constexpr int64_t kPanelStep = kPanelRows * kStep;
-constexpr int64_t kChunkSteps = 90;         // of K: a panel of W and the tokens share L2
-constexpr int64_t kSumsBytes = 512 << 10;   // of sums that wait for the next chunk
-constexpr int64_t kBlockBytes = 768 << 10;  // of tokens
-constexpr int64_t kManyTokens = 1024;       // beyond which W is transposed by all threads
+constexpr int64_t kChunkSteps = 90;        // of K: a panel of W and the tokens share L2
+constexpr int64_t kSumsBytes = 512 << 10;  // of sums that wait for the next chunk
+constexpr int64_t kManyTokens = 1024;      // beyond which W is transposed by all threads
 
 // Tokens that lie evenly apart. Tiles may reach beyond the last one of a line, into memory that is
 // there.
@@ -74,7 +73,9 @@ struct Product {
   int64_t halves() const { return gated ? 2 : 1; }
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
   // K is cut where it is long: so many steps of each tap make a chunk.
-  int64_t chunks() const { return (steps() * taps() + kChunkSteps - 1) / kChunkSteps; }
+  int64_t chunks() const {
+    return std::min(steps(), (steps() * taps() + kChunkSteps - 1) / kChunkSteps);
+  }
   int64_t first_step(int64_t chunk) const { return chunk * steps() / chunks(); }
   // Values of a group of W, transposed, of so many steps of each tap.
   int64_t packed(int64_t count) const { return halves() * 2 * taps() * count * kPanelStep; }
@@ -155,23 +156,12 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
                                                      int64_t steps, const BFloat16* b, float* c,
                                                      bool accumulate) {
   constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kTileRows * 4;
-  float* below = c + kTileRows * kGroupRows;
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::: "memory");
   if (accumulate) {
-    _tile_loadd(0, c, kSums);
-    _tile_loadd(1, c + kTileRows, kSums);
-    if constexpr (kTwo) {
-      _tile_loadd(2, below, kSums);
-      _tile_loadd(3, below + kTileRows, kSums);
-    }
+    amx::load_sums(c, kSums, kTwo);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kTwo) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    amx::zero_sums();
   }
   const int64_t apart = stride * sizeof(BFloat16);
   for (int64_t y = 0; y < p.tap_rows; ++y) {
@@ -196,12 +186,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
       }
     }
   }
-  _tile_stored(0, c, kSums);
-  _tile_stored(1, c + kTileRows, kSums);
-  if constexpr (kTwo) {
-    _tile_stored(2, below, kSums);
-    _tile_stored(3, below + kTileRows, kSums);
-  }
+  amx::store_sums(c, kSums, kTwo);
   __asm__ volatile("" ::: "memory");
 }
 
@@ -344,8 +329,7 @@ struct Tokens {
 
   int64_t tokens() const { return count; }
   int64_t block() const {
-    return std::clamp<int64_t>(kBlockBytes / 2 / std::max<int64_t>(channels, 1), 128, 512) /
-           kPanelRows * kPanelRows;
+    return std::clamp<int64_t>(kBlockBytes / 2 / channels, 128, 512) / kPanelRows * kPanelRows;
   }
   int64_t blocks() const { return (count + block() - 1) / block(); }
   int64_t most_tiles() const { return (std::min(block(), count) + kTileRows - 1) / kTileRows; }

@@ -1,10 +1,11 @@
 """Copies of weights in the layouts that kernels read, made once, dropped when the weight changes.
 
 Most kernels read a weight where it lies. A Winograd convolution needs it transformed, and that copy is
-larger than the weight: together the copies stay within a budget, by default 1.0 times the weights that
-kernels have read, or `FREE_BYTES` where that is more (`sdfast.dispatch.use_memory`). Where it is used up, a
-copy that is worth more a byte takes the place of those worth less, so a model's first two calls settle which
-layers have one; until then a layer's bits may change from one call to the next.
+larger than the weight; AMX tiles are faster on one of its own size. Together the copies stay within a
+budget, by default 1.0 times the weights that kernels have read, or `FREE_BYTES` where that is more
+(`sdfast.dispatch.use_memory`). Where it is used up, a copy that is worth more a byte takes the place of
+those worth less, so a model's first two calls settle which layers have one; until then a layer's bits may
+change from one call to the next.
 
 A copy belongs to the weight tensor and dies with it. It is made anew when the weight's version counter has
 moved (an optimiser's step, `load_state_dict`), its storage is another, or the values at a few places differ:
@@ -85,6 +86,12 @@ def note(weight: Tensor) -> None:
     with _lock:
         if _read.get(weight) != nbytes:  # a module's `to` changes the dtype of the same parameter
             _read[weight] = nbytes
+
+
+def is_known(weight: Tensor) -> bool:
+    """Whether a kernel has read this very tensor before."""
+    with _lock:
+        return weight in _read
 
 
 def affordable(weight: Tensor, kind: str, nbytes: int, worth: float) -> bool:

@@ -98,6 +98,9 @@ OPERATIONS = {
         t.test_layouts(bf16, "odd")
         t.test_causal(bf16)
         t.test_large_logits(bf16)
+        t.test_threads_do_not_change_a_bit(bf16)
+        for value in (float("nan"), float("inf"), -float("inf")):
+            t.test_non_finite_values(value, bf16)
         import test_attention_backward as t
         for head_dim in (40, 80):
             t.test_gradients_against_fp64("cpu", bf16, head_dim)
@@ -111,6 +114,9 @@ OPERATIONS = {
         for case in t.CONV2D:
             t.test_conv2d(case)
         t.test_few_tokens_keep_no_copy()
+        t.test_weights_made_for_a_call_keep_no_copy()
+        for change in ("in place", "data", "step", "load_state_dict", "to"):
+            t.test_the_copy_follows_the_weight(change)
         t.test_what_does_not_fit_is_refused()
     """,
     "guarded": """

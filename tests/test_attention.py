@@ -146,7 +146,7 @@ def test_causal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0, -0.3])
 def test_scale(dtype: torch.dtype, scale: float) -> None:
-    case = make_case(70, 300, 40, dtype, scale=scale)
+    case = make_case(70, 301, 40, dtype, scale=scale)
     check(case)
     check_gradients(case)
 

@@ -28,7 +28,9 @@ LINEAR = (
     (200, 98, 6000),  # sums of several groups wait for the next
     (33, 34, 2048),  # rows that crowd a set of the cache
     (1040, 96, 64),  # many, in place
-    (1031, 40, 72),  # the last block is copied
+    (1031, 40, 96),  # the last block is copied
+    (1028, 40, 72),  # all are
+    (1100, 200, 3000),  # many, K in two chunks
 )
 # Images, channels, out_channels, height, width, kernel, stride, whether it upsamples.
 CONV2D = (
@@ -38,6 +40,9 @@ CONV2D = (
     (2, 33, 18, 9, 18, 3, 2, False),
     (1, 352, 32, 4, 16, 3, 1, False),  # K in two chunks
     (1, 16, 70, 36, 32, 3, 1, False),  # many
+    (1, 352, 40, 36, 32, 3, 1, False),  # many, K in two chunks
+    (2, 16, 40, 70, 36, 3, 2, False),  # many
+    (1, 8, 16, 12, 12, 11, 1, False),  # more taps than a chunk has steps
     (1, 24, 16, 6, 8, 3, 1, True),
     (1, 8, 16, 20, 16, 3, 1, True),  # many
     (2, 40, 24, 4, 8, 1, 1, False),
@@ -47,15 +52,14 @@ CONV2D = (
 
 def in_both_ways(run: Callable[[], Tensor], weight: Tensor, kept: bool = True) -> Tensor:
     """The result with a copy of the weight, the same to the bit without one, on one thread and on two."""
-    packing.clear()
     results = []
     for memory in ("default", "low"):
+        packing.clear()
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with dispatch.use_memory(memory):
-                results.append(run())
-        copies = packing.copies_of([weight])
-        assert bool(copies) == kept, memory
+                results += [run(), run()]  # the first call makes no copy
+        assert bool(packing.copies_of([weight])) == (kept and memory == "default")
     packing.clear()
     torch.set_num_threads(1)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -85,12 +89,20 @@ def test_conv2d(case: tuple[int, ...]) -> None:
     values = (x, weight, torch.randn(out_channels), torch.randn(images, out_channels))
     x, weight, bias, embedding = (value.bfloat16() for value in values)
     geometry = (stride, (kernel // 2,) * 4)
-    more = {"upsample": bool(upsample), "time_embedding": embedding}
+    plain = conv2d_torch(x, weight, bias, *geometry, upsample=bool(upsample))
+    residual = torch.randn_like(plain).contiguous(memory_format=torch.channels_last)
+    more = {"upsample": bool(upsample), "time_embedding": embedding, "residual": residual}
     with dispatch.use_numerics("exact"):
         actual = in_both_ways(lambda: ops.conv2d(x, weight, bias, *geometry, **more, backend="cpu"), weight)
     eager = conv2d_torch(x, weight, bias, *geometry, **more)
     wide = (x.double(), weight.double(), bias.double())
-    exact = conv2d_torch(*wide, *geometry, **{**more, "time_embedding": embedding.double()})
+    exact = conv2d_torch(
+        *wide,
+        *geometry,
+        upsample=bool(upsample),
+        time_embedding=embedding.double(),
+        residual=residual.double(),
+    )
     assert_within_budget(actual, eager, exact)
 
 
@@ -99,15 +111,42 @@ def test_few_tokens_keep_no_copy() -> None:
     in_both_ways(lambda: ops.linear(x, weight, backend="cpu"), weight, kept=False)
 
 
-def test_the_copy_follows_the_weight() -> None:
-    layer = torch.nn.Linear(64, 96).bfloat16()
+def test_weights_made_for_a_call_keep_no_copy() -> None:
+    x, weight = torch.randn(32, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    for _ in range(2):
+        temporary = weight * 2
+        ops.linear(x, temporary, backend="cpu")
+        assert not packing.copies_of([temporary])
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "step", "load_state_dict", "to"])
+def test_the_copy_follows_the_weight(change: str) -> None:
+    layer, other = (torch.nn.Linear(64, 96).bfloat16() for _ in range(2))
     x = torch.randn(32, 64).bfloat16()
-    with torch.no_grad():
-        before = ops.linear(x, layer.weight, layer.bias)
-        layer.weight.data += 1  # as PEFT merges a LoRA: no version counter moves
-        after = ops.linear(x, layer.weight, layer.bias)
-        assert not torch.allclose(before, after)
-        torch.testing.assert_close(after, layer(x))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return ops.linear(x, layer.weight, layer.bias, backend="cpu")
+
+    run()
+    before = run()
+    assert packing.copies_of([layer.weight])
+    if change == "in place":
+        with torch.no_grad():
+            layer.weight += 1
+    elif change == "data":  # how PEFT merges a LoRA: no version counter moves
+        layer.weight.data += torch.randn(96, 64).bfloat16()
+    elif change == "step":
+        layer(x).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    elif change == "load_state_dict":
+        layer.load_state_dict(other.state_dict())
+    else:
+        layer.float()
+        layer.weight.data *= 3
+        layer.bfloat16()
+    assert not torch.allclose(before, run())
+    torch.testing.assert_close(run(), layer(x).detach())
 
 
 def test_what_does_not_fit_is_refused() -> None:

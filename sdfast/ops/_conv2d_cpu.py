@@ -89,10 +89,10 @@ def forward(
         more = {"upsample": upsample, "time_embedding": time_embedding, "residual": residual}
         y = torch.ops.sdfast.conv2d(x, weight, bias, stride, padding, **more)
         return cast(Tensor, y.contiguous(memory_format=torch.channels_last))
-    packing.note(weight)
     if upsample and (algorithm == "winograd4x4_unpacked" or not folds(weight.shape[2:], stride, padding)):
         x, upsample = upsampled(x), False
     values = _on_tiles(weight, upsample) if algorithm == "direct" else None
+    packing.note(weight)
     if values is None:
         values = values_of(weight, algorithm, upsample, worth)
     if residual is not None:
@@ -113,8 +113,9 @@ def forward(
 def _on_tiles(weight: Tensor, folded: bool) -> Tensor | None:
     """The copy that AMX tiles read, where it is to be kept."""
     if folded:
-        return _tiles.kept(weight, "tiles_folded", weight.numel() * 16 // 9, lambda w: fold(w).to(w.dtype))
-    return _tiles.kept(weight, "tiles", weight.numel(), lambda w: w.permute(0, 2, 3, 1)[None])
+        return _tiles.kept(weight, "tiles_folded", lambda w: fold(w).to(w.dtype), taps=16)
+    taps = math.prod(weight.shape[2:])
+    return _tiles.kept(weight, "tiles", lambda w: w.permute(0, 2, 3, 1)[None], taps=taps)
 
 
 def values_of(weight: Tensor, algorithm: str, folded: bool, worth: float = math.inf) -> Tensor:

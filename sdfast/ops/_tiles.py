@@ -1,6 +1,6 @@
 """Copies of bf16 weights in the order in which AMX tiles read them (csrc/cpu_tiles.h).
 
-Without one a weight is transposed at each call, a tenth to a half of the time where tokens are few.
+Without one a weight is transposed at each call. Inside `torch.compile` linear layers use none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdfast import _library, packing
 
-# The milliseconds that a copy saves a byte at each call, about.
+# The milliseconds that a copy saves a byte at each call, about: it only makes these copies and Winograd's
+# comparable.
 _SAVED_MS = 1e-7
 
 
@@ -30,23 +31,32 @@ def serve(dtype: torch.dtype) -> bool:
 
 
 def kept(
-    weight: Tensor, kind: str, elements: int, kernels: Callable[[Tensor], Tensor], gated: bool = False
+    weight: Tensor, kind: str, kernels: Callable[[Tensor], Tensor], *, taps: int, gated: bool = False
 ) -> Tensor | None:
     """The copy of a weight, or None where there is none to be kept.
 
     Args:
-        weight: of any layout.
+        weight: (rows, channels, ...), of any layout. Not of its first call: what is made anew for each call,
+            as by a parametrization or autocast, would be copied each time.
         kind: of `packing.packed`.
-        elements: of the copy, about.
-        kernels: gives the weight as (phases, rows, kernel_height, kernel_width, channels).
+        kernels: gives it as (phases, rows, kernel_height, kernel_width, channels).
+        taps: phases x kernel_height x kernel_width.
         gated: for GEGLU.
     """
-    if not serve(weight.dtype) or not packing.is_lasting(weight):
+    if not serve(weight.dtype) or not packing.is_lasting(weight) or not packing.is_known(weight):
         return None
-    if not packing.affordable(weight, kind, 2 * elements, _SAVED_MS):
+    if torch.jit.is_tracing():  # which would keep the copy for good
+        return None
+    halves = 2 if gated else 1
+    rows, channels = halves * _whole(weight.shape[0] // halves, 64), _whole(weight.shape[1], 32)
+    if not packing.affordable(weight, kind, weight.element_size() * taps * rows * channels, _SAVED_MS):
         return None
 
     def pack(weight: Tensor) -> Tensor:
         return cast(Tensor, _pack_op(kernels(weight).contiguous(), gated))
 
     return packing.packed(weight, kind, pack, _SAVED_MS)
+
+
+def _whole(size: int, step: int) -> int:
+    return -(-size // step) * step

@@ -84,8 +84,8 @@ def linear_cpu(
         return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation))
     run = rows_op
     if not torch.compiler.is_compiling():
-        packing.note(weight)
         run = _on_tiles(x, weight, activation) or run
+        packing.note(weight)
     return _rows(run, x, weight, bias, residual, activation)
 
 
@@ -95,7 +95,7 @@ def _on_tiles(x: Tensor, weight: Tensor, activation: str | None) -> Callable[...
         return None
     gated = activation == "geglu"
     kind = "tiles_gated" if gated else "tiles"
-    packed = _tiles.kept(weight, kind, weight.numel(), lambda w: w.flatten(1)[None, :, None, None], gated)
+    packed = _tiles.kept(weight, kind, lambda w: w.flatten(1)[None, :, None, None], taps=1, gated=gated)
     if packed is None:
         return None
     rows = weight.shape[0]
