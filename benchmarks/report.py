@@ -85,7 +85,7 @@ def provenance(name: str, record: Row) -> str:
         )
     return (
         f"`{record['command']}`, {machine['cpu']} with {machine['threads']} threads"
-        f" ({machine['cpu_capability']}), torch {machine['torch']}, commit {machine['commit']},"
+        f" ({_capability(machine)}), torch {machine['torch']}, commit {machine['commit']},"
         f" {machine['date'][:10]}; [{name}](results/{name})."
     )
 
@@ -149,12 +149,12 @@ def readme_block(records: dict[str, Row]) -> list[str]:
             "",
             *models_table(record, records.get(f"{device}/peers.json")),
         ]
-    if devices:
-        last = devices[0]
-        if kernels := kernel_summaries(records, last):
+    for device in devices:  # the last on which kernels were measured
+        if kernels := kernel_summaries(records, device):
             head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
-            where = f"Its kernels on {_cpu(last, records[f'{last}/models.json'])}:"
+            where = f"Its kernels on {_cpu(device, records[f'{device}/models.json'])}:"
             lines += ["", *([where, ""] if len(devices) > 1 else []), *markdown_table(head, kernels)]
+            break
     for name, record in records.items():
         if name.endswith("/zoo.json"):
             lines += ["", zoo_sentence(record)]
@@ -175,7 +175,12 @@ def _cpu(device: str, record: Row) -> str:
     name = machine["cpu"]
     if family and "family" not in name:
         name = f"{name} (family {family[1]})"
-    return f"{name}, {machine['threads']} threads ({machine['cpu_capability']}), torch {machine['torch']}"
+    return f"{name}, {machine['threads']} threads ({_capability(machine)}), torch {machine['torch']}"
+
+
+def _capability(machine: Row) -> str:
+    """The instruction set as torch names it, which leaves AMX out."""
+    return machine["cpu_capability"] + (" and AMX" if machine.get("kernels") == "avx512_amx" else "")
 
 
 def read_records(results: Path) -> dict[str, Row]:

@@ -32,6 +32,10 @@ def _linear_flops(x: Shape, weight: Shape, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
+def _packed_linear_flops(x: Shape, packed: Shape, weight_rows: int, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight_rows
+
+
 def _conv2d_flops(
     x: Shape, weight: Shape, bias: Shape | None, time_embedding: Shape | None, residual: Shape | None,
     algorithm: int, out_channels: int, kernel_height: int, kernel_width: int, *_: object,
@@ -46,6 +50,7 @@ def _attention_flops(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> 
 
 FLOPS: dict[str, Callable[..., int]] = {
     "linear_rows": _linear_flops,
+    "linear_packed": _packed_linear_flops,
     "conv2d_kernel": _conv2d_flops,
     "attention_forward": _attention_flops,
 }
