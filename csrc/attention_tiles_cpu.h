@@ -37,16 +37,7 @@ struct TileProduct {
     constexpr int64_t kApart = kLanes * sizeof(BFloat16Pair);
     const BFloat16Pair *rows = a, *more_rows = a + next_rows, *columns = b;
     for (int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(6, columns, kRowBytes);
-      _tile_loadd(4, rows, kApart);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, columns + kLanes, kRowBytes);
-      _tile_dpbf16ps(1, 4, 7);
-      if (two) {
-        _tile_loadd(5, more_rows, kApart);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      amx::multiply_step(rows, more_rows, kApart, columns, columns + kLanes, kRowBytes, two);
       rows += next_step;
       more_rows += next_step;
       columns += kLanes * kColumns;

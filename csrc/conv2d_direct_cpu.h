@@ -159,17 +159,16 @@ inline void run_tiles(const Shape& s, const simd::BFloat16* x, gemm::tiles::Weig
                       const Added<simd::BFloat16>& added, simd::BFloat16* y) {
   for (const Phase& phase : phases_of(s)) {
     const Epilogue<simd::BFloat16> epilogue{s, phase, added, y};
-    const bool by_pixel = phase.kernel_height * phase.kernel_width == 1 && s.stride == 1 &&
-                          s.pixels() == s.height * s.width && phase.top == 0 && phase.left == 0;
+    const Bands bands{s, phase, x};
+    const gemm::tiles::Product p = bands.product();
+    const bool by_pixel = p.taps() == 1 && s.stride == 1 && s.pixels() == s.height * s.width &&
+                          phase.top == 0 && phase.left == 0;
     if (by_pixel) {
-      const gemm::tiles::Tokens source{x, s.images * s.pixels(), s.channels, s.channels};
-      gemm::tiles::multiply_weights({s.out_channels, s.channels}, weight, source, epilogue);
+      const gemm::tiles::Tokens tokens{x, s.images * s.pixels(), s.channels, s.channels};
+      gemm::tiles::multiply_weights(p, weight, tokens, epilogue);
     } else {
-      const Bands source{s, phase, x};
-      gemm::tiles::multiply_weights(source.product(), weight, source, epilogue);
+      gemm::tiles::multiply_weights(p, weight, bands, epilogue);
     }
-    const gemm::tiles::Product p{s.out_channels, s.channels, phase.kernel_height,
-                                 phase.kernel_width};
     weight.values += weight.packed ? p.packed() : p.rows * p.dim();
   }
 }

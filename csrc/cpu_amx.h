@@ -46,20 +46,19 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-// Tiles 0 to 3 are c, 4 and 5 a, 6 and 7 b. Strides in bytes.
-template <int kR>
-SDFAST_INLINE void multiply_step(const void* a, int64_t a_stride, const void* b) {
-  constexpr int64_t kStride = kColumns * 4;
-  _tile_loadd(6, b, kStride);
-  _tile_loadd(4, a, a_stride);
+// Two tiles of rows, or one, by two of columns, for a step of K. Tiles 0 to 3 are c, 4 and 5 a, 6
+// and 7 b. Strides in bytes.
+SDFAST_INLINE void multiply_step(const void* first, const void* second, int64_t a_stride,
+                                 const void* left, const void* right, int64_t b_stride, bool two) {
+  _tile_loadd(6, left, b_stride);
+  _tile_loadd(4, first, a_stride);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, static_cast<const char*>(b) + 64, kStride);
+  _tile_loadd(7, right, b_stride);
   _tile_dpbf16ps(1, 4, 7);
-  if constexpr (kR > kTileRows) {
-    _tile_loadd(5, static_cast<const char*>(a) + kTileRows * a_stride, a_stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
+  if (!two) return;
+  _tile_loadd(5, second, a_stride);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
 }
 
 // Tiles 0 to 3 are (kTileRows or twice as many, kColumns) fp32, rows `stride` bytes apart in c.
@@ -108,15 +107,19 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const void* a, int64
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::"r"(last_rows), "r"(last_columns) : "memory");
   constexpr int64_t kStride = kColumns * sizeof(float);
+  const auto step_of = [](const Pair* a, int64_t a_stride, const Pair* b) {
+    multiply_step(a, a + kTileRows * a_stride, a_stride * sizeof(Pair), b, b + kTileColumns,
+                  kStride, kR > kTileRows);
+  };
   if (accumulate) {
     load_sums(c, kStride, kR > kTileRows);
   } else {
     zero_sums();
   }
   for (int64_t step = 0; step < whole; step += kTileSteps) {
-    multiply_step<kR>(rows + step, lda * sizeof(Pair), columns + step * kColumns);
+    step_of(rows + step, lda, columns + step * kColumns);
   }
-  if (left > 0) multiply_step<kR>(last_rows, sizeof last_rows[0], last_columns);
+  if (left > 0) step_of(last_rows[0], kTileSteps, last_columns[0]);
   store_sums(c, kStride, kR > kTileRows);
   __asm__ volatile("" ::: "memory");
 }

@@ -2,8 +2,9 @@
 //
 // Algorithm. Tokens are the rows of the left operand and are read where they lie, or in a copy of
 // a block of them; so sums come out token by token. W is what the tiles want in pairs of K: each
-// panel of 32 of its rows is transposed once a call, into a scratch that all threads share where
-// tokens are many, else by the thread that multiplies all tokens by it. Sums of two by two tiles
+// panel of 32 of its rows is transposed, once for all calls (pack_all), or once a call: into a
+// scratch that all threads share where tokens are many, else by the thread that multiplies all
+// tokens by it. Sums of two by two tiles
 // stay in tile registers over a chunk of K, whose operands fit in L2. Bytes: x and W read, y
 // written. Limit: TDPBF16PS.
 // Every element is one chain of additions over K in one order: the result does not depend on the
@@ -170,16 +171,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
       const BFloat16* from = first + y * p.tap_row_stride + step * kStep;
       const BFloat16* other = second + y * p.tap_row_stride + step * kStep;
       for (int64_t x = 0; x < p.tap_columns; ++x) {
-        _tile_loadd(6, b, kPairs);
-        _tile_loadd(4, from, apart);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + kPanelStep / 2, kPairs);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kTwo) {
-          _tile_loadd(5, other, apart);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        amx::multiply_step(from, other, apart, b, b + kPanelStep / 2, kPairs, kTwo);
         b += kPanelStep;
         from += p.tap_stride;
         other += p.tap_stride;

@@ -129,17 +129,19 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
 #if defined(SDFAST_TILES)
   if constexpr (std::is_same_v<T, simd::BFloat16>) {
     return run_tiles(x, stride, k, {weight}, tokens, epilogue);
-  }
+  } else
 #endif
-  using Piece = gemm::Product::Piece;
-  gemm::multiply_weights<Operand>(
-      product, weight,
-      [&](int64_t token, int64_t count, Piece piece, Operand* to) {
-        const T* from = x + token * stride + piece.begin;
-        gemm::pack_columns<T>([&](int64_t i) { return from + i * stride; }, count, piece.count,
-                              gemm::kColumns * stride, to);
-      },
-      epilogue);
+  {
+    using Piece = gemm::Product::Piece;
+    gemm::multiply_weights<Operand>(
+        product, weight,
+        [&](int64_t token, int64_t count, Piece piece, Operand* to) {
+          const T* from = x + token * stride + piece.begin;
+          gemm::pack_columns<T>([&](int64_t i) { return from + i * stride; }, count, piece.count,
+                                gemm::kColumns * stride, to);
+        },
+        epilogue);
+  }
 }
 
 // What a product takes beside the weight, checked. x: (tokens, K), rows contiguous. bias:
@@ -220,7 +222,7 @@ Tensor pack_tiles(Tensor weight, bool gated) {
                   "weight: expected bf16, (phases, rows, kernel, kernel, channels), contiguous");
   gemm::tiles::Product p{weight.size(1), weight.size(4), weight.size(2), weight.size(3)};
   p.gated = gated;
-  if (gated) p.rows /= 2;
+  p.rows /= p.halves();
   Tensor packed = empty({weight.size(0) * p.packed()}, ScalarType::BFloat16);
   advise_huge_pages(packed);
   const auto* from = static_cast<const BFloat16*>(weight.const_data_ptr());

@@ -115,7 +115,7 @@ OPERATIONS = {
             t.test_conv2d(case)
         t.test_few_tokens_keep_no_copy()
         t.test_weights_made_for_a_call_keep_no_copy()
-        for change in ("in place", "data", "step", "load_state_dict", "to"):
+        for change in t.CHANGES:
             t.test_the_copy_follows_the_weight(change)
         t.test_what_does_not_fit_is_refused()
     """,

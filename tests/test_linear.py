@@ -6,6 +6,7 @@ import pytest
 import torch
 from processes import run_with_library
 from torch import Tensor
+from weight_changes import CHANGES, change_weight
 
 from sdfast import _library, ops
 from sdfast.ops.linear import ACTIVATIONS, linear_torch
@@ -103,7 +104,7 @@ def test_activations_far_from_zero() -> None:
         torch.testing.assert_close(y[:-1].double(), exact[:-1], rtol=5e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", ["in_place", "data", "step", "load_state_dict", "assigned"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_copy_follows_the_weight(change: str) -> None:
     layer = torch.nn.Linear(40, 36)
     x = torch.randn(8, 40)
@@ -114,18 +115,7 @@ def test_the_copy_follows_the_weight(change: str) -> None:
 
     before = run()
     assert torch.equal(before, run())
-    if change == "in_place":
-        with torch.no_grad():
-            layer.weight += 1
-    elif change == "data":  # how PEFT merges a LoRA: no version counter moves
-        layer.weight.data += torch.randn(36, 4) @ torch.randn(4, 40)
-    elif change == "step":
-        layer(x).sum().backward()
-        torch.optim.SGD(layer.parameters(), lr=0.1).step()
-    elif change == "load_state_dict":
-        layer.load_state_dict(torch.nn.Linear(40, 36).state_dict())
-    else:
-        layer.weight = torch.nn.Parameter(torch.randn(36, 40))
+    change_weight(layer, change, x)
     assert not torch.allclose(before, run())
     torch.testing.assert_close(run(), layer(x).detach())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from weight_changes import CHANGES, change_weight
 
 from sdfast import _library, dispatch, ops, packing
 from sdfast.testing import relative_error
@@ -28,9 +29,9 @@ def copy(weight: Tensor, kind: str = "twice", worth: float = 1.0) -> Tensor:
     return packing.packed(weight, kind, lambda values: torch.cat([values, values]), worth)
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "step", "load_state_dict", "replaced"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_copy_follows_the_weight(change: str) -> None:
-    layer, other = (torch.nn.Conv2d(32, 40, 3, padding=1) for _ in range(2))
+    layer = torch.nn.Conv2d(32, 40, 3, padding=1)
     x = torch.randn(1, 32, 32, 32)
 
     def run() -> Tensor:
@@ -39,18 +40,7 @@ def test_the_copy_follows_the_weight(change: str) -> None:
 
     before = run()
     assert "winograd4x4" in packing._copies[layer.weight].by_kind
-    if change == "in place":
-        with torch.no_grad():
-            layer.weight += 1
-    elif change == "data":  # how PEFT merges a LoRA: no version counter moves
-        layer.weight.data += torch.randn(40, 32, 3, 3)
-    elif change == "step":
-        layer(x).sum().backward()
-        torch.optim.SGD(layer.parameters(), lr=0.1).step()
-    elif change == "load_state_dict":
-        layer.load_state_dict(other.state_dict())
-    else:
-        layer.weight = torch.nn.Parameter(torch.randn(40, 32, 3, 3))
+    change_weight(layer, change, x)
     assert not torch.allclose(before, run())
     assert relative_error(run(), layer(x).detach()) <= 2e-5  # F(4x4)'s
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from weight_changes import CHANGES, change_weight
 
 from sdfast import _library, dispatch, ops, packing
 from sdfast.ops.conv2d import conv2d_torch
@@ -119,9 +120,9 @@ def test_weights_made_for_a_call_keep_no_copy() -> None:
         assert not packing.copies_of([temporary])
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "step", "load_state_dict", "to"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_copy_follows_the_weight(change: str) -> None:
-    layer, other = (torch.nn.Linear(64, 96).bfloat16() for _ in range(2))
+    layer = torch.nn.Linear(64, 96).bfloat16()
     x = torch.randn(32, 64).bfloat16()
 
     def run() -> Tensor:
@@ -131,20 +132,7 @@ def test_the_copy_follows_the_weight(change: str) -> None:
     run()
     before = run()
     assert packing.copies_of([layer.weight])
-    if change == "in place":
-        with torch.no_grad():
-            layer.weight += 1
-    elif change == "data":  # how PEFT merges a LoRA: no version counter moves
-        layer.weight.data += torch.randn(96, 64).bfloat16()
-    elif change == "step":
-        layer(x).sum().backward()
-        torch.optim.SGD(layer.parameters(), lr=0.1).step()
-    elif change == "load_state_dict":
-        layer.load_state_dict(other.state_dict())
-    else:
-        layer.float()
-        layer.weight.data *= 3
-        layer.bfloat16()
+    change_weight(layer, change, x)
     assert not torch.allclose(before, run())
     torch.testing.assert_close(run(), layer(x).detach())
 
