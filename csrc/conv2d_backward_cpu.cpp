@@ -1,7 +1,9 @@
 // conv2d on CPU for training: the gradients of x and of the weight. Checks, launch and
-// registration; the algorithms are in conv2d_backward_direct_cpu.h, conv2d_backward_winograd_cpu.h
-// and, for the gradient of x, conv2d_winograd_unpacked_cpu.h.
+// registration; the algorithms are in conv2d_backward_direct_cpu.h, for bf16 on AMX in
+// conv2d_backward_tiles_cpu.h, else in conv2d_backward_winograd_cpu.h and, for the gradient of x,
+// conv2d_winograd_unpacked_cpu.h.
 #include "conv2d_backward_direct_cpu.h"
+#include "conv2d_backward_tiles_cpu.h"
 #include "conv2d_backward_winograd_cpu.h"
 #include "cpu_tensors.h"
 
@@ -63,6 +65,25 @@ void check_result(const Tensor& dy, const Shape& s) {
   check_shape(dy, "dy", {s.images, s.out_channels, s.out_height, s.out_width});
 }
 
+// Without Winograd's algorithm.
+template <typename T>
+void input_gradient(const Shape& s, const T* dy, const T* weight, T* dx) {
+  using Operand = typename gemm::OperandOf<T>::Type;
+  if (s.out_channels % Operand::kDepth == 0) {
+    conv2d::direct::input_gradient<Operand>(s, dy, weight, dx);
+  } else {
+    conv2d::direct::input_gradient<gemm::Float32>(s, dy, weight, dx);
+  }
+}
+template <typename T>
+void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
+  conv2d::direct::weight_gradient<typename gemm::OperandOf<T>::Type>(s, dy, x, dw);
+}
+#if defined(SDFAST_TILES)
+using conv2d::tiles::input_gradient;
+using conv2d::tiles::weight_gradient;
+#endif
+
 // dy: as y. weight as above. height, width: of x. Returns dx.
 Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t width,
                              int64_t stride, std::vector<int64_t> padding, bool winograd) {
@@ -82,13 +103,7 @@ Tensor conv2d_input_gradient(Tensor dy, Tensor weight, int64_t height, int64_t w
     const T* from = static_cast<const T*>(dy.const_data_ptr());
     const T* w = static_cast<const T*>(weight.const_data_ptr());
     T* to = static_cast<T*>(dx.mutable_data_ptr());
-    if (!winograd) {
-      using Operand = typename gemm::OperandOf<T>::Type;
-      if (s.out_channels % Operand::kDepth == 0) {
-        return conv2d::direct::input_gradient<Operand>(s, from, w, to);
-      }
-      return conv2d::direct::input_gradient<gemm::Float32>(s, from, w, to);
-    }
+    if (!winograd) return input_gradient(s, from, w, to);
     Shape turned = s;
     std::swap(turned.channels, turned.out_channels);
     std::swap(turned.height, turned.out_height);
@@ -117,11 +132,8 @@ Tensor conv2d_weight_gradient(Tensor dy, Tensor x, int64_t kernel_height, int64_
     const T* result = static_cast<const T*>(dy.const_data_ptr());
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(dw.mutable_data_ptr());
-    if (winograd) {
-      conv2d::winograd::weight_gradient(s, result, from, to);
-    } else {
-      conv2d::direct::weight_gradient<typename gemm::OperandOf<T>::Type>(s, result, from, to);
-    }
+    if (winograd) return conv2d::winograd::weight_gradient(s, result, from, to);
+    weight_gradient(s, result, from, to);
   });
   return dw;
 }

@@ -17,7 +17,7 @@ struct Parity {
     int64_t y, x;   // the pixel of dy from the one with the number of dx's
     int64_t index;  // in the kernel
   };
-  std::vector<Tap> taps;
+  std::vector<Tap> taps;  // by rows of pixels of dy, which are adjacent
   int64_t rows, columns, first_y, first_x;
 };
 
@@ -28,8 +28,8 @@ inline std::vector<Parity> parities_of(const Shape& s) {
       const int64_t rows = (s.height - py + s.stride - 1) / s.stride;
       const int64_t columns = (s.width - px + s.stride - 1) / s.stride;
       Parity parity{{}, rows, columns, py, px};
-      for (int64_t a = 0; a < s.kernel_height; ++a) {
-        for (int64_t b = 0; b < s.kernel_width; ++b) {
+      for (int64_t a = s.kernel_height - 1; a >= 0; --a) {
+        for (int64_t b = s.kernel_width - 1; b >= 0; --b) {
           const int64_t y = py + s.top - a, x = px + s.left - b;
           if (y % s.stride != 0 || x % s.stride != 0) continue;
           parity.taps.push_back({y / s.stride, x / s.stride, a * s.kernel_width + b});

@@ -121,8 +121,10 @@ struct Bands {
   bool by_row() const { return shape.stride > 1 || phase.columns % gemm::tiles::kTileRows == 0; }
   int64_t most_tiles() const { return band(0, rows(), nullptr).all_tiles(); }
   gemm::tiles::Product product() const {
-    return {shape.out_channels, shape.channels,      phase.kernel_height,
-            phase.kernel_width, columns() * pixel(), pixel()};
+    gemm::tiles::Product p{shape.out_channels, shape.channels,      phase.kernel_height,
+                           phase.kernel_width, columns() * pixel(), pixel()};
+    p.overlaps = p.taps() > 1;
+    return p;
   }
 
   gemm::tiles::Lines band(int64_t token, int64_t count, const simd::BFloat16* copy) const {
@@ -154,21 +156,29 @@ struct Bands {
   }
 };
 
+// y's pixels of one phase. weight: as gemm::tiles::multiply_weights takes it.
+template <typename W>
+void run_phase(const Shape& s, const Phase& phase, const simd::BFloat16* x, const W& weight,
+               const Added<simd::BFloat16>& added, simd::BFloat16* y) {
+  const Epilogue<simd::BFloat16> epilogue{s, phase, added, y};
+  const Bands bands{s, phase, x};
+  const gemm::tiles::Product p = bands.product();
+  const bool by_pixel = p.taps() == 1 && s.stride == 1 && phase.rows == s.height &&
+                        phase.columns == s.width && phase.top == 0 && phase.left == 0;
+  if (by_pixel) {
+    const gemm::tiles::Tokens tokens{x, bands.tokens(), s.channels, s.channels};
+    gemm::tiles::multiply_weights(p, weight, tokens, epilogue);
+  } else {
+    gemm::tiles::multiply_weights(p, weight, bands, epilogue);
+  }
+}
+
 // weight: for each phase (out_channels, taps, channels), or that packed.
 inline void run_tiles(const Shape& s, const simd::BFloat16* x, gemm::tiles::Weight weight,
                       const Added<simd::BFloat16>& added, simd::BFloat16* y) {
   for (const Phase& phase : phases_of(s)) {
-    const Epilogue<simd::BFloat16> epilogue{s, phase, added, y};
-    const Bands bands{s, phase, x};
-    const gemm::tiles::Product p = bands.product();
-    const bool by_pixel = p.taps() == 1 && s.stride == 1 && s.pixels() == s.height * s.width &&
-                          phase.top == 0 && phase.left == 0;
-    if (by_pixel) {
-      const gemm::tiles::Tokens tokens{x, s.images * s.pixels(), s.channels, s.channels};
-      gemm::tiles::multiply_weights(p, weight, tokens, epilogue);
-    } else {
-      gemm::tiles::multiply_weights(p, weight, bands, epilogue);
-    }
+    run_phase(s, phase, x, weight, added, y);
+    const gemm::tiles::Product p = Bands{s, phase, x}.product();
     weight.values += weight.packed ? p.packed() : p.rows * p.dim();
   }
 }

@@ -67,6 +67,10 @@ struct Product {
   // Values from a token to where its channels begin under each tap.
   int64_t tap_row_stride = 0, tap_stride = 0;
   bool gated = false;
+  // Whether neighbouring tokens read the same lines, so that a panel meets them all while it is
+  // near.
+  bool overlaps = false;
+  int64_t chunk_steps = kChunkSteps;
 
   int64_t taps() const { return tap_rows * tap_columns; }
   int64_t dim() const { return taps() * channels; }
@@ -75,7 +79,7 @@ struct Product {
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
   // K is cut where it is long: so many steps of each tap make a chunk.
   int64_t chunks() const {
-    return std::min(steps(), (steps() * taps() + kChunkSteps - 1) / kChunkSteps);
+    return std::min(steps(), (steps() * taps() + chunk_steps - 1) / chunk_steps);
   }
   int64_t first_step(int64_t chunk) const { return chunk * steps() / chunks(); }
   // Values of a group of W, transposed, of so many steps of each tap.
@@ -86,14 +90,8 @@ struct Product {
   int64_t packed() const { return groups() * packed(steps()); }
 };
 
-// W: its rows as they lie, or transposed by pack_all.
-struct Weight {
-  const BFloat16* values;
-  bool packed = false;
-};
-
-// kTileRows rows of W, `stride` apart, kStep values of each: as pairs by rows. `there` of the rows
-// and `values` exist, the others are zeros. What lies `ahead` is fetched.
+// kTileRows rows of W, `stride` apart, kStep values of each: as pairs by rows, columns of a panel.
+// `there` of the rows and `values` exist, the others are zeros. What lies `ahead` is fetched.
 inline void transpose_tile(const BFloat16* from, int64_t stride, int64_t there, int64_t values,
                            int64_t ahead, BFloat16* to) {
   Vec rows[kLanes];
@@ -111,40 +109,46 @@ inline void transpose_tile(const BFloat16* from, int64_t stride, int64_t there, 
   }
   simd::transpose(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * kTileRows * 2, &rows[i], sizeof(Vec));
+  for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * kPanelRows * 2, &rows[i], sizeof(Vec));
 }
 
-// A chunk of a group of W: for each half and panel (tap rows, steps, tap columns, kPanelStep).
-inline void pack(const Product& p, const BFloat16* weight, int64_t group, int64_t chunk,
-                 BFloat16* to) {
-  const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
-  // A row of taps, or of a matrix some steps, before they are read.
-  const int64_t ahead = p.tap_rows > 1 ? p.tap_columns * p.channels : 8 * kStep;
-  for (int64_t half = 0; half < p.halves(); ++half) {
-    for (int64_t panel = 0; panel < 2; ++panel) {
-      const int64_t row = group * kGroupRows + panel * kPanelRows;
-      const BFloat16* rows = weight + (half * p.rows + row) * p.dim();
-      for (int64_t y = 0; y < p.tap_rows; ++y) {
-        for (int64_t step = first; step < last; ++step) {
-          for (int64_t x = 0; x < p.tap_columns; ++x, to += kPanelStep) {
-            const int64_t value = (y * p.tap_columns + x) * p.channels + step * kStep;
-            for (int64_t i = 0; i < kPanelRows; i += kTileRows) {
-              transpose_tile(rows + i * p.dim() + value, p.dim(),
-                             std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
-                             p.channels - step * kStep, ahead, to + i * kStep);
+// W: its rows as they lie, or packed by pack_all.
+struct Weight {
+  const BFloat16* values;
+  bool packed = false;
+
+  // A chunk of a group of W: for each half and panel (tap rows, steps, tap columns, kPanelStep).
+  void pack(const Product& p, int64_t group, int64_t chunk, BFloat16* to) const {
+    const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
+    // A row of taps, or of a matrix some steps, before they are read.
+    const int64_t ahead = p.tap_rows > 1 ? p.tap_columns * p.channels : 8 * kStep;
+    for (int64_t half = 0; half < p.halves(); ++half) {
+      for (int64_t panel = 0; panel < 2; ++panel) {
+        const int64_t row = group * kGroupRows + panel * kPanelRows;
+        const BFloat16* rows = values + (half * p.rows + row) * p.dim();
+        for (int64_t y = 0; y < p.tap_rows; ++y) {
+          for (int64_t step = first; step < last; ++step) {
+            for (int64_t x = 0; x < p.tap_columns; ++x, to += kPanelStep) {
+              const int64_t value = (y * p.tap_columns + x) * p.channels + step * kStep;
+              for (int64_t i = 0; i < kPanelRows; i += kTileRows) {
+                transpose_tile(rows + i * p.dim() + value, p.dim(),
+                               std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
+                               p.channels - step * kStep, ahead, to + 2 * i);
+              }
             }
           }
         }
       }
     }
   }
-}
+};
 
-inline void pack_all(const Product& p, const BFloat16* weight, BFloat16* to) {
+template <typename W>
+void pack_all(const Product& p, const W& weight, BFloat16* to) {
   const int64_t chunks = p.chunks();
   torch::stable::parallel_for(0, p.groups() * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      pack(p, weight, i / chunks, i % chunks, to + p.packed_at(i / chunks, i % chunks));
+      weight.pack(p, i / chunks, i % chunks, to + p.packed_at(i / chunks, i % chunks));
     }
   });
 }
@@ -156,7 +160,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
                                                      const BFloat16* second, int64_t stride,
                                                      int64_t steps, const BFloat16* b, float* c,
                                                      bool accumulate) {
-  constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kTileRows * 4;
+  constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kPanelRows * 4;
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::: "memory");
   if (accumulate) {
@@ -171,7 +175,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
       const BFloat16* from = first + y * p.tap_row_stride + step * kStep;
       const BFloat16* other = second + y * p.tap_row_stride + step * kStep;
       for (int64_t x = 0; x < p.tap_columns; ++x) {
-        amx::multiply_step(from, other, apart, b, b + kPanelStep / 2, kPairs, kTwo);
+        amx::multiply_step(from, other, apart, b, b + 2 * kTileRows, kPairs, kTwo);
         b += kPanelStep;
         from += p.tap_stride;
         other += p.tap_stride;
@@ -213,8 +217,8 @@ inline std::vector<Pair> pairs_of(const std::vector<Lines>& blocks) {
 }
 
 // sums (+)= the pairs' products with a chunk of a group of W, packed at b; finished after the last
-// chunk. Under several taps all pairs meet a panel while it is near, for each of their lines serves
-// several times; else each pair meets all panels. sums: (pairs, halves, kPanelRows, kGroupRows).
+// chunk. Tokens that overlap meet a panel one after another; else each pair meets all panels. sums:
+// (pairs, halves, kPanelRows, kGroupRows).
 template <typename Finish>
 void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t group, int64_t chunk,
                     const BFloat16* b, float* sums, const Finish& finish) {
@@ -223,7 +227,8 @@ void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t gr
   const int64_t channel = p.first_step(chunk) * kStep;
   const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, all = p.halves() * panels;
-  const int64_t count = static_cast<int64_t>(pairs.size()), run = p.taps() > 1 ? count : 1;
+  const int64_t count = static_cast<int64_t>(pairs.size()), run = p.overlaps ? count : 1;
+  const bool waits = run > 1 || p.chunks() > 1;  // else one pair's sums are in use at a time
   for (int64_t begin = 0; begin < count; begin += run) {
     for (int64_t i = 0; i < all; ++i) {
       const int64_t half = i / panels, panel = i % panels;
@@ -231,7 +236,7 @@ void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t gr
       const bool finishes = chunk + 1 == p.chunks() && i + 1 == all;
       for (int64_t j = begin; j < begin + run; ++j) {
         const Pair& pair = pairs[j];
-        float* c = sums + j * p.halves() * kHalfSums;
+        float* c = sums + (waits ? j : 0) * p.halves() * kHalfSums;
         if (finishes) {
           pair.for_each_run([&](int64_t token, int64_t there, int64_t) {
             finish.fetch(token, there, row, rows);
@@ -255,8 +260,8 @@ void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t gr
 // copy of a block; most_tiles() of a block; lines(block, copy) gives a block, where it lies or
 // copied. weight: (rows, taps, channels), twice the rows where gated; or packed. finish(token,
 // count, row, rows, sums) takes Sums of rows [row, row + rows), finish.fetch what it will touch.
-template <typename Source, typename Finish>
-void multiply_weights(const Product& p, const Weight& weight, const Source& source,
+template <typename W, typename Source, typename Finish>
+void multiply_weights(const Product& p, const W& weight, const Source& source,
                       const Finish& finish) {
   const bool many = source.tokens() > kManyTokens;
   const bool pack_first = many && !weight.packed, pack_here = !many && !weight.packed;
@@ -272,7 +277,7 @@ void multiply_weights(const Product& p, const Weight& weight, const Source& sour
 
   const Scratch<BFloat16> all_packed(pack_first ? p.packed() : 0);
   const BFloat16* packed = weight.packed ? weight.values : all_packed.get();
-  if (pack_first) pack_all(p, weight.values, all_packed.get());
+  if (pack_first) pack_all(p, weight, all_packed.get());
   // Few tokens are made ready once for all threads.
   const Scratch<BFloat16> copies(many ? 0 : blocks * source.copied());
   std::vector<Lines> all(many ? 0 : blocks);
@@ -303,7 +308,7 @@ void multiply_weights(const Product& p, const Weight& weight, const Source& sour
           const int64_t chunk = i / (end - first), group = first + i % (end - first);
           const BFloat16* b = packed + p.packed_at(group, chunk);
           if (pack_here) {
-            pack(p, weight.values, group, chunk, panels.get());
+            weight.pack(p, group, chunk, panels.get());
             b = panels.get();
           }
           multiply_group(p, pairs, group, chunk, b, sums.get() + (group - first) * group_sums,

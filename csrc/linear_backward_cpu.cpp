@@ -1,12 +1,13 @@
 // linear on CPU for training: the gradients dx = dh W and dW = dhᵀ x, and the activation.
 //
-// Algorithm. The products of cpu_gemm_packing.h, whose operands lie as torch keeps them: W by rows
-// for dx, x and dh by tokens for dW. The activation is a pass of
-// its own, because its gradient needs h. Bytes: the operands once a block of rows, the result
-// written. Limit: fused multiply-adds.
+// Algorithm. The products of cpu_gemm_packing.h, in bf16 on AMX of cpu_tiles_gradient.h, whose
+// operands lie as torch keeps them: W by rows for dx, x and dh by tokens for dW. The activation is
+// a pass of its own, because its gradient needs h. Bytes: the operands once a block of rows, the
+// result written. Limit: fused multiply-adds.
 #include "cpu_gemm_packing.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"
+#include "cpu_tiles_gradient.h"
 
 namespace sdfast {
 namespace {
@@ -34,6 +35,59 @@ void check_matrix(const Tensor& t, const char* name, ScalarType dtype) {
   STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected contiguous rows");
 }
 
+template <typename T>
+void input_gradient(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
+  using Operand = typename gemm::OperandOf<T>::Type;
+  gemm::multiply_packing<Operand>(
+      {dh.rows, w.columns, w.rows, gemm::lies_ready<Operand, T>(dh.stride, w.rows)},
+      [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
+        return gemm::rows_of(dh.data + begin * dh.stride + value, dh.stride, count, values,
+                             scratch);
+      },
+      gemm::MatrixPanels<T>{w.data, w.stride, w.columns}, gemm::store_to(dx, w.columns));
+}
+
+template <typename T>
+void weight_gradient(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
+  using Operand = typename gemm::OperandOf<T>::Type;
+  gemm::multiply_packing<Operand>(
+      {dh.columns, x.columns, dh.rows},
+      [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
+        return gemm::step_rows(dh.data + value * dh.stride + begin, dh.stride, count, values,
+                               scratch);
+      },
+      gemm::MatrixPanels<T>{x.data, x.stride, x.columns},
+      gemm::store_to(dw, x.columns, simd::streams_gradient(dw, dh.columns, x.columns)));
+}
+
+#if defined(SDFAST_TILES)
+using simd::BFloat16;
+
+// The rows of a matrix, completed to whole steps.
+class MatrixRows : public gemm::tiles::Rows {
+ public:
+  explicit MatrixRows(const Matrix<BFloat16>& m)
+      : Rows((m.rows + gemm::tiles::kStep - 1) / gemm::tiles::kStep * gemm::tiles::kStep,
+             m.columns) {
+    for (int64_t i = 0; i < m.rows; ++i) (*this)[i] = m.data + i * m.stride;
+  }
+};
+
+void input_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& w, BFloat16* dx) {
+  const gemm::tiles::Tokens tokens{dh.data, dh.rows, dh.stride, dh.columns};
+  const MatrixRows rows(w);
+  gemm::tiles::multiply_weights({w.columns, w.rows}, gemm::tiles::Columns{rows.get()}, tokens,
+                                gemm::tiles::StoreRows{dx, w.columns});
+}
+
+void weight_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& x, BFloat16* dw) {
+  const MatrixRows left(dh), right(x);
+  const bool streamed = gemm::tiles::streams_gradient(dw, dh.columns, x.columns);
+  gemm::tiles::multiply_taps({x.columns, x.rows}, {left.get(), dh.columns}, right.get(),
+                             gemm::tiles::StoreRows{dw, x.columns, streamed});
+}
+#endif
+
 Tensor new_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   Tensor result = empty({rows, columns}, dtype);
   advise_huge_pages(result);
@@ -50,15 +104,7 @@ Tensor linear_input_gradient(Tensor dh, Tensor weight) {
   Tensor dx = new_matrix(dh.size(0), weight.size(1), dh.scalar_type());
   with_element_type(dh.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using Operand = typename gemm::OperandOf<T>::Type;
-    const Matrix<T> a(dh), w(weight);
-    gemm::multiply_packing<Operand>(
-        {a.rows, w.columns, w.rows, gemm::lies_ready<Operand, T>(a.stride, w.rows)},
-        [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
-          return gemm::rows_of(a.data + begin * a.stride + value, a.stride, count, values, scratch);
-        },
-        gemm::MatrixPanels<T>{w.data, w.stride, w.columns},
-        gemm::store_to(static_cast<T*>(dx.mutable_data_ptr()), w.columns));
+    input_gradient(Matrix<T>(dh), Matrix<T>(weight), static_cast<T*>(dx.mutable_data_ptr()));
   });
   return dx;
 }
@@ -72,17 +118,7 @@ Tensor linear_weight_gradient(Tensor dh, Tensor x) {
   Tensor dw = new_matrix(dh.size(1), x.size(1), x.scalar_type());
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using Operand = typename gemm::OperandOf<T>::Type;
-    const Matrix<T> a(dh), b(x);
-    T* to = static_cast<T*>(dw.mutable_data_ptr());
-    gemm::multiply_packing<Operand>(
-        {a.columns, b.columns, a.rows},
-        [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
-          return gemm::step_rows(a.data + value * a.stride + begin, a.stride, count, values,
-                                 scratch);
-        },
-        gemm::MatrixPanels<T>{b.data, b.stride, b.columns},
-        gemm::store_to(to, b.columns, simd::streams_gradient(to, a.columns, b.columns)));
+    weight_gradient(Matrix<T>(dh), Matrix<T>(x), static_cast<T*>(dw.mutable_data_ptr()));
   });
   return dw;
 }

@@ -228,7 +228,8 @@ Tensor pack_tiles(Tensor weight, bool gated) {
   const auto* from = static_cast<const BFloat16*>(weight.const_data_ptr());
   auto* to = static_cast<BFloat16*>(packed.mutable_data_ptr());
   for (int64_t phase = 0; phase < weight.size(0); ++phase) {
-    gemm::tiles::pack_all(p, from + phase * p.rows * p.halves() * p.dim(), to + phase * p.packed());
+    const gemm::tiles::Weight rows{from + phase * p.rows * p.halves() * p.dim()};
+    gemm::tiles::pack_all(p, rows, to + phase * p.packed());
   }
   return packed;
 #else

@@ -190,8 +190,6 @@ def _load_cpu_library() -> LibraryStatus:
             _kernels.add(("bf16_pairs", "cpu"))  # bf16 is multiplied as such, not widened
         if isa == "avx512_amx":  # many times faster than fp32
             _kernels.add(("bf16_tiles", "cpu"))
-        if isa == "avx512_bf16":  # gradients do not use AMX, as torch's do
-            _kernels.add(("bf16_pair_gradients", "cpu"))
         return LibraryStatus(path.stem, True, f"loaded for {isa}")
     return LibraryStatus(
         "_C_cpu",

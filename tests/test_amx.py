@@ -113,6 +113,10 @@ OPERATIONS = {
             t.test_linear(case, None)
         for case in t.CONV2D:
             t.test_conv2d(case)
+        for case in t.LINEAR_GRADIENTS:
+            t.test_linear_gradients(case)
+        for case in t.CONV2D_GRADIENTS:
+            t.test_conv2d_gradients(case)
         t.test_few_tokens_keep_no_copy()
         t.test_weights_made_for_a_call_keep_no_copy()
         for change in t.CHANGES:

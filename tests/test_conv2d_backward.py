@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from conv2d_checks import make
@@ -88,7 +90,8 @@ def check_winograd(case: tuple, upsample: bool) -> None:
 
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd from one pixel on."""
+    """Winograd from one pixel on, on AMX too."""
+    monkeypatch.setattr(_conv2d_choice, "_tiles", types.SimpleNamespace(serve=lambda dtype: False))
     for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_PIXELS_OF_PAIRS"):
         monkeypatch.setattr(_conv2d_choice, name, (1, 0))
 

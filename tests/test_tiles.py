@@ -1,4 +1,5 @@
-"""Products on AMX tiles (csrc/cpu_tiles.h): with and without a copy of the weight, few and many tokens, cut K.
+"""Products on AMX tiles (csrc/cpu_tiles.h): with and without a copy of the weight, few and many tokens, cut K,
+and their gradients (csrc/cpu_tiles_gradient.h).
 
 test_amx.py runs the same on emulated tiles where the CPU has none.
 """
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gradients import check_gradients, gradients
 from torch import Tensor
 from weight_changes import CHANGES, change_weight
 
@@ -48,6 +50,27 @@ CONV2D = (
     (1, 8, 16, 20, 16, 3, 1, True),  # many
     (2, 40, 24, 4, 8, 1, 1, False),
     (1, 64, 24, 8, 160, 1, 1, False),
+)
+# Tokens, rows, K. Of the gradient of the weight tokens are K.
+LINEAR_GRADIENTS = (
+    (1, 1, 1),
+    (45, 70, 40),
+    (40, 530, 512),  # a gradient stored past the caches
+    (37, 600, 450),  # one as large, its rows no whole lines
+    (1040, 96, 64),
+    (3000, 200, 98),  # K in two chunks
+)
+CONV2D_GRADIENTS = (
+    (2, 32, 40, 8, 8, 3, 1, False),
+    (1, 3, 17, 5, 20, 3, 1, False),
+    (2, 33, 70, 9, 18, 3, 2, False),
+    (1, 16, 34, 12, 12, 4, 2, False),
+    (1, 5, 6, 9, 7, 2, 3, False),  # a stride beyond the kernel
+    (1, 8, 16, 12, 12, 11, 1, False),
+    (1, 192, 176, 6, 5, 3, 1, False),  # a gradient stored past the caches
+    (1, 16, 70, 36, 32, 3, 1, False),  # many pixels
+    (2, 40, 24, 4, 8, 1, 1, False),
+    (1, 24, 16, 6, 8, 3, 1, True),
 )
 
 
@@ -105,6 +128,49 @@ def test_conv2d(case: tuple[int, ...]) -> None:
         residual=residual.double(),
     )
     assert_within_budget(actual, eager, exact)
+
+
+def same_on_threads(run: Callable[[], list[Tensor]]) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run())
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("case", LINEAR_GRADIENTS, ids=str)
+def test_linear_gradients(case: tuple[int, int, int]) -> None:
+    tokens, rows, k = case
+    values = (torch.randn(tokens, k), torch.randn(rows, k) / k**0.5, torch.randn(rows))
+    tensors = [value.bfloat16() for value in values]
+    dy = torch.randn(tokens, rows).bfloat16()
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.linear(x, weight, bias, backend="cpu")
+
+    check_gradients(ours, linear_torch, tensors, dy)
+    same_on_threads(lambda: gradients(ours, tensors, dy))
+
+
+@pytest.mark.parametrize("case", CONV2D_GRADIENTS, ids=str)
+def test_conv2d_gradients(case: tuple[int, ...]) -> None:
+    images, channels, out_channels, height, width, kernel, stride, upsample = case
+    x = torch.randn(images, channels, height, width)
+    weight = torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+    tensors = [value.bfloat16() for value in (x, weight, torch.randn(out_channels))]
+    geometry = (stride, ((kernel - 1) // 2,) * 4)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.conv2d(x, weight, bias, *geometry, upsample=bool(upsample), backend="cpu")
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv2d_torch(x, weight, bias, *geometry, upsample=bool(upsample))
+
+    dy = torch.randn_like(eager(*tensors))
+    check_gradients(ours, eager, tensors, dy)
+    same_on_threads(lambda: gradients(ours, tensors, dy))
 
 
 def test_few_tokens_keep_no_copy() -> None:

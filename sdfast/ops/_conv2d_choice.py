@@ -119,9 +119,8 @@ def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str,
     scale = 2 if shape.upsample else 1
     height, width = scale * height, scale * width
     suits = suits_winograd(weight, batch, height, width) and "winograd4x4_unpacked" in allowed
-    # On tiles products are too fast for Winograd's fp32. Upsampled, four 2x2 convolutions in pairs of bf16
-    # were measured as fast.
-    if not suits or _tiles.serve(weight.dtype) or (shape.upsample and _multiplies_pairs(weight.dtype)):
+    # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast.
+    if not suits or (shape.upsample and _multiplies_pairs(weight.dtype)):
         return "direct", math.inf
     large = "winograd4x4" in allowed and batch * height * width >= _COPY_PIXELS
     if large and packing.affordable(weight, *_copy("winograd4x4", shape), _SAVED_MS):
@@ -132,8 +131,11 @@ def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str,
 def suits_winograd(weight: Tensor, batch: int, height: int, width: int) -> bool:
     """Whether F(4x4) was measured faster for a y of this size, its transform of the weight included.
 
-    Not where much of the tiles lies beside the image, as of one that is a pixel wide.
+    Not where much of the tiles lies beside the image, as of one that is a pixel wide, and not where AMX makes
+    products too fast for Winograd's fp32.
     """
+    if _tiles.serve(weight.dtype):
+        return False
     least, full = _WINOGRAD_PIXELS_OF_PAIRS if _multiplies_pairs(weight.dtype) else _WINOGRAD_PIXELS
     pixels, tiles = batch * height * width, batch * math.ceil(height / 4) * math.ceil(width / 4)
     return pixels >= max(least, full * tiles) and min(weight.shape[:2]) >= 32

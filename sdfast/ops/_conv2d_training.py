@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
+from sdfast.ops import _tiles
 from sdfast.ops._conv2d_call import Call
 from sdfast.ops._conv2d_choice import folds, suits_torch, suits_winograd
 from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, upsampled
@@ -24,6 +25,8 @@ from sdfast.ops._linear_training import CPU as LINEAR_CPU
 from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
 
 _LAYOUT = torch.channels_last
+# From how many pixels of y on four 2x2 kernels, which each call sums anew, save more than that costs.
+_FOLDED_PIXELS = 2048
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -46,15 +49,16 @@ def suits_torch_in_training(call: Call) -> bool:
     """Few channels, so little work that Python decides, and in bf16 single taps of many pixels.
 
     Measured, forward and backward: fp32 is faster here from about 2^20 products on, fp16 many times faster
-    than torch's. bf16 in pairs is but for 1x1 kernels over 1024 pixels and more; widened to fp32 it was not.
+    than torch's. bf16 is on AMX, and in pairs but for 1x1 kernels over 1024 pixels and more; widened to fp32
+    it was not.
     """
     x, weight, upsample = call.x, call.weight, call.upsample
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (4 if upsample else 1)
     few = suits_torch(x, weight, upsample) or weight.numel() * pixels < 2**20
     many = weight.shape[2:].numel() == 1 and pixels >= 1024
-    return few or (
-        x.dtype == torch.bfloat16 and (many or not _library.has_kernel("bf16_pair_gradients", "cpu"))
-    )
+    if x.dtype != torch.bfloat16 or _tiles.serve(x.dtype):
+        return few
+    return few or many or not _library.has_kernel("bf16_pairs", "cpu")
 
 
 class Operations(NamedTuple):
@@ -88,7 +92,7 @@ def _forward_cpu(
     winograd: bool,
 ) -> Tensor:
     algorithm = "winograd4x4_unpacked" if winograd else "direct"
-    if winograd and upsample:
+    if upsample and (winograd or 4 * x.numel() < _FOLDED_PIXELS * x.shape[1]):
         x, upsample = upsampled(x), False
     values = fold(weight).to(weight.dtype) if upsample else weight.permute(0, 2, 3, 1)
     more = (ALGORITHMS.index(algorithm), weight.shape[0], *weight.shape[2:], stride, padding, upsample)

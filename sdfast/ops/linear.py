@@ -140,13 +140,15 @@ def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *othe
     """Gradients of so little that Python decides, and in bf16 those of small weights.
 
     Measured, forward and backward: fp32 is faster here from about 2^22 products on, fp16 many times faster
-    than torch's. bf16 in pairs is from 2^20 weights on, or where GEGLU is fused; widened to fp32 it was not.
+    than torch's. bf16 is as fp32 on AMX; in pairs from 2^20 weights on, or where GEGLU is fused; widened to
+    fp32 it was not.
     """
     if not requires_grad(x, weight, *others):
         return False
     small = activation != "geglu" and weight.numel() < 2**20
-    if x.dtype == torch.bfloat16 and (small or not _library.has_kernel("bf16_pair_gradients", "cpu")):
-        return True
+    if x.dtype == torch.bfloat16 and not _tiles.serve(x.dtype):
+        if small or not _library.has_kernel("bf16_pairs", "cpu"):
+            return True
     return x.numel() * weight.shape[0] < 2**22
 
 

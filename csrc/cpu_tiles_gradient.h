@@ -1,0 +1,215 @@
+// Products of bf16 for training on AMX tiles, whose operands lie with K from row to row.
+//
+// Algorithm. A table points to the rows of K, so that pixels, taps and the tokens of a layer are
+// one case; what lies outside an image is a row of zeros. The right operand's panels are pairs of
+// rows, side by side. The left one's columns are copied as lines, once for all threads: the row
+// that meets it under a tap is then the same distance away in every line, and all taps read one
+// copy. Bytes: the operands read and copied, the copies from L2 for each group of columns of the
+// result, which is written once. Limit: TDPBF16PS.
+// Every element is one chain of additions over K in one order: the result does not depend on the
+// number of threads.
+#pragma once
+
+#include "cpu_tiles.h"
+
+#if defined(SDFAST_TILES)
+
+namespace sdfast::gemm::tiles {
+
+constexpr int64_t kNearSteps = 10;  // of K: a panel of either operand, both in L1
+
+using Row = const BFloat16*;
+
+// A table of rows of K, a step more than is multiplied: that one is fetched in vain.
+class Rows {
+ public:
+  // All are zeros, of so many values.
+  Rows(int64_t count, int64_t values) : zeros_(values), rows_(count + kStep, zeros_.data()) {}
+  Rows(const Rows&) = delete;
+  Row& operator[](int64_t index) { return rows_[index]; }
+  const Row* get() const { return rows_.data(); }
+
+ private:
+  std::vector<BFloat16> zeros_;
+  std::vector<Row> rows_;
+};
+
+// kStep rows, from `column` on kPanelRows values of each, of which `there` exist: pairs of rows by
+// columns.
+inline void pair_rows(const Row* rows, int64_t column, int64_t there, BFloat16* to) {
+  if (there < kPanelRows) std::memset(static_cast<void*>(to), 0, kPanelStep * sizeof *to);
+  const auto pair = [&](int64_t i, int64_t j, auto lanes) {
+    const Vec low = simd::load(rows[i] + column + j, lanes);
+    const Vec high = simd::load(rows[i + 1] + column + j, lanes);
+    const Vec both = simd::as_floats(simd::as_bits(low) >> 16 | simd::as_bits(high));
+    std::memcpy(static_cast<void*>(to + i * kPanelRows + 2 * j), &both, sizeof both);
+  };
+  for (int64_t i = 0; i < kStep; i += 2) {
+    if (there < kPanelRows) {
+      simd::for_each_vector(0, there, [&](int64_t j, auto lanes) { pair(i, j, lanes); });
+      continue;
+    }
+    simd::prefetch(rows[i + kStep] + column);
+    simd::prefetch(rows[i + kStep + 1] + column);
+    pair(i, 0, simd::FullVector());
+    pair(i, kLanes, simd::FullVector());
+  }
+}
+
+// The right operand: for each tap the rows of all steps of K.
+struct Columns {
+  const Row* rows;
+  static constexpr bool packed = false;
+  static constexpr Row values = nullptr;
+
+  // As Weight::pack.
+  void pack(const Product& p, int64_t group, int64_t chunk, BFloat16* to) const {
+    const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
+    for (int64_t panel = 0; panel < 2; ++panel) {
+      const int64_t column = group * kGroupRows + panel * kPanelRows;
+      const int64_t there = std::min(p.rows - column, kPanelRows);
+      if (there <= 0) return;  // nothing reads that panel
+      for (int64_t y = 0; y < p.tap_rows; ++y) {
+        for (int64_t step = first; step < last; ++step) {
+          for (int64_t x = 0; x < p.tap_columns; ++x, to += kPanelStep) {
+            const int64_t tap = y * p.tap_columns + x;
+            pair_rows(rows + (tap * p.steps() + step) * kStep, column, there, to);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Columns [column, column + there) of `steps` steps of rows, at most kPanelRows: each a line of
+// `to`, the next one `apart` values further on.
+inline void copy_lines(const Row* rows, int64_t steps, int64_t column, int64_t there, int64_t apart,
+                       BFloat16* to) {
+  alignas(64) BFloat16 pairs[kPanelStep];
+  for (int64_t step = 0; step < steps; ++step) {
+    pair_rows(rows + step * kStep, column, there, pairs);
+    for (int64_t half = 0; half < kPanelRows; half += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(&block[i], pairs + i * 2 * kPanelRows + 2 * half, sizeof(Vec));
+      }
+      simd::transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(to + (half + i) * apart + step * kStep, &block[i], sizeof(Vec));
+      }
+    }
+  }
+}
+
+// The left operand of a gradient of a weight: columns of rows of K, each once a tap.
+struct Left {
+  const Row* rows;  // `before()` of zeros, then K
+  int64_t columns;
+  int64_t tap_rows = 1, tap_columns = 1, pitch = 0;  // rows of K from a row of taps to the next
+
+  int64_t taps() const { return tap_rows * tap_columns; }
+  // Row k meets row k - shift(tap) under a tap.
+  int64_t shift(int64_t tap) const { return tap / tap_columns * pitch + tap % tap_columns; }
+  int64_t before() const { return shift(taps() - 1); }
+  int64_t steps(int64_t k) const { return (before() + k + kStep - 1) / kStep; }
+};
+
+// c (taps, left.columns, p.rows) = leftᵀ right, K in p.channels. right: rows of whole steps of K.
+// finish as multiply_weights', token: tap * left.columns + column.
+template <typename Finish>
+void multiply_taps(Product p, const Left& left, const Row* right, const Finish& finish) {
+  constexpr int64_t kSums = kPanelRows * kGroupRows;
+  p.overlaps = left.taps() > 1;
+  if (p.overlaps) p.chunk_steps = kNearSteps;
+  const int64_t k = p.steps() * kStep, steps = left.steps(k), apart = (steps | 1) * kStep;
+  const int64_t panels = (left.columns + kPanelRows - 1) / kPanelRows;
+  const Scratch<BFloat16> packed(p.packed()), copies(panels * kPanelRows * apart);
+  pack_all(p, Columns{right}, packed.get());
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kPanelRows; i < end * kPanelRows; i += kPanelRows) {
+      copy_lines(left.rows, steps, i, std::min(left.columns - i, kPanelRows), apart,
+                 copies.get() + i * apart);
+    }
+  });
+
+  // Under several taps a panel of columns is a block, else as many as fit in L2 over a chunk of K.
+  const int64_t threads = torch::stable::get_num_threads(), chunks = p.chunks();
+  const int64_t line_bytes = apart / chunks * static_cast<int64_t>(sizeof(BFloat16));
+  const int64_t fit = std::max<int64_t>(1, kBlockBytes / (line_bytes * kPanelRows));
+  const int64_t most = p.overlaps ? 1 : fit, blocks = (panels + most - 1) / most;
+  const int64_t groups = p.groups();
+  const int64_t enough = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
+  const int64_t splits = std::min(enough, groups);
+  const int64_t most_pairs = (panels + blocks - 1) / blocks * left.taps();
+  share(blocks * splits, [&](const auto& next) {
+    const amx::Tiles tiles;
+    const Scratch<float> sums(kSums * (p.overlaps || chunks > 1 ? most_pairs : 1));
+    for (int64_t item; (item = next()) >= 0;) {
+      const int64_t block = item / splits, split = item % splits;
+      const int64_t first = block * panels / blocks * kPanelRows;
+      const int64_t end = std::min((block + 1) * panels / blocks * kPanelRows, left.columns);
+      std::vector<Lines> lines;
+      for (int64_t tap = 0; tap < left.taps(); ++tap) {
+        const BFloat16* from = copies.get() + first * apart + left.before() - left.shift(tap);
+        const int64_t count = end - first;
+        lines.push_back({from, 1, count, 0, apart, count, count, tap * left.columns + first});
+      }
+      const std::vector<Pair> pairs = pairs_of(lines);
+      for (int64_t group = split * groups / splits; group < (split + 1) * groups / splits;
+           ++group) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          multiply_group(p, pairs, group, chunk, packed.get() + p.packed_at(group, chunk),
+                         sums.get(), finish);
+        }
+      }
+    }
+  });
+}
+
+// Rows of a gradient, `stride` values apart.
+struct StoreRows {
+  BFloat16* to;
+  int64_t stride;
+  bool streamed = false;  // past the caches, in whole lines
+
+  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
+    if (streamed) return;
+    for (int64_t t = token; t < token + count; ++t) {
+      for (int64_t j = row; j < row + rows; j += kStep)
+        simd::prefetch_for_write(to + t * stride + j);
+    }
+  }
+  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const Sums& sums) const {
+    for (int64_t t = 0; t < count; ++t) {
+      const float* from = sums.values + t * sums.stride;
+      BFloat16* out = to + (token + t) * stride + row;
+      if (streamed) {
+        for (int64_t j = 0; j < rows; j += 2 * kLanes) {
+          alignas(64) BFloat16 line[2 * kLanes];
+          simd::store(line, simd::load(from + j), simd::FullVector());
+          simd::store(line + kLanes, simd::load(from + j + kLanes), simd::FullVector());
+          Vec bits;
+          std::memcpy(&bits, line, sizeof bits);
+          simd::stream(reinterpret_cast<float*>(out + j), bits, simd::FullVector());
+        }
+      } else {
+        simd::for_each_vector(0, rows, [&](int64_t j, auto lanes) {
+          simd::store(out + j, simd::load(from + j), lanes);
+        });
+      }
+    }
+    if (streamed) simd::finish_streams();
+  }
+};
+
+// Whether to stream a weight's gradient of rows of so many values.
+inline bool streams_gradient(const BFloat16* to, int64_t rows, int64_t width) {
+  return rows * width >= simd::kStreamedGradient && width % (2 * kLanes) == 0 &&
+         simd::is_aligned(to);
+}
+
+}  // namespace sdfast::gemm::tiles
+
+#endif
