@@ -33,7 +33,7 @@ LINEAR = (
     (1040, 96, 64),  # many, in place
     (1031, 40, 96),  # the last block is copied
     (1028, 40, 72),  # all are
-    (1100, 200, 3000),  # many, K in two chunks
+    (1030, 70, 2976),  # many, K in two chunks
 )
 # Images, channels, out_channels, height, width, kernel, stride, whether it upsamples.
 CONV2D = (

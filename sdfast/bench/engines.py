@@ -21,7 +21,6 @@ from sdfast import dispatch
 from sdfast.bench.request import ENGINES as REQUESTED
 from sdfast.bench.request import missing
 from sdfast.bench.works import SIZES, Forward, Work
-from sdfast.memory import keep_freed_memory
 
 Run = Callable[[], Tensor]
 
@@ -104,7 +103,6 @@ def load_sdfast(task: Task, ready: Ready) -> Run:
     ours = task.model.make_ours(theirs)
     del theirs
     ready()
-    keep_freed_memory()
     run, backend = _run(task.model.forward(ours), ours, task), task.backend
     if backend is None:
         return run
@@ -131,7 +129,6 @@ def load_optimize(task: Task, ready: Ready) -> Run:
     """diffusers' model after `sdfast.optimize`, which counts as part of the first call."""
     model = _theirs(task)
     ready()
-    keep_freed_memory()
     sdfast.optimize(model)
     return _run(task.model.forward(model), model, task)
 
@@ -140,7 +137,6 @@ def load_eager(task: Task, ready: Ready) -> Run:
     """diffusers' model in its faster memory format."""
     model = _theirs(task)
     ready()
-    keep_freed_memory()
     return _run(task.model.forward(model), model, task)
 
 
@@ -148,7 +144,6 @@ def load_eager_contiguous(task: Task, ready: Ready) -> Run:
     """diffusers' model as it comes."""
     model = task.model.make_theirs().to(task.device, task.torch_dtype)
     ready()
-    keep_freed_memory()
     return _run(task.model.forward(model), model, task, last=False)
 
 
@@ -160,7 +155,6 @@ def load_tiling(task: Task, ready: Ready) -> Run:
     model.enable_tiling()
     model.tile_latent_min_size, model.tile_sample_min_size = side // 4, side // 4 * scale
     ready()
-    keep_freed_memory()
     return _run(task.model.forward(model), model, task)
 
 
@@ -172,7 +166,6 @@ def load_compile(task: Task, ready: Ready, mode: str | None = None) -> Run:
     torch._inductor.config.freezing = True
     model = _theirs(task)
     ready()
-    keep_freed_memory()
     return _run(torch.compile(task.model.forward(model), mode=mode), model, task)
 
 

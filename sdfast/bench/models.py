@@ -144,5 +144,5 @@ class Comparison:
 def _side(samples: list[float], engine: Engine, error: float) -> dict[str, Any]:
     return {
         **times(samples), "first_ms": 1e3 * engine.ready_seconds, "error": error,
-        "idle_cpu_seconds": engine.idle_cpu_seconds, **engine.memory(),
+        "idle_cpu_seconds": engine.idle_cpu_seconds, **engine.memory,
     }  # fmt: skip

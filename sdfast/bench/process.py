@@ -21,7 +21,7 @@ import torch
 from sdfast import packing
 from sdfast.bench.engines import ENGINES, EXPORT, Run, Task
 from sdfast.bench.record import error_text
-from sdfast.memory import return_freed_memory
+from sdfast.memory import keep_freed_memory, return_freed_memory
 
 _SPAWN = multiprocessing.get_context("spawn")  # forked children would share the thread pool's state
 
@@ -35,11 +35,15 @@ class EngineEnded(EngineError):
 
 
 class Engine:
-    """A process with an engine that has run once.
+    """A process with an engine that has run twice.
+
+    So far glibc has given freed memory back as it does by default, so that the peak is of what was in use. From
+    then on it keeps it (`sdfast.memory.keep_freed_memory`): times are of engines, not of mapping pages anew.
 
     Attributes:
-        result: of that run, fp32.
+        result: of the first, fp32.
         ready_seconds: from having the weights to having it.
+        memory: after a second run: peak_bytes since it had the weights, resident_bytes, and packed_bytes of that.
         idle_cpu_seconds: the most CPU time it took between two runs.
 
     Raises:
@@ -59,6 +63,7 @@ class Engine:
             raise
         self.result = torch.from_numpy(first["result"])
         self.ready_seconds: float = first["ready_seconds"]
+        self.memory: dict[str, int] = first["memory"]
 
     def __enter__(self) -> Engine:
         return self
@@ -73,19 +78,11 @@ class Engine:
 
     def __call__(self) -> float:
         """Seconds of one run."""
-        self._ask(True)
+        with contextlib.suppress(OSError):  # it has ended: the answer says how
+            self.connection.send(True)
         seconds, idle_cpu_seconds = _receive(self.connection, self.process)
         self.idle_cpu_seconds = max(self.idle_cpu_seconds, idle_cpu_seconds)
         return seconds
-
-    def memory(self) -> dict[str, int]:
-        """Ends the process. peak_bytes since it had the weights, resident_bytes, and packed_bytes of that."""
-        self._ask(False)
-        return _receive(self.connection, self.process)
-
-    def _ask(self, message: bool) -> None:
-        with contextlib.suppress(OSError):  # it has ended: the answer says how
-            self.connection.send(message)
 
 
 def export(name: str, task: Task) -> float:
@@ -140,21 +137,21 @@ def _serve_export(connection: Connection, name: str, task: Task) -> None:
 
 
 def _serve(connection: Connection, name: str, task: Task) -> None:
-    """Load, run once, send the first result; then answer True by a run's seconds, and False by its memory."""
+    """Load, run twice, send the first result; then answer each message by a run's seconds."""
     _die_first(name)
     torch.set_num_threads(task.threads)
     try:
         run, first = _first_run(name, task)
         connection.send(first)
         cpu = time.process_time()
-        while connection.recv():
+        while True:
+            connection.recv()
             idle_cpu_seconds = time.process_time() - cpu
             began = time.perf_counter()
             run()
             seconds = time.perf_counter() - began
             cpu = time.process_time()
             connection.send((seconds, idle_cpu_seconds))
-        connection.send(_memory(task.device))
     except EOFError:  # whoever asked has gone
         return
     except Exception as error:
@@ -171,7 +168,11 @@ def _first_run(name: str, task: Task) -> tuple[Run, dict[str, Any]]:
 
     run = ENGINES[name](task, ready)
     result = run().float().numpy(force=True).copy()
-    return run, {"result": result, "ready_seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    run()  # kept copies of weights are made by now
+    memory = _memory(task.device)
+    keep_freed_memory()
+    return run, {"result": result, "ready_seconds": seconds, "memory": memory}
 
 
 def _reset_peak(device: str) -> None:
