@@ -75,26 +75,25 @@ struct ParityTaps {
   }
 };
 
-inline void weight_gradient(const Shape& s, const ParityTaps& taps, const BFloat16* dy,
+inline void weight_gradient(const Shape& s, const ParityTaps& parity, const BFloat16* dy,
                             const BFloat16* x) {
-  const gemm::tiles::Product p{s.channels, s.images * taps.height() * taps.pitch()};
+  const gemm::tiles::Taps taps{parity.rows(), parity.columns(), parity.pitch()};
+  const gemm::tiles::Product p{s.channels, s.images * parity.height() * parity.pitch()};
   const int64_t k = p.steps() * kStep;
-  gemm::tiles::Left left{nullptr, s.out_channels, taps.rows(), taps.columns(), taps.pitch()};
-  gemm::tiles::Rows left_rows(left.steps(k) * kStep, s.out_channels), right(k, s.channels);
+  gemm::tiles::Rows left(taps.steps(k) * kStep, s.out_channels), right(k, s.channels);
   for (int64_t image = 0, at = 0; image < s.images; ++image) {
-    for (int64_t i = 0; i < taps.height(); ++i) {
-      for (int64_t j = 0; j < taps.pitch(); ++j, ++at) {
-        const int64_t row = i * s.stride + taps.first_y - s.top;
-        const int64_t column = j * s.stride + taps.first_x - s.left;
+    for (int64_t i = 0; i < parity.height(); ++i) {
+      for (int64_t j = 0; j < parity.pitch(); ++j, ++at) {
+        const int64_t row = i * s.stride + parity.first_y - s.top;
+        const int64_t column = j * s.stride + parity.first_x - s.left;
         if (s.inside(row, column)) right[at] = x + s.offset(image, row, column);
         if (i >= s.out_height || j >= s.out_width) continue;
         const int64_t pixel = (image * s.out_height + i) * s.out_width + j;
-        left_rows[left.before() + at] = dy + pixel * s.out_channels;
+        left[taps.before() + at] = dy + pixel * s.out_channels;
       }
     }
   }
-  left.rows = left_rows.get();
-  gemm::tiles::multiply_taps(p, left, right.get(), taps);
+  gemm::tiles::multiply_taps(p, taps, left.get(), s.out_channels, right.get(), parity);
 }
 
 // dW: (out_channels, kernel_height, kernel_width, channels).

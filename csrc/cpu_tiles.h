@@ -88,6 +88,12 @@ struct Product {
     return group * packed(steps()) + packed(first_step(chunk));
   }
   int64_t packed() const { return groups() * packed(steps()); }
+  // Whether a pair's sums wait while other pairs are multiplied; else those of one are in use.
+  bool sums_wait() const { return overlaps || chunks() > 1; }
+  // Values of the sums of pairs of tiles with a group of W.
+  int64_t sums(int64_t pairs) const {
+    return (sums_wait() ? pairs : 1) * halves() * kPanelRows * kGroupRows;
+  }
 };
 
 // kTileRows rows of W, `stride` apart, kStep values of each: as pairs by rows, columns of a panel.
@@ -116,6 +122,9 @@ inline void transpose_tile(const BFloat16* from, int64_t stride, int64_t there, 
 struct Weight {
   const BFloat16* values;
   bool packed = false;
+
+  // By pack_all, or null.
+  const BFloat16* all_packed() const { return packed ? values : nullptr; }
 
   // A chunk of a group of W: for each half and panel (tap rows, steps, tap columns, kPanelStep).
   void pack(const Product& p, int64_t group, int64_t chunk, BFloat16* to) const {
@@ -218,7 +227,7 @@ inline std::vector<Pair> pairs_of(const std::vector<Lines>& blocks) {
 
 // sums (+)= the pairs' products with a chunk of a group of W, packed at b; finished after the last
 // chunk. Tokens that overlap meet a panel one after another; else each pair meets all panels. sums:
-// (pairs, halves, kPanelRows, kGroupRows).
+// p.sums(pairs).
 template <typename Finish>
 void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t group, int64_t chunk,
                     const BFloat16* b, float* sums, const Finish& finish) {
@@ -228,7 +237,6 @@ void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t gr
   const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, all = p.halves() * panels;
   const int64_t count = static_cast<int64_t>(pairs.size()), run = p.overlaps ? count : 1;
-  const bool waits = run > 1 || p.chunks() > 1;  // else one pair's sums are in use at a time
   for (int64_t begin = 0; begin < count; begin += run) {
     for (int64_t i = 0; i < all; ++i) {
       const int64_t half = i / panels, panel = i % panels;
@@ -236,7 +244,7 @@ void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t gr
       const bool finishes = chunk + 1 == p.chunks() && i + 1 == all;
       for (int64_t j = begin; j < begin + run; ++j) {
         const Pair& pair = pairs[j];
-        float* c = sums + (waits ? j : 0) * p.halves() * kHalfSums;
+        float* c = sums + (p.sums_wait() ? j : 0) * p.halves() * kHalfSums;
         if (finishes) {
           pair.for_each_run([&](int64_t token, int64_t there, int64_t) {
             finish.fetch(token, there, row, rows);
@@ -264,20 +272,20 @@ template <typename W, typename Source, typename Finish>
 void multiply_weights(const Product& p, const W& weight, const Source& source,
                       const Finish& finish) {
   const bool many = source.tokens() > kManyTokens;
-  const bool pack_first = many && !weight.packed, pack_here = !many && !weight.packed;
+  const BFloat16* packed = weight.all_packed();
+  const bool pack_first = many && !packed, pack_here = !many && !packed;
   const int64_t blocks = source.blocks(), groups = p.groups(), chunks = p.chunks();
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t item_blocks = many ? 1 : blocks;
-  const int64_t group_sums =
-      item_blocks * ((source.most_tiles() + 1) / 2) * p.halves() * kPanelRows * kGroupRows;
+  const int64_t group_sums = p.sums(item_blocks * ((source.most_tiles() + 1) / 2));
   // Groups whose sums wait together for the next chunk.
   const int64_t fit = kSumsBytes / (group_sums * static_cast<int64_t>(sizeof(float)));
   const int64_t span = chunks > 1 ? std::clamp<int64_t>(fit, 1, groups) : 1;
   const int64_t spans = (groups + span - 1) / span;
 
-  const Scratch<BFloat16> all_packed(pack_first ? p.packed() : 0);
-  const BFloat16* packed = weight.packed ? weight.values : all_packed.get();
-  if (pack_first) pack_all(p, weight, all_packed.get());
+  const Scratch<BFloat16> packed_here(pack_first ? p.packed() : 0);
+  if (pack_first) pack_all(p, weight, packed_here.get());
+  if (!packed) packed = packed_here.get();
   // Few tokens are made ready once for all threads.
   const Scratch<BFloat16> copies(many ? 0 : blocks * source.copied());
   std::vector<Lines> all(many ? 0 : blocks);

@@ -59,10 +59,9 @@ inline void pair_rows(const Row* rows, int64_t column, int64_t there, BFloat16* 
 // The right operand: for each tap the rows of all steps of K.
 struct Columns {
   const Row* rows;
-  static constexpr bool packed = false;
-  static constexpr Row values = nullptr;
 
-  // As Weight::pack.
+  // As Weight's.
+  static const BFloat16* all_packed() { return nullptr; }
   void pack(const Product& p, int64_t group, int64_t chunk, BFloat16* to) const {
     const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
     for (int64_t panel = 0; panel < 2; ++panel) {
@@ -103,33 +102,32 @@ inline void copy_lines(const Row* rows, int64_t steps, int64_t column, int64_t t
   }
 }
 
-// The left operand of a gradient of a weight: columns of rows of K, each once a tap.
-struct Left {
-  const Row* rows;  // `before()` of zeros, then K
-  int64_t columns;
-  int64_t tap_rows = 1, tap_columns = 1, pitch = 0;  // rows of K from a row of taps to the next
+// How the left operand of a weight's gradient meets the right one: once, or under several taps.
+struct Taps {
+  int64_t rows = 1, columns = 1, pitch = 0;  // rows of K from a row of taps to the next
 
-  int64_t taps() const { return tap_rows * tap_columns; }
-  // Row k meets row k - shift(tap) under a tap.
-  int64_t shift(int64_t tap) const { return tap / tap_columns * pitch + tap % tap_columns; }
-  int64_t before() const { return shift(taps() - 1); }
-  int64_t steps(int64_t k) const { return (before() + k + kStep - 1) / kStep; }
+  int64_t count() const { return rows * columns; }
+  // Row k of the right operand meets row k - shift(tap) of the left one.
+  int64_t shift(int64_t tap) const { return tap / columns * pitch + tap % columns; }
+  int64_t before() const { return shift(count() - 1); }
+  int64_t steps(int64_t k) const { return (before() + k + kStep - 1) / kStep; }  // of the left one
 };
 
-// c (taps, left.columns, p.rows) = leftᵀ right, K in p.channels. right: rows of whole steps of K.
-// finish as multiply_weights', token: tap * left.columns + column.
+// c (taps, columns, p.rows) = leftᵀ right, K in p.channels. left: rows of `columns` values,
+// taps.before() of zeros and then K. right: rows of whole steps of K. finish as multiply_weights',
+// token: tap * columns + column.
 template <typename Finish>
-void multiply_taps(Product p, const Left& left, const Row* right, const Finish& finish) {
-  constexpr int64_t kSums = kPanelRows * kGroupRows;
-  p.overlaps = left.taps() > 1;
+void multiply_taps(Product p, const Taps& taps, const Row* left, int64_t columns, const Row* right,
+                   const Finish& finish) {
+  p.overlaps = taps.count() > 1;
   if (p.overlaps) p.chunk_steps = kNearSteps;
-  const int64_t k = p.steps() * kStep, steps = left.steps(k), apart = (steps | 1) * kStep;
-  const int64_t panels = (left.columns + kPanelRows - 1) / kPanelRows;
+  const int64_t k = p.steps() * kStep, steps = taps.steps(k), apart = (steps | 1) * kStep;
+  const int64_t panels = (columns + kPanelRows - 1) / kPanelRows;
   const Scratch<BFloat16> packed(p.packed()), copies(panels * kPanelRows * apart);
   pack_all(p, Columns{right}, packed.get());
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kPanelRows; i < end * kPanelRows; i += kPanelRows) {
-      copy_lines(left.rows, steps, i, std::min(left.columns - i, kPanelRows), apart,
+      copy_lines(left, steps, i, std::min(columns - i, kPanelRows), apart,
                  copies.get() + i * apart);
     }
   });
@@ -142,19 +140,19 @@ void multiply_taps(Product p, const Left& left, const Row* right, const Finish& 
   const int64_t groups = p.groups();
   const int64_t enough = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
   const int64_t splits = std::min(enough, groups);
-  const int64_t most_pairs = (panels + blocks - 1) / blocks * left.taps();
+  const int64_t most_pairs = (panels + blocks - 1) / blocks * taps.count();
   share(blocks * splits, [&](const auto& next) {
     const amx::Tiles tiles;
-    const Scratch<float> sums(kSums * (p.overlaps || chunks > 1 ? most_pairs : 1));
+    const Scratch<float> sums(p.sums(most_pairs));
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item / splits, split = item % splits;
       const int64_t first = block * panels / blocks * kPanelRows;
-      const int64_t end = std::min((block + 1) * panels / blocks * kPanelRows, left.columns);
+      const int64_t end = std::min((block + 1) * panels / blocks * kPanelRows, columns);
       std::vector<Lines> lines;
-      for (int64_t tap = 0; tap < left.taps(); ++tap) {
-        const BFloat16* from = copies.get() + first * apart + left.before() - left.shift(tap);
+      for (int64_t tap = 0; tap < taps.count(); ++tap) {
+        const BFloat16* from = copies.get() + first * apart + taps.before() - taps.shift(tap);
         const int64_t count = end - first;
-        lines.push_back({from, 1, count, 0, apart, count, count, tap * left.columns + first});
+        lines.push_back({from, 1, count, 0, apart, count, count, tap * columns + first});
       }
       const std::vector<Pair> pairs = pairs_of(lines);
       for (int64_t group = split * groups / splits; group < (split + 1) * groups / splits;
@@ -177,8 +175,8 @@ struct StoreRows {
   void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
     if (streamed) return;
     for (int64_t t = token; t < token + count; ++t) {
-      for (int64_t j = row; j < row + rows; j += kStep)
-        simd::prefetch_for_write(to + t * stride + j);
+      const BFloat16* out = to + t * stride + row;
+      for (int64_t j = 0; j < rows; j += kStep) simd::prefetch_for_write(out + j);
     }
   }
   void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const Sums& sums) const {

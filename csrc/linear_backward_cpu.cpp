@@ -83,7 +83,7 @@ void input_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& w, BFloa
 void weight_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& x, BFloat16* dw) {
   const MatrixRows left(dh), right(x);
   const bool streamed = gemm::tiles::streams_gradient(dw, dh.columns, x.columns);
-  gemm::tiles::multiply_taps({x.columns, x.rows}, {left.get(), dh.columns}, right.get(),
+  gemm::tiles::multiply_taps({x.columns, x.rows}, {}, left.get(), dh.columns, right.get(),
                              gemm::tiles::StoreRows{dw, x.columns, streamed});
 }
 #endif

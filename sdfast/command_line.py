@@ -147,10 +147,10 @@ def _lora(text: str) -> tuple[Path, float]:
 
 
 def forced_backend(backend: str | None) -> contextlib.AbstractContextManager[Any]:
-    """`use_backend` for the kernels that --backend names, if any."""
+    """`use_backend` for the kernels that --backend names; torch is imported no earlier."""
     from sdfast.dispatch import use_backend
 
-    return contextlib.nullcontext() if backend is None else use_backend(backend)
+    return use_backend(backend)
 
 
 def _check_backend(backend: str | None, device_type: str) -> None:

@@ -24,7 +24,7 @@ _forced: str | None = None
 class Switched(contextlib.ContextDecorator):
     """A switch that was set: for good, in a block of `with`, or as a decorator while the function runs."""
 
-    def __init__(self, switch: Callable[[Any], None], value: str, previous: str | None) -> None:
+    def __init__(self, switch: Callable[[Any], None], value: str | None, previous: str | None) -> None:
         self._switch, self._value, self._previous = switch, value, previous
         switch(value)
 
@@ -39,23 +39,23 @@ class Switched(contextlib.ContextDecorator):
         return super().__call__(function)
 
 
-def use_backend(name: str) -> Switched:
+def use_backend(name: str | None) -> Switched:
     """Serve every call that names no backend itself by `name`, where that can run, from now on.
 
     An operation that has no such implementation falls back to torch, so that
     `use_backend("cpu")` means "compiled kernels wherever there are any".
 
     Args:
-        name: one of `BACKENDS`.
+        name: one of `BACKENDS`; None for each call's fastest, as at first.
 
     Returns:
         A context manager: `with use_backend(name):` sets it back at the end of the block. Around a compiled
         function, that is: in one, what convolutions ask for when they run is what holds outside.
 
     Raises:
-        ValueError: `name` is not one of `BACKENDS`.
+        ValueError: `name` is neither one of `BACKENDS` nor None.
     """
-    if name not in BACKENDS:
+    if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
     return Switched(_set_backend, name, _forced)
 

@@ -95,6 +95,8 @@ def test_use_backend_nests_and_restores():
             assert dispatch.choose("linear", "cpu", {}, None) == "reference"
             ops.linear(x, weight)
         assert dispatch.choose("linear", "cpu", {}, None) == "torch"
+        with dispatch.use_backend(None):
+            assert dispatch.choose("linear", "cpu", {}, None) == "cpu"
     assert dispatch.choose("linear", "cpu", {}, None) == "cpu"
     with pytest.raises(ValueError, match="backend: got 'gpu'"):
         dispatch.use_backend("gpu")

@@ -98,17 +98,15 @@ def _run(forward: Callable[..., Tensor], model: nn.Module, task: Task, *, last: 
 
 
 def load_sdfast(task: Task, ready: Ready) -> Run:
-    """Our model on the weights of diffusers', by `task.backend` where that names one."""
+    """Our model on the weights of diffusers', by the kernels of `task.backend`."""
     theirs = _theirs(task)
     ours = task.model.make_ours(theirs)
     del theirs
     ready()
-    run, backend = _run(task.model.forward(ours), ours, task), task.backend
-    if backend is None:
-        return run
+    run = _run(task.model.forward(ours), ours, task)
 
     def run_by_backend() -> Tensor:
-        with dispatch.use_backend(backend):
+        with dispatch.use_backend(task.backend):
             return run()
 
     return run_by_backend

@@ -11,7 +11,6 @@ A side is a function that loads both and returns what draws them; a further one 
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -102,18 +101,15 @@ def ours(request: Request, dtype: torch.dtype) -> Draw:
     """sdfast's own pipeline."""
     pipe = StableDiffusion.digits(dtype=dtype, device=request.device)
 
-    def chosen() -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if request.backend is None else use_backend(request.backend)
-
     def digits(prompts: Sequence[str], latents: Tensor, steps: int) -> Tensor:
-        with chosen():
+        with use_backend(request.backend):
             result = pipe.text_to_image(list(prompts), latents=latents, steps=steps, output="tensor")
         assert isinstance(result.images, Tensor)
         return result.images
 
     @torch.inference_mode()
     def photograph(x: Tensor) -> Tensor:
-        with chosen():
+        with use_backend(request.backend):
             mean = pipe.vae.encode(x).mean
             return _unit(pipe.vae.decode(mean))
 

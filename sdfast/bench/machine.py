@@ -58,7 +58,9 @@ def description(device: str, *, keeps_freed_memory: bool) -> dict[str, object]:
         "cores": os.cpu_count(),
         "memory_bytes": total_memory_bytes(torch.device(device)),
         "kernels": _library.cpu_isa() if _library.load_cpu_library().loaded else None,
-        "allocator": "glibc, keeps what is freed where times are measured" if keeps_freed_memory else "the system's, as it is",
+        "allocator": "glibc, keeps what is freed where times are measured"
+        if keeps_freed_memory
+        else "the system's, as it is",
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

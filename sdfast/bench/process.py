@@ -37,13 +37,13 @@ class EngineEnded(EngineError):
 class Engine:
     """A process with an engine that has run twice.
 
-    So far glibc has given freed memory back as it does by default, so that the peak is of what was in use. From
-    then on it keeps it (`sdfast.memory.keep_freed_memory`): times are of engines, not of mapping pages anew.
+    So far glibc has given freed memory back as it does by default, so that the peak is of what was in use.
+    From then on it keeps it (`sdfast.memory.keep_freed_memory`): times are of engines, not of mapping pages.
 
     Attributes:
         result: of the first, fp32.
         ready_seconds: from having the weights to having it.
-        memory: after a second run: peak_bytes since it had the weights, resident_bytes, and packed_bytes of that.
+        memory: after a second run: peak_bytes since it had the weights, resident_bytes, packed_bytes of that.
         idle_cpu_seconds: the most CPU time it took between two runs.
 
     Raises:

@@ -9,7 +9,6 @@ next.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
@@ -112,7 +111,7 @@ class Training:
         def run() -> None:
             for other in self.models.values():  # one set of gradients in memory
                 other.zero_grad(set_to_none=True)
-            with contextlib.nullcontext() if backend is None else use_backend(backend):
+            with use_backend(backend):
                 y = model(sample, 500, text)
                 y = y if isinstance(y, Tensor) else y.sample
                 torch.nn.functional.mse_loss(y, noise).backward()

@@ -146,9 +146,9 @@ def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *othe
     if not requires_grad(x, weight, *others):
         return False
     small = activation != "geglu" and weight.numel() < 2**20
-    if x.dtype == torch.bfloat16 and not _tiles.serve(x.dtype):
-        if small or not _library.has_kernel("bf16_pairs", "cpu"):
-            return True
+    for_torch = small or not _library.has_kernel("bf16_pairs", "cpu")
+    if x.dtype == torch.bfloat16 and for_torch and not _tiles.serve(x.dtype):
+        return True
     return x.numel() * weight.shape[0] < 2**22
 
 
