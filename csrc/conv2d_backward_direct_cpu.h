@@ -17,7 +17,7 @@ struct Parity {
     int64_t y, x;   // the pixel of dy from the one with the number of dx's
     int64_t index;  // in the kernel
   };
-  std::vector<Tap> taps;  // by rows of pixels of dy, which are adjacent
+  std::vector<Tap> taps;  // a whole rectangle of pixels of dy, row by row, y and x ascending
   int64_t rows, columns, first_y, first_x;
 };
 

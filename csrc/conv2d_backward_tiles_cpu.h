@@ -3,7 +3,9 @@
 // Algorithm. dx: for each of the stride x stride parities of its rows and columns a convolution of
 // dy with the taps that meet it, as conv2d_direct_cpu.h's. dW: of each parity of the taps the
 // pixels of x that they meet and those of dy lie in grids of one pitch, with zeros at the right and
-// below: a tap is a distance between them (cpu_tiles_gradient.h). Limit: TDPBF16PS.
+// below: a tap is a distance between them (cpu_tiles_gradient.h). dy is copied once a parity. What
+// is not finite at the border of x reaches the taps that do not meet it, too: zeros times it are
+// NaN. Limit: TDPBF16PS.
 #pragma once
 
 #include "conv2d_backward_direct_cpu.h"

@@ -80,25 +80,21 @@ struct Columns {
   }
 };
 
-// Columns [column, column + there) of `steps` steps of rows, at most kPanelRows: each a line of
-// `to`, the next one `apart` values further on.
-inline void copy_lines(const Row* rows, int64_t steps, int64_t column, int64_t there, int64_t apart,
+// Columns [column, column + there) of a step of rows, at most kPanelRows: each a line of `to`, the
+// next one `apart` values further on.
+inline void copy_lines(const Row* rows, int64_t column, int64_t there, int64_t apart,
                        BFloat16* to) {
   alignas(64) BFloat16 pairs[kPanelStep];
-  for (int64_t step = 0; step < steps; ++step) {
-    pair_rows(rows + step * kStep, column, there, pairs);
-    for (int64_t half = 0; half < kPanelRows; half += kLanes) {
-      Vec block[kLanes];
+  pair_rows(rows, column, there, pairs);
+  for (int64_t half = 0; half < kPanelRows; half += kLanes) {
+    Vec block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        std::memcpy(&block[i], pairs + i * 2 * kPanelRows + 2 * half, sizeof(Vec));
-      }
-      simd::transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        std::memcpy(to + (half + i) * apart + step * kStep, &block[i], sizeof(Vec));
-      }
+    for (int i = 0; i < kLanes; ++i) {
+      std::memcpy(&block[i], pairs + i * 2 * kPanelRows + 2 * half, sizeof(Vec));
     }
+    simd::transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) std::memcpy(to + (half + i) * apart, &block[i], sizeof(Vec));
   }
 }
 
@@ -125,31 +121,35 @@ void multiply_taps(Product p, const Taps& taps, const Row* left, int64_t columns
   const int64_t panels = (columns + kPanelRows - 1) / kPanelRows;
   const Scratch<BFloat16> packed(p.packed()), copies(panels * kPanelRows * apart);
   pack_all(p, Columns{right}, packed.get());
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kPanelRows; i < end * kPanelRows; i += kPanelRows) {
-      copy_lines(left, steps, i, std::min(columns - i, kPanelRows), apart,
-                 copies.get() + i * apart);
+  torch::stable::parallel_for(0, panels * steps, kNearSteps, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i / steps * kPanelRows, value = i % steps * kStep;
+      copy_lines(left + value, column, std::min(columns - column, kPanelRows), apart,
+                 copies.get() + column * apart + value);
     }
   });
 
   // Under several taps a panel of columns is a block, else as many as fit in L2 over a chunk of K.
+  // Where blocks are few, groups of the right operand are split, then taps.
   const int64_t threads = torch::stable::get_num_threads(), chunks = p.chunks();
   const int64_t line_bytes = apart / chunks * static_cast<int64_t>(sizeof(BFloat16));
   const int64_t fit = std::max<int64_t>(1, kBlockBytes / (line_bytes * kPanelRows));
   const int64_t most = p.overlaps ? 1 : fit, blocks = (panels + most - 1) / most;
-  const int64_t groups = p.groups();
-  const int64_t enough = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
-  const int64_t splits = std::min(enough, groups);
+  const int64_t groups = p.groups(), wanted = threads == 1 ? 1 : 4 * threads;
+  const int64_t splits = std::min((wanted + blocks - 1) / blocks, groups), parts = blocks * splits;
+  const int64_t tap_splits = std::min((wanted + parts - 1) / parts, taps.count());
   const int64_t most_pairs = (panels + blocks - 1) / blocks * taps.count();
-  share(blocks * splits, [&](const auto& next) {
+  share(parts * tap_splits, [&](const auto& next) {
     const amx::Tiles tiles;
     const Scratch<float> sums(p.sums(most_pairs));
     for (int64_t item; (item = next()) >= 0;) {
-      const int64_t block = item / splits, split = item % splits;
+      const int64_t block = item / tap_splits / splits, split = item / tap_splits % splits;
+      const int64_t first_tap = item % tap_splits * taps.count() / tap_splits;
+      const int64_t end_tap = (item % tap_splits + 1) * taps.count() / tap_splits;
       const int64_t first = block * panels / blocks * kPanelRows;
       const int64_t end = std::min((block + 1) * panels / blocks * kPanelRows, columns);
       std::vector<Lines> lines;
-      for (int64_t tap = 0; tap < taps.count(); ++tap) {
+      for (int64_t tap = first_tap; tap < end_tap; ++tap) {
         const BFloat16* from = copies.get() + first * apart + taps.before() - taps.shift(tap);
         const int64_t count = end - first;
         lines.push_back({from, 1, count, 0, apart, count, count, tap * columns + first});

@@ -3,7 +3,7 @@
 // Algorithm. The products of cpu_gemm_packing.h, in bf16 on AMX of cpu_tiles_gradient.h, whose
 // operands lie as torch keeps them: W by rows for dx, x and dh by tokens for dW. The activation is
 // a pass of its own, because its gradient needs h. Bytes: the operands once a block of rows, the
-// result written. Limit: fused multiply-adds.
+// result written. Limit: fused multiply-adds, or TDPBF16PS.
 #include "cpu_gemm_packing.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"

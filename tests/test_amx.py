@@ -123,9 +123,18 @@ OPERATIONS = {
             t.test_the_copy_follows_the_weight(change)
         t.test_what_does_not_fit_is_refused()
     """,
+    "gradients": """
+        import test_linear_backward as t
+        for activation in (None, "geglu"):
+            t.test_shapes(activation, bf16)
+        t.test_strides(bf16)
+        import test_conv2d_backward as t
+        for upsample in (False, True):
+            t.test_direct(bf16, upsample)
+    """,
     "guarded": """
         import test_guarded as t
-        for name in ("linear", "conv2d", "conv2d_1x1", "attention"):
+        for name in ("linear", "linear_gradients", "conv2d", "conv2d_1x1", "conv2d_gradients", "attention"):
             t.test_reads_and_writes_nothing_beside(name, bf16)
     """,
 }

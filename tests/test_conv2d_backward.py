@@ -22,6 +22,7 @@ MORE_CASES = (
     (2, 4, 5, 5, 3, 2, 3, 0),  # a stride beyond the kernel: pixels that nothing meets
     (1, 17, 7, 9, 6, 3, 2, (0, 1, 0, 1)),
     (1, 9, 7, 9, 16, 3, 2, (2, 0, 1, 3)),
+    (1, 8, 3, 4, 8, 1, 1, (2, 3, 1, 2)),  # pixels of y beyond the image
     (3, 1, 5, 13, 2, 3, 1, 1),
     (1, 24, 5, 8, 1024, 1, 1, 0),  # rows of dy are a way of the L1 cache apart
 )

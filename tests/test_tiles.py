@@ -33,7 +33,7 @@ LINEAR = (
     (1040, 96, 64),  # many, in place
     (1031, 40, 96),  # the last block is copied
     (1028, 40, 72),  # all are
-    (1030, 70, 2976),  # many, K in two chunks
+    (1030, 70, 3000),  # many, K in two chunks
 )
 # Images, channels, out_channels, height, width, kernel, stride, whether it upsamples.
 CONV2D = (
@@ -59,6 +59,8 @@ LINEAR_GRADIENTS = (
     (37, 600, 450),  # one as large, its rows no whole lines
     (1040, 96, 64),
     (3000, 200, 98),  # K in two chunks
+    (2880, 160, 34),  # in blocks of rows
+    (37, 2970, 40),  # K of dx in two chunks
 )
 CONV2D_GRADIENTS = (
     (2, 32, 40, 8, 8, 3, 1, False),
@@ -68,7 +70,10 @@ CONV2D_GRADIENTS = (
     (1, 5, 6, 9, 7, 2, 3, False),  # a stride beyond the kernel
     (1, 8, 16, 12, 12, 11, 1, False),
     (1, 192, 176, 6, 5, 3, 1, False),  # a gradient stored past the caches
+    (1, 224, 160, 6, 6, 3, 2, False),  # the same, of two parities, the last group half
     (1, 16, 70, 36, 32, 3, 1, False),  # many pixels
+    (1, 16, 352, 6, 5, 3, 1, False),  # K of dx in two chunks
+    (1, 8, 352, 36, 32, 3, 1, False),  # many pixels, K of dx in two chunks
     (2, 40, 24, 4, 8, 1, 1, False),
     (1, 24, 16, 6, 8, 3, 1, True),
 )
@@ -171,6 +176,12 @@ def test_conv2d_gradients(case: tuple[int, ...]) -> None:
     dy = torch.randn_like(eager(*tensors))
     check_gradients(ours, eager, tensors, dy)
     same_on_threads(lambda: gradients(ours, tensors, dy))
+
+
+def test_gradients_leave_nothing_unwritten(poisoned_memory: None) -> None:
+    test_linear_gradients(LINEAR_GRADIENTS[1])
+    for case in CONV2D_GRADIENTS[:4]:
+        test_conv2d_gradients(case)
 
 
 def test_few_tokens_keep_no_copy() -> None:

@@ -80,6 +80,7 @@ class Comparison:
         """
         self.expected = self.reference()
         with Engine("sdfast", self.task) as ours:
+            ours.settle()
             for name in request.engines("models"):
                 try:
                     self.beside(name, ours)
@@ -113,6 +114,7 @@ class Comparison:
             raise EngineError(reason)
         seconds = self.export_seconds(name)
         with Engine(name, self.task) as theirs:
+            theirs.settle()
             if self.expected is None:
                 self.expected = theirs.result
             their_error = relative_error(theirs.result, self.expected)

@@ -35,15 +35,12 @@ class EngineEnded(EngineError):
 
 
 class Engine:
-    """A process with an engine that has run twice.
-
-    So far glibc has given freed memory back as it does by default, so that the peak is of what was in use.
-    From then on it keeps it (`sdfast.memory.keep_freed_memory`): times are of engines, not of mapping pages.
+    """A process with an engine that has run once.
 
     Attributes:
-        result: of the first, fp32.
+        result: of that run, fp32.
         ready_seconds: from having the weights to having it.
-        memory: after a second run: peak_bytes since it had the weights, resident_bytes, packed_bytes of that.
+        memory: see `settle`.
         idle_cpu_seconds: the most CPU time it took between two runs.
 
     Raises:
@@ -63,7 +60,7 @@ class Engine:
             raise
         self.result = torch.from_numpy(first["result"])
         self.ready_seconds: float = first["ready_seconds"]
-        self.memory: dict[str, int] = first["memory"]
+        self.memory: dict[str, int] = {}
 
     def __enter__(self) -> Engine:
         return self
@@ -76,13 +73,26 @@ class Engine:
         self.process.join()
         self.connection.close()
 
+    def settle(self) -> None:
+        """Run again and note the memory, of which freed parts are kept from then on.
+
+        So far glibc has given them back, as it does by default, so that the peak is of what was in use; times
+        are to be of engines, not of mapping pages (`sdfast.memory.keep_freed_memory`). Noted are peak_bytes
+        since it had the weights, resident_bytes, and packed_bytes of that.
+        """
+        self._ask("settle")
+        self.memory = _receive(self.connection, self.process)
+
     def __call__(self) -> float:
         """Seconds of one run."""
-        with contextlib.suppress(OSError):  # it has ended: the answer says how
-            self.connection.send(True)
+        self._ask("run")
         seconds, idle_cpu_seconds = _receive(self.connection, self.process)
         self.idle_cpu_seconds = max(self.idle_cpu_seconds, idle_cpu_seconds)
         return seconds
+
+    def _ask(self, message: str) -> None:
+        with contextlib.suppress(OSError):  # it has ended: the answer says how
+            self.connection.send(message)
 
 
 def export(name: str, task: Task) -> float:
@@ -137,7 +147,7 @@ def _serve_export(connection: Connection, name: str, task: Task) -> None:
 
 
 def _serve(connection: Connection, name: str, task: Task) -> None:
-    """Load, run twice, send the first result; then answer each message by a run's seconds."""
+    """Load, run once, send the result; then answer "settle" by the memory and "run" by a run's seconds."""
     _die_first(name)
     torch.set_num_threads(task.threads)
     try:
@@ -145,7 +155,11 @@ def _serve(connection: Connection, name: str, task: Task) -> None:
         connection.send(first)
         cpu = time.process_time()
         while True:
-            connection.recv()
+            if connection.recv() == "settle":
+                run()  # kept copies of weights are made by now
+                connection.send(_memory(task.device))
+                keep_freed_memory()
+                continue
             idle_cpu_seconds = time.process_time() - cpu
             began = time.perf_counter()
             run()
@@ -168,11 +182,7 @@ def _first_run(name: str, task: Task) -> tuple[Run, dict[str, Any]]:
 
     run = ENGINES[name](task, ready)
     result = run().float().numpy(force=True).copy()
-    seconds = time.perf_counter() - began
-    run()  # kept copies of weights are made by now
-    memory = _memory(task.device)
-    keep_freed_memory()
-    return run, {"result": result, "ready_seconds": seconds, "memory": memory}
+    return run, {"result": result, "ready_seconds": time.perf_counter() - began}
 
 
 def _reset_peak(device: str) -> None:

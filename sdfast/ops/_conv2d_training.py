@@ -25,7 +25,7 @@ from sdfast.ops._linear_training import CPU as LINEAR_CPU
 from sdfast.ops._linear_training import TRITON as LINEAR_TRITON
 
 _LAYOUT = torch.channels_last
-# From how many pixels of y on four 2x2 kernels, which each call sums anew, save more than that costs.
+# Below so many pixels of y, summing a weight into four of 2x2 at each call costs more than that saves on AMX.
 _FOLDED_PIXELS = 2048
 
 
@@ -92,7 +92,8 @@ def _forward_cpu(
     winograd: bool,
 ) -> Tensor:
     algorithm = "winograd4x4_unpacked" if winograd else "direct"
-    if upsample and (winograd or 4 * x.numel() < _FOLDED_PIXELS * x.shape[1]):
+    few = _tiles.serve(x.dtype) and 4 * x.numel() < _FOLDED_PIXELS * x.shape[1]
+    if upsample and (winograd or few):
         x, upsample = upsampled(x), False
     values = fold(weight).to(weight.dtype) if upsample else weight.permute(0, 2, 3, 1)
     more = (ALGORITHMS.index(algorithm), weight.shape[0], *weight.shape[2:], stride, padding, upsample)
