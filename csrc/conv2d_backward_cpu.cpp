@@ -1,7 +1,7 @@
 // conv2d on CPU for training: the gradients of x and of the weight. Checks, launch and
 // registration. The algorithms: direct in conv2d_backward_direct_cpu.h, of bf16 on AMX in
-// conv2d_backward_tiles_cpu.h; Winograd's in conv2d_backward_winograd_cpu.h and, for the gradient of
-// x, conv2d_winograd_unpacked_cpu.h.
+// conv2d_backward_tiles_cpu.h; Winograd's in conv2d_backward_winograd_cpu.h and, for the gradient
+// of x, conv2d_winograd_unpacked_cpu.h.
 #include "conv2d_backward_direct_cpu.h"
 #include "conv2d_backward_tiles_cpu.h"
 #include "conv2d_backward_winograd_cpu.h"
