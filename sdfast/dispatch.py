@@ -56,7 +56,7 @@ def use_backend(name: str | None) -> Switched:
         ValueError: `name` is neither one of `BACKENDS` nor None.
     """
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}, or None")
     return Switched(_set_backend, name, _forced)
 
 
