@@ -1,0 +1,429 @@
+"""Every call of an operation that models make, by each backend and each plan: what should serve it on a GPU.
+
+    python benchmarks/bench_gpu_calls.py [--work sd15 sdxl ...] [--only conv2d ...] [--processes 10]
+                                         [--minutes 8] [--no-plans] [--output FOLDER] [--tiny]
+
+The calls are recorded from the models themselves, on tensors without values, and made again on random ones. Processes
+side by side first make each once by every candidate: that compiles the kernels, and compares the result with
+fp64. What was right is then timed, with the GPU to itself, as a model runs it: in a CUDA graph of many calls
+that follow each other, each with weights of its own, as many as do not fit in the L2 cache, and inputs that do.
+Candidates are torch, cuDNN's attention, CUDA C++, and Triton by its own rule and by each of its plans.
+Statistics that a call gathers for the next norm are torch's and some candidates' to leave out (" bare"): the
+norm's own calls are timed with and without them. Writes FOLDER/calls.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from _gpu_timing import Timer, card, ceilings, versions
+from _gpu_works import TINY_WORKS, WORKS, Work
+from _record import error_text, output_path, write_json
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from sdfast import ops, use_backend
+from sdfast.models.config import config_from_dict
+from sdfast.ops._launch_table import exploring, preferring
+from sdfast.testing import relative_error, spread
+
+OPERATIONS = ("conv2d", "linear", "attention", "group_norm", "layer_norm")
+_STATISTICS = {"conv2d": "stats_groups", "group_norm": "statistics"}  # what a bare call is without
+_LARGEST_ERROR = {torch.float32: 5e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # TF32's, of fp32
+_CACHE_BYTES = 64 << 20  # more than the L2 of any GPU we know
+_REPLAYS = 5
+
+
+class TensorOf(NamedTuple):
+    """A tensor of a recorded call."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self, device: str) -> Tensor:
+        """Normal values."""
+        once = [1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)]
+        t = torch.empty_strided(once, self.stride, dtype=self.dtype, device=device)
+        return t.copy_(torch.randn(once, device=device)).expand(self.shape)
+
+
+class Recorded(NamedTuple):
+    """One call: arguments with `TensorOf` in place of tensors, and how often each work makes it."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    counts: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        shapes = ["x".join(map(str, t.shape)) for t in self.arguments if isinstance(t, TensorOf)]
+        more = [
+            f"{key}={'x'.join(map(str, value.shape)) if isinstance(value, TensorOf) else value}"
+            for key, value in self.keywords.items()
+            if value is not None
+            and value is not False
+            and (isinstance(value, TensorOf) or not isinstance(value, tuple))
+        ]
+        numbers = [
+            str(a) for a in self.arguments if isinstance(a, int | tuple) and not isinstance(a, TensorOf)
+        ]
+        return " ".join([self.op, *shapes, *numbers, *more, *(["statistics"] if self.is_known else [])])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a norm is given its statistics."""
+        return self.keywords.get("statistics") is not None
+
+
+class _Call:
+    """A recorded call on tensors.
+
+    Args:
+        copies: of the weights, used in turn.
+    """
+
+    def __init__(self, recorded: Recorded, device: str, copies: int = 1) -> None:
+        self.op, self.recorded = recorded.op, recorded
+        leaves, self.tree = pytree.tree_flatten(
+            (recorded.arguments, recorded.keywords), is_leaf=lambda x: isinstance(x, TensorOf)
+        )
+        weight = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, TensorOf) and i == 1), None)
+        self.sets: list[list[Any]] = []
+        for copy in range(copies):
+            made = [
+                leaf.make(device) if isinstance(leaf, TensorOf) and (copy == 0 or i == weight) else leaf
+                for i, leaf in enumerate(leaves)
+            ]
+            if copy:
+                made = [
+                    own if i == weight else first
+                    for i, (own, first) in enumerate(zip(made, self.sets[0], strict=True))
+                ]
+            if self.op in ("conv2d", "linear") and weight is not None:
+                made[weight].div_(math.sqrt(made[weight][0].numel()))
+            self.sets.append(made)
+
+    def __call__(self, copy: int = 0, *, bare: bool = False, dtype: torch.dtype | None = None) -> Any:
+        leaves = self.sets[copy % len(self.sets)]
+        if dtype is not None:
+            leaves = [leaf.to(dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        arguments, keywords = pytree.tree_unflatten(leaves, self.tree)
+        if self.recorded.is_known:
+            keywords = {**keywords, "statistics": self._statistics(arguments[0], arguments[1], dtype)}
+        if bare:
+            keywords = {
+                k: v for k, v in keywords.items() if k not in ("stats_groups", "stats_eps", "statistics")
+            }
+        return getattr(ops, self.op)(*arguments, **keywords)
+
+    def _statistics(self, x: Tensor, groups: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """True ones; made once."""
+        key = dtype or x.dtype
+        if key not in (known := self.__dict__.setdefault("known", {})):
+            wide = x.double().unflatten(1, (groups, -1)).flatten(2)
+            var, mean = torch.var_mean(wide, -1, correction=0)
+            kind = torch.float64 if dtype is torch.float64 else torch.float32
+            known[key] = mean.to(kind), torch.rsqrt(var + 1e-5).to(kind)
+        return known[key]
+
+
+def record(works: dict[str, Work], dtype: torch.dtype) -> list[Recorded]:
+    """The calls that the models make, no two of them alike."""
+    found: dict[str, Recorded] = {}
+
+    def described(value: Any) -> Any:
+        return (
+            TensorOf(tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
+        )
+
+    def wrapped(work: str, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            args, kwargs = pytree.tree_map(described, (arguments, keywords))
+            key = repr((op, args, kwargs))
+            counts = found.setdefault(key, Recorded(op, args, kwargs, {})).counts
+            counts[work] = counts.get(work, 0) + 1
+            return function(*arguments, **keywords)
+
+        return call
+
+    for name, work in works.items():
+        if work.kind == "train":
+            continue
+        with torch.device("meta"):
+            model = (
+                work.ours(config_from_dict(work.ours, work.config))
+                .to(dtype)
+                .to(memory_format=torch.channels_last)
+                .eval()
+            )
+        with torch.device("meta"), torch.no_grad():
+            x = torch.empty(
+                work.samples, 3 if work.kind == "encode" else 4, work.size, work.size, dtype=dtype
+            )
+            x = x.to(memory_format=torch.channels_last)
+            with use_backend("torch"), contextlib.ExitStack() as patches:
+                patches.enter_context(mock.patch.object(ops, "conv2d_fuses", lambda x: True))
+                for op in OPERATIONS:
+                    patches.enter_context(mock.patch.object(ops, op, wrapped(name, op, getattr(ops, op))))
+                if work.kind == "step":
+                    _denoise(model, work, x, found)
+                elif work.kind == "decode":
+                    model.decode(x)
+                else:
+                    model.encode(x)
+    return list(found.values())
+
+
+def _denoise(model: Any, work: Work, x: Tensor, found: dict[str, Recorded]) -> None:
+    """Text and timestep are projected before the loop: these calls are none of the step's."""
+    before = {key: dict(recorded.counts) for key, recorded in found.items()}
+    added = None
+    if "addition_embed_type" in work.config:
+        pooled = work.config["projection_class_embeddings_input_dim"] - 6 * 256
+        added = {"text_embeds": x.new_empty(2, pooled), "time_ids": x.new_empty(2, 6)}
+    time_embedding = model.encode_time(torch.tensor([500]), added)[0]
+    context = model.encode_context(x.new_empty(2, work.tokens, work.config["cross_attention_dim"]))
+    for key in list(found):
+        if key in before:
+            found[key].counts.clear()
+            found[key].counts.update(before[key])
+        else:
+            del found[key]
+    model(x, time_embedding, context)
+
+
+class Candidate(NamedTuple):
+    """A way to make a call; `plan` is (key, name) of `_launch_table`."""
+
+    backend: str
+    bare: bool = False
+    plan: tuple[tuple[str, str], str] | None = None
+
+    @property
+    def name(self) -> str:
+        plan = "" if self.plan is None else f" [{self.plan[1]}]"
+        return f"{self.backend}{' bare' if self.bare else ''}{plan}"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(use_backend("torch" if self.backend == "cudnn" else self.backend))
+            if self.backend == "cudnn":
+                stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION]))
+            if self.plan is not None:
+                stack.enter_context(preferring(*self.plan))
+            yield
+
+
+def candidates(call: _Call, plans: bool) -> list[Candidate]:
+    """Torch first; plans as a run of the call meets them."""
+    recorded = call.recorded
+    gathers = recorded.keywords.get("stats_groups") is not None or recorded.is_known
+    if recorded.op == "conv2d" and gathers:
+        ways = [Candidate("torch", bare=True)]  # nobody has torch gather statistics
+    else:
+        ways = [Candidate("torch")]
+    if recorded.op == "attention":
+        ways.append(Candidate("cudnn"))
+    for backend in ("cuda", "triton"):
+        ways.append(Candidate(backend))
+        if gathers:
+            ways.append(Candidate(backend, bare=True))
+    if plans and torch.cuda.is_available():
+        for bare in (False, True) if gathers else (False,):
+            with contextlib.suppress(Exception), exploring() as met, Candidate("triton").serving():
+                call(bare=bare)
+            for key, names in met.items():
+                ways += [Candidate("triton", bare, (key, name)) for name in names[1:]]
+    return ways
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def check(call: _Call, ways: Sequence[Candidate]) -> dict[str, Any]:
+    """Errors by candidate, or why there is none."""
+    with Candidate("torch").serving():
+        exact = _first(call(dtype=torch.float64, bare=call.op == "conv2d"))
+    errors: dict[str, Any] = {}
+    for way in ways:
+        try:
+            with way.serving():
+                y = _first(call(bare=way.bare))
+            errors[way.name] = relative_error(y, exact)
+        except Exception as error:
+            errors[way.name] = error_text(error)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    return errors
+
+
+def milliseconds(call: _Call, way: Candidate, copies: int) -> float:
+    """Of one call among many in a CUDA graph."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        with way.serving():
+            call(bare=way.bare)
+        return 1e3 * (time.perf_counter() - began)
+    stream = torch.cuda.Stream()
+    with way.serving(), torch.cuda.stream(stream):
+        call(0, bare=way.bare)
+        graph = torch.cuda.CUDAGraph()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for copy in range(copies):
+                call(copy, bare=way.bare)
+        graph.replay()
+        times = []
+        for _ in range(_REPLAYS):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record(stream)
+            graph.replay()
+            last.record(stream)
+            last.synchronize()
+            times.append(first.elapsed_time(last) / copies)
+    return spread(times)[1]
+
+
+def copies_of(recorded: Recorded) -> int:
+    """As many as exceed the cache by their weights, at least enough that a graph's start is little."""
+    tensors = [a for a in recorded.arguments if isinstance(a, TensorOf)]
+    weight = math.prod(tensors[1].shape) * 2 if recorded.op in ("conv2d", "linear") else _CACHE_BYTES
+    return max(6, min(24, -(-_CACHE_BYTES // weight)))
+
+
+def worker(recorded: list[Recorded], share: tuple[int, int], plans: bool, results: pathlib.Path) -> None:
+    """Errors of its share of the calls, written after each."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    errors: dict[int, Any] = {}
+    for i in range(share[0], len(recorded), share[1]):
+        torch.manual_seed(i)
+        try:
+            call = _Call(recorded[i], device)
+            ways = candidates(call, plans)
+            errors[i] = (ways, check(call, ways))
+        except Exception as error:
+            errors[i] = ([], {"all": error_text(error)})
+        torch.save(errors, results)
+
+
+def main() -> None:
+    """Check, time, write; a line a call."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=OPERATIONS)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--processes", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of checking, and again of timing")
+    parser.add_argument("--no-plans", dest="plans", action="store_false", help="Triton's own rule alone")
+    parser.add_argument("--folder", type=pathlib.Path, help="keep the calls and what was checked here")
+    parser.add_argument("--phase", choices=("record", "check", "time"), help="one of the three alone")
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--output", help="folder of the record")
+    parser.add_argument("--tiny", action="store_true", help="try it out; records only to --output")
+    options = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    folder = options.folder or pathlib.Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    calls_file = folder / "calls.pt"
+    if options.phase in (None, "record") and not options.share:
+        every = TINY_WORKS if options.tiny else {name: WORKS[name] for name in options.work}
+        torch.save(record(every, getattr(torch, options.dtype)), calls_file)
+    if options.phase == "record":
+        return
+    recorded = [r for r in torch.load(calls_file, weights_only=False) if r.op in options.only]
+    if options.share:
+        worker(recorded, tuple(options.share), options.plans, folder / f"checked{options.share[0]}.pt")
+        return
+    if options.phase in (None, "check"):
+        check_side_by_side(options, folder)
+    if options.phase in (None, "time"):
+        time_all(options, recorded, folder)
+
+
+def check_side_by_side(options: argparse.Namespace, folder: pathlib.Path) -> None:
+    """All calls by all candidates, in processes; those that are not done in time are left out."""
+    deadline = time.monotonic() + 60 * options.minutes
+    command = [sys.executable, __file__, "--folder", str(folder), "--only", *options.only]
+    command += [] if options.plans else ["--no-plans"]
+    processes = [
+        subprocess.Popen([*command, "--share", str(i), str(options.processes)])
+        for i in range(options.processes)
+    ]
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def time_all(options: argparse.Namespace, recorded: list[Recorded], folder: pathlib.Path) -> None:
+    """Rows of the record, the calls that matter most first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    deadline = time.monotonic() + 60 * options.minutes
+    checked: dict[int, Any] = {}
+    for file in folder.glob("checked*.pt"):
+        checked.update(torch.load(file, weights_only=False))
+    timer = Timer(device)
+    copy, product = ceilings(timer, getattr(torch, options.dtype), device)
+    del timer
+    more = {
+        "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product}, "card": card(), "versions": versions()
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    path = output_path("calls", options)
+    for i, call_of in enumerate(recorded):
+        ways, errors = checked.get(i, ([], {"all": "was not checked in time"}))
+        row: dict[str, Any] = {
+            "op": call_of.op, "call": call_of.name, "counts": call_of.counts, "errors": errors, "ms": {}
+        }  # fmt: skip
+        rows.append(row)
+        if time.monotonic() > deadline:
+            row["not_timed"] = "the time of the run was over"
+            continue
+        copies = copies_of(call_of) if device == "cuda" else 1
+        torch.manual_seed(i)
+        call = _Call(call_of, device, copies)
+        for way in ways:
+            error = errors.get(way.name)
+            if not isinstance(error, float) or not error <= _LARGEST_ERROR[getattr(torch, options.dtype)]:
+                continue
+            try:
+                row["ms"][way.name] = float(f"{milliseconds(call, way, copies):.4g}")
+            except Exception as failure:
+                row["errors"][way.name] = error_text(failure)
+        print(described_row(row), flush=True)
+        if path is not None and i % 10 == 0:
+            write_json(path, rows, **more)
+    if path is not None:
+        write_json(path, rows, **more)
+
+
+def described_row(row: dict[str, Any]) -> str:
+    """Its fastest candidates."""
+    fastest = sorted(row["ms"].items(), key=lambda item: item[1])[:4]
+    return f"{row['call']}: " + ", ".join(f"{name} {1e3 * ms:.1f} us" for name, ms in fastest)
+
+
+if __name__ == "__main__":
+    main()
