@@ -83,7 +83,8 @@ def gpu_models_lines(record: Row) -> list[str]:
     """A table of all sides, one of what starting costs, what failed, and a profile of ours."""
     lines = [
         card_line(record),
-        f"Eager is {record['eager_model']}; a ratio is of the fastest other side in the same turns.",
+        f"Eager is {record['eager_model']}; a ratio is of the fastest other side in the same turns."
+        + "".join(f" {name}={value}." for name, value in record.get("inductor", {}).items()),
         "",
         *markdown_table(
             ("work", "dtype", "side", "ms", "p20–p80", "ratio", "error", "peak memory", "launches", "idle"),

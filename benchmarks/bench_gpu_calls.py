@@ -3,13 +3,13 @@
     python benchmarks/bench_gpu_calls.py [--work sd15 sdxl ...] [--only conv2d ...] [--processes 10]
                                          [--minutes 8] [--no-plans] [--output FOLDER] [--tiny]
 
-The calls are recorded from the models themselves, on tensors without values, and made again on random ones. Processes
-side by side first make each once by every candidate: that compiles the kernels, and compares the result with
-fp64. What was right is then timed, with the GPU to itself, as a model runs it: in a CUDA graph of many calls
-that follow each other, each with weights of its own, as many as do not fit in the L2 cache, and inputs that do.
-Candidates are torch, cuDNN's attention, CUDA C++, and Triton by its own rule and by each of its plans.
-Statistics that a call gathers for the next norm are torch's and some candidates' to leave out (" bare"): the
-norm's own calls are timed with and without them. Writes FOLDER/calls.json.
+The calls are recorded from the models themselves, on tensors without values, and made again on random ones.
+Processes side by side first make each once by every candidate: that compiles the kernels, and compares the
+result with fp64. What was right is then timed, with the GPU to itself, as a model runs it: in a CUDA graph of
+many calls that follow each other, each with weights of its own, more than fit in the L2 cache.
+Candidates are torch, cuDNN's attention, CUDA C++, and Triton by its own rule and by each of its plans; and
+" +statistics": a convolution that gathers them for the next norm, a norm that is given them. Writes
+FOLDER/calls.json; --table also the plans that were faster than the rule's, as tune_launches.py does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,14 +35,16 @@ from _record import error_text, output_path, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from tune_launches import Record
 
 from sdfast import ops, use_backend
 from sdfast.models.config import config_from_dict
 from sdfast.ops._launch_table import exploring, preferring
+from sdfast.ops._triton import architecture
 from sdfast.testing import relative_error, spread
 
 OPERATIONS = ("conv2d", "linear", "attention", "group_norm", "layer_norm")
-_STATISTICS = {"conv2d": "stats_groups", "group_norm": "statistics"}  # what a bare call is without
+_GROUPS = 32  # of the models' norms
 _LARGEST_ERROR = {torch.float32: 5e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # TF32's, of fp32
 _CACHE_BYTES = 64 << 20  # more than the L2 of any GPU we know
 _REPLAYS = 5
@@ -61,7 +64,7 @@ class TensorOf(NamedTuple):
         return t.copy_(torch.randn(once, device=device)).expand(self.shape)
 
 
-class Recorded(NamedTuple):
+class RecordedCall(NamedTuple):
     """One call: arguments with `TensorOf` in place of tensors, and how often each work makes it."""
 
     op: str
@@ -82,12 +85,15 @@ class Recorded(NamedTuple):
         numbers = [
             str(a) for a in self.arguments if isinstance(a, int | tuple) and not isinstance(a, TensorOf)
         ]
-        return " ".join([self.op, *shapes, *numbers, *more, *(["statistics"] if self.is_known else [])])
+        return " ".join([self.op, *shapes, *numbers, *more])
 
     @property
-    def is_known(self) -> bool:
-        """Whether a norm is given its statistics."""
-        return self.keywords.get("statistics") is not None
+    def may_have_statistics(self) -> bool:
+        """Whether it is a convolution that could gather them, or a norm that could be given them."""
+        if self.op == "conv2d":
+            weight = self.arguments[1].shape
+            return weight[2:] == (3, 3) and weight[0] % _GROUPS == 0
+        return self.op == "group_norm" and self.keywords.get("skip") is None
 
 
 class _Call:
@@ -97,13 +103,14 @@ class _Call:
         copies: of the weights, used in turn.
     """
 
-    def __init__(self, recorded: Recorded, device: str, copies: int = 1) -> None:
+    def __init__(self, recorded: RecordedCall, device: str, copies: int = 1) -> None:
         self.op, self.recorded = recorded.op, recorded
         leaves, self.tree = pytree.tree_flatten(
             (recorded.arguments, recorded.keywords), is_leaf=lambda x: isinstance(x, TensorOf)
         )
         weight = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, TensorOf) and i == 1), None)
         self.sets: list[list[Any]] = []
+        self.statistics: tuple[Tensor, Tensor] | None = None
         for copy in range(copies):
             made = [
                 leaf.make(device) if isinstance(leaf, TensorOf) and (copy == 0 or i == weight) else leaf
@@ -118,35 +125,47 @@ class _Call:
                 made[weight].div_(math.sqrt(made[weight][0].numel()))
             self.sets.append(made)
 
-    def __call__(self, copy: int = 0, *, bare: bool = False, dtype: torch.dtype | None = None) -> Any:
+    def __call__(
+        self, copy: int = 0, *, statistics: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         leaves = self.sets[copy % len(self.sets)]
         if dtype is not None:
             leaves = [leaf.to(dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments, keywords = pytree.tree_unflatten(leaves, self.tree)
-        if self.recorded.is_known:
-            keywords = {**keywords, "statistics": self._statistics(arguments[0], arguments[1], dtype)}
-        if bare:
-            keywords = {
-                k: v for k, v in keywords.items() if k not in ("stats_groups", "stats_eps", "statistics")
-            }
-        return getattr(ops, self.op)(*arguments, **keywords)
+        if statistics:
+            known = self.op == "group_norm"
+            more = {"statistics": self._statistics(*arguments[:2])} if known else {"stats_groups": _GROUPS}
+            keywords = {**keywords, **more}
+        result = getattr(ops, self.op)(*arguments, **keywords)
+        return result[0] if isinstance(result, tuple) else result
 
-    def _statistics(self, x: Tensor, groups: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """True ones; made once."""
-        key = dtype or x.dtype
-        if key not in (known := self.__dict__.setdefault("known", {})):
-            wide = x.double().unflatten(1, (groups, -1)).flatten(2)
-            var, mean = torch.var_mean(wide, -1, correction=0)
-            kind = torch.float64 if dtype is torch.float64 else torch.float32
-            known[key] = mean.to(kind), torch.rsqrt(var + 1e-5).to(kind)
-        return known[key]
+    def _statistics(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """True ones, made once: of a call with values of its own nobody asks."""
+        if self.statistics is None:
+            var, mean = torch.var_mean(x.double().unflatten(1, (groups, -1)).flatten(2), -1, correction=0)
+            self.statistics = mean.float(), torch.rsqrt(var + 1e-5).float()
+        return self.statistics
 
 
-def record(works: dict[str, Work], dtype: torch.dtype) -> list[Recorded]:
+def _as_kernels_leave_it(t: Tensor) -> TensorOf:
+    """Images channels last and tokens contiguous, whatever torch makes of tensors without values."""
+    strides = t.stride()
+    if t.dim() == 4:
+        _, c, h, w = t.shape
+        strides = (c * h * w, 1, c * w, c)
+    elif t.dim() == 3:
+        strides = (t.shape[1] * t.shape[2], t.shape[2], 1)
+    return TensorOf(tuple(t.shape), strides, t.dtype)
+
+
+def record(works: dict[str, Work], dtype: torch.dtype) -> list[RecordedCall]:
     """The calls that the models make, no two of them alike."""
-    found: dict[str, Recorded] = {}
+    found: dict[str, RecordedCall] = {}
 
     def described(value: Any) -> Any:
+        return _as_kernels_leave_it(value) if isinstance(value, Tensor) else value
+
+    def as_it_lies(value: Any) -> Any:
         return (
             TensorOf(tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
         )
@@ -154,9 +173,10 @@ def record(works: dict[str, Work], dtype: torch.dtype) -> list[Recorded]:
     def wrapped(work: str, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            args, kwargs = pytree.tree_map(described, (arguments, keywords))
+            kind = as_it_lies if op == "attention" else described
+            args, kwargs = pytree.tree_map(kind, (arguments, keywords))
             key = repr((op, args, kwargs))
-            counts = found.setdefault(key, Recorded(op, args, kwargs, {})).counts
+            counts = found.setdefault(key, RecordedCall(op, args, kwargs, {})).counts
             counts[work] = counts.get(work, 0) + 1
             return function(*arguments, **keywords)
 
@@ -178,7 +198,7 @@ def record(works: dict[str, Work], dtype: torch.dtype) -> list[Recorded]:
             )
             x = x.to(memory_format=torch.channels_last)
             with use_backend("torch"), contextlib.ExitStack() as patches:
-                patches.enter_context(mock.patch.object(ops, "conv2d_fuses", lambda x: True))
+                patches.enter_context(mock.patch.object(ops, "reads_skip", lambda x, w: True))
                 for op in OPERATIONS:
                     patches.enter_context(mock.patch.object(ops, op, wrapped(name, op, getattr(ops, op))))
                 if work.kind == "step":
@@ -190,7 +210,7 @@ def record(works: dict[str, Work], dtype: torch.dtype) -> list[Recorded]:
     return list(found.values())
 
 
-def _denoise(model: Any, work: Work, x: Tensor, found: dict[str, Recorded]) -> None:
+def _denoise(model: Any, work: Work, x: Tensor, found: dict[str, RecordedCall]) -> None:
     """Text and timestep are projected before the loop: these calls are none of the step's."""
     before = {key: dict(recorded.counts) for key, recorded in found.items()}
     added = None
@@ -212,13 +232,13 @@ class Candidate(NamedTuple):
     """A way to make a call; `plan` is (key, name) of `_launch_table`."""
 
     backend: str
-    bare: bool = False
+    statistics: bool = False
     plan: tuple[tuple[str, str], str] | None = None
 
     @property
     def name(self) -> str:
         plan = "" if self.plan is None else f" [{self.plan[1]}]"
-        return f"{self.backend}{' bare' if self.bare else ''}{plan}"
+        return f"{self.backend}{' +statistics' if self.statistics else ''}{plan}"
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -234,40 +254,28 @@ class Candidate(NamedTuple):
 
 def candidates(call: _Call, plans: bool) -> list[Candidate]:
     """Torch first; plans as a run of the call meets them."""
-    recorded = call.recorded
-    gathers = recorded.keywords.get("stats_groups") is not None or recorded.is_known
-    if recorded.op == "conv2d" and gathers:
-        ways = [Candidate("torch", bare=True)]  # nobody has torch gather statistics
-    else:
-        ways = [Candidate("torch")]
-    if recorded.op == "attention":
+    ways = [Candidate("torch")]
+    if call.op == "attention":
         ways.append(Candidate("cudnn"))
-    for backend in ("cuda", "triton"):
-        ways.append(Candidate(backend))
-        if gathers:
-            ways.append(Candidate(backend, bare=True))
+    ways += [Candidate("cuda"), Candidate("triton")]
+    if call.recorded.may_have_statistics:
+        ways.append(Candidate("triton", statistics=True))
     if plans and torch.cuda.is_available():
-        for bare in (False, True) if gathers else (False,):
-            with contextlib.suppress(Exception), exploring() as met, Candidate("triton").serving():
-                call(bare=bare)
-            for key, names in met.items():
-                ways += [Candidate("triton", bare, (key, name)) for name in names[1:]]
+        with contextlib.suppress(Exception), exploring() as met, Candidate("triton").serving():
+            call()
+        ways += [Candidate("triton", plan=(key, name)) for key, names in met.items() for name in names]
     return ways
-
-
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
 
 
 def check(call: _Call, ways: Sequence[Candidate]) -> dict[str, Any]:
     """Errors by candidate, or why there is none."""
     with Candidate("torch").serving():
-        exact = _first(call(dtype=torch.float64, bare=call.op == "conv2d"))
+        exact = call(dtype=torch.float64)
     errors: dict[str, Any] = {}
     for way in ways:
         try:
             with way.serving():
-                y = _first(call(bare=way.bare))
+                y = call(statistics=way.statistics)
             errors[way.name] = relative_error(y, exact)
         except Exception as error:
             errors[way.name] = error_text(error)
@@ -281,16 +289,17 @@ def milliseconds(call: _Call, way: Candidate, copies: int) -> float:
     if not torch.cuda.is_available():
         began = time.perf_counter()
         with way.serving():
-            call(bare=way.bare)
+            call(statistics=way.statistics)
         return 1e3 * (time.perf_counter() - began)
     stream = torch.cuda.Stream()
     with way.serving(), torch.cuda.stream(stream):
-        call(0, bare=way.bare)
+        for copy in [*range(copies)] * 2:  # some weights' copies are kept from the second call on
+            call(copy, statistics=way.statistics)
         graph = torch.cuda.CUDAGraph()
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             for copy in range(copies):
-                call(copy, bare=way.bare)
+                call(copy, statistics=way.statistics)
         graph.replay()
         times = []
         for _ in range(_REPLAYS):
@@ -303,14 +312,14 @@ def milliseconds(call: _Call, way: Candidate, copies: int) -> float:
     return spread(times)[1]
 
 
-def copies_of(recorded: Recorded) -> int:
+def copies_of(recorded: RecordedCall) -> int:
     """As many as exceed the cache by their weights, at least enough that a graph's start is little."""
     tensors = [a for a in recorded.arguments if isinstance(a, TensorOf)]
     weight = math.prod(tensors[1].shape) * 2 if recorded.op in ("conv2d", "linear") else _CACHE_BYTES
     return max(6, min(24, -(-_CACHE_BYTES // weight)))
 
 
-def worker(recorded: list[Recorded], share: tuple[int, int], plans: bool, results: pathlib.Path) -> None:
+def worker(recorded: list[RecordedCall], share: tuple[int, int], plans: bool, results: pathlib.Path) -> None:
     """Errors of its share of the calls, written after each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     errors: dict[int, Any] = {}
@@ -340,6 +349,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=("record", "check", "time"), help="one of the three alone")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", help="folder of the record")
+    parser.add_argument("--table", type=pathlib.Path, help="folder of launch tables to add the best plans to")
     parser.add_argument("--tiny", action="store_true", help="try it out; records only to --output")
     options = parser.parse_args()
     torch.backends.cudnn.benchmark = True
@@ -377,7 +387,7 @@ def check_side_by_side(options: argparse.Namespace, folder: pathlib.Path) -> Non
             process.kill()
 
 
-def time_all(options: argparse.Namespace, recorded: list[Recorded], folder: pathlib.Path) -> None:
+def time_all(options: argparse.Namespace, recorded: list[RecordedCall], folder: pathlib.Path) -> None:
     """Rows of the record, the calls that matter most first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     deadline = time.monotonic() + 60 * options.minutes
@@ -388,14 +398,16 @@ def time_all(options: argparse.Namespace, recorded: list[Recorded], folder: path
     copy, product = ceilings(timer, getattr(torch, options.dtype), device)
     del timer
     more = {
-        "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product}, "card": card(), "versions": versions()
+        "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product},
+        "card": card(), "versions": versions(),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     path = output_path("calls", options)
     for i, call_of in enumerate(recorded):
         ways, errors = checked.get(i, ([], {"all": "was not checked in time"}))
         row: dict[str, Any] = {
-            "op": call_of.op, "call": call_of.name, "counts": call_of.counts, "errors": errors, "ms": {}
+            "op": call_of.op, "call": call_of.name, "counts": call_of.counts, "errors": errors, "ms": {},
+            "choices": {way.name: way.plan for way in ways if way.plan is not None},
         }  # fmt: skip
         rows.append(row)
         if time.monotonic() > deadline:
@@ -417,6 +429,22 @@ def time_all(options: argparse.Namespace, recorded: list[Recorded], folder: path
             write_json(path, rows, **more)
     if path is not None:
         write_json(path, rows, **more)
+    if options.table:
+        write_table(rows, Record(options.table, architecture(torch.device(device))))
+
+
+def write_table(rows: list[dict[str, Any]], table: Record) -> None:
+    """Of each choice the plan that was fastest, in the mean over the calls that make it."""
+    by_choice: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        for name, (key, plan) in row["choices"].items():
+            if name in row["ms"]:
+                by_choice.setdefault(tuple(key), {}).setdefault(plan, []).append(row["ms"][name])
+    for key, times in by_choice.items():
+        calls = max(map(len, times.values()))
+        ms = {plan: statistics.geometric_mean(each) for plan, each in times.items() if len(each) == calls}
+        table.add(key, {plan: float(f"{mean:.4g}") for plan, mean in ms.items()}, next(iter(times)))
+    table.save()
 
 
 def described_row(row: dict[str, Any]) -> str:

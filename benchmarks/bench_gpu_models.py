@@ -15,15 +15,16 @@ The result is checked before it is timed: against fp32 eager without TF32, at mo
 eager in the same dtype. Then sides take turns; a time is CUDA events around calls that follow each other,
 and a ratio is of neighbours in time. Every side has a process of its own (`_gpu_sides.py`), so that its
 memory can be told, and that one which fails or takes too long is recorded as such and hides no other.
-`--minutes` bounds the run; the most important works come first, three of them with torch.compile beside ours
-right after the others, then the rest, and last the first results from full caches. What is there is written
-to FOLDER/gpu_models.json, by default results/<device>/, whenever a side was timed.
+`--minutes` bounds the run; the most important works come first, the first of them with torch.compile beside
+ours right after the others, then the rest, and last the first results from full caches. What is there is
+written to FOLDER/gpu_models.json, by default results/<device>/, whenever a side was timed.
 `--tiny` tries it out.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import tempfile
 import time
@@ -41,7 +42,7 @@ from sdfast.testing import spread
 
 Row = dict[str, Any]
 _LARGEST_ERROR = 1.5  # times eager's own
-_COMPILED_EARLY = 3  # works: torch.compile beside ours right after the others, for the rest at the end
+_COMPILED_EARLY = 1  # works: torch.compile beside ours right after the others, for the rest at the end
 _EAGER = ("eager", "eager channels_last")
 
 
@@ -288,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "triton_kernels": kernels_there(),
             "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product},
             "card": card(), "versions": versions(),
+            "inductor": {name: value for name, value in os.environ.items() if "INDUCTOR_MAX" in name},
         }  # fmt: skip
         missing = [op for op, there in benchmark.more["triton_kernels"].items() if not there]
         print(f"copy {copy:.0f} GB/s, matrix product {product:.0f} TFLOP/s", flush=True)

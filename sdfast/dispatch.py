@@ -13,9 +13,9 @@ from typing import Any
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 
-# Device type -> candidates, best first. `torch` can always run, so it ends every list. On CUDA no kernel of
-# ours was measured yet, or has so much as run: they serve where they are named.
-ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
+# Device type -> candidates, best first. `torch` can always run, so it ends every list. Products have lists of
+# their own on CUDA, by shape (ops/_cuda_order.py).
+ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 # Process-wide, as torch.backends flags are; a plain global, so that torch.compile guards on it.
 _forced: str | None = None

@@ -57,7 +57,13 @@ def error_budget(eager: Tensor, exact: Tensor, *, magnitude: Tensor | None = Non
 
 
 def assert_within_budget(
-    actual: Tensor, eager: Tensor, exact: Tensor, *, magnitude: Tensor | None = None, what: str = "result"
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    *,
+    magnitude: Tensor | None = None,
+    factor: float = 2.0,
+    what: str = "result",
 ) -> None:
     """Raise AssertionError unless `actual` is within the budget of `exact`, as a whole and at its worst.
 
@@ -68,6 +74,7 @@ def assert_within_budget(
         eager: the same from eager torch, in the same dtype.
         exact: the same in fp64.
         magnitude: see `relative_error`.
+        factor: of eager's error.
         what: names the result in the error.
     """
     if actual.dtype != eager.dtype:
@@ -79,7 +86,7 @@ def assert_within_budget(
     for name, norm in norms if exact.numel() >= 256 else norms[:1]:
         error = _error(actual, exact, magnitude, norm)
         eager_error = _error(eager, exact, magnitude, norm)
-        budget = 2 * eager_error + torch.finfo(eager.dtype).eps
+        budget = factor * eager_error + torch.finfo(eager.dtype).eps
         if not error <= budget:
             raise AssertionError(
                 f"{what}: {name} {error:.2e} exceeds {budget:.2e} (eager has {eager_error:.2e})"

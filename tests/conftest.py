@@ -79,6 +79,16 @@ def unwritten_by_kernels(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("unwritten_is_nan")
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU fp32 is multiplied as such by Triton's kernels and eager, whatever the shape; not as tf32."""
+    if not (torch.cuda.is_available() and request.module.__name__.endswith("_triton")):
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every byte that malloc hands out is 0xff, so that what nobody wrote reads as NaN."""

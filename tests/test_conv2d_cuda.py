@@ -14,7 +14,7 @@ from emulated_cuda import device, thread_order
 from torch import Tensor
 
 from sdfast import dispatch, ops
-from sdfast.ops.conv2d import NormPrologue, conv2d_fuses, group_statistics
+from sdfast.ops.conv2d import NormPrologue, group_statistics, reads_skip
 from sdfast.testing import assert_within_budget
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -248,12 +248,12 @@ def test_compiles_whole(cuda_kernels: str) -> None:
 def test_who_is_served_by_it(cuda_kernels: str) -> None:
     x, weight = (torch.randn(8, 16, *size, device=cuda_kernels).half() for size in ((4, 4), (3, 3)))
     with dispatch.use_backend("cuda"):
-        assert conv2d_fuses(x) and not conv2d_fuses(x.double())
+        assert reads_skip(x, weight) and not reads_skip(x.double(), weight)
         named = ops.conv2d(x, weight, padding=1)
         large = weight.repeat(1, 1, 2, 2)
         assert torch.equal(ops.conv2d(x, large, padding=3), ops.conv2d(x, large, padding=3, backend="torch"))
         with torch.enable_grad():
-            assert not conv2d_fuses(x)
+            assert not reads_skip(x, weight)
             leaf = x.clone().requires_grad_()
             ops.conv2d(leaf, weight, padding=1).sum().backward()  # by torch
             assert leaf.grad is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdfast import dispatch, ops
 from sdfast.ops import _triton
-from sdfast.ops.conv2d import NormPrologue, conv2d_fuses, conv2d_torch, group_statistics
+from sdfast.ops.conv2d import NormPrologue, conv2d_torch, group_statistics, reads_skip
 from sdfast.ops.conv2d_triton import convolve, gradient_geometries
 from sdfast.testing import assert_within_budget
 
@@ -267,15 +267,15 @@ def test_compiles_whole() -> None:
 @torch.no_grad()
 def test_who_is_served_by_it() -> None:
     x, weight = torch.randn(1, 16, 4, 4, device=DEVICE), torch.randn(8, 16, 3, 3, device=DEVICE)
-    assert not conv2d_fuses(x)
+    assert not reads_skip(x, weight)
     with dispatch.use_backend("triton"):
-        assert conv2d_fuses(x) and not conv2d_fuses(x.double())
+        assert reads_skip(x, weight) and not reads_skip(x.double(), weight)
         with torch.enable_grad():
-            assert not conv2d_fuses(x)
+            assert not reads_skip(x, weight)
         named = ops.conv2d(x, weight, padding=1)
     assert torch.equal(named, triton(x, weight, padding=1))
     with dispatch.use_backend("torch"):
-        assert not conv2d_fuses(x)
+        assert not reads_skip(x, weight)
 
 
 def test_what_it_cannot_take_is_named() -> None:

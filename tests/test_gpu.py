@@ -56,8 +56,10 @@ def test_against_fp64(call, dtype):
     eager = gradients(call, tensors, "torch")
     actual = gradients(call, tensors, "triton")
     exact = gradients(call, [t.detach().double().requires_grad_() for t in tensors], "torch")
+    # Triton adds fp32's products one after the other, cuBLAS and cuDNN in parts, which rounds less.
+    factor = 4.0 if dtype is torch.float32 else 2.0
     for i, results in enumerate(zip(actual, eager, exact, strict=True)):
-        assert_within_budget(*results, what=f"gradient {i - 1}" if i else "result")
+        assert_within_budget(*results, factor=factor, what=f"gradient {i - 1}" if i else "result")
 
 
 @pytest.mark.usefixtures("unwritten_is_nan")

@@ -45,29 +45,6 @@ class Conv2d(nn.Conv2d):
         assert isinstance(y, Tensor)  # no statistics were asked for
         return y
 
-    def with_statistics(
-        self,
-        x: Tensor,
-        norm: nn.GroupNorm,
-        *,
-        time_embedding: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The result, and its mean and rstd as `norm` would find them."""
-        vertical, horizontal = int(self.padding[0]), int(self.padding[1])
-        y, mean, rstd = ops.conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride[0],
-            (vertical, horizontal),
-            time_embedding=time_embedding,
-            residual=residual,
-            stats_groups=norm.num_groups,
-            stats_eps=norm.eps,
-        )
-        return y, (mean, rstd)
-
 
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` with SiLU and scale-shift fused."""
@@ -80,7 +57,6 @@ class GroupNorm(nn.GroupNorm):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         skip: Tensor | None = None,
-        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C). The channels of `skip` follow x's."""
         return ops.group_norm(
@@ -93,7 +69,6 @@ class GroupNorm(nn.GroupNorm):
             scale=scale,
             shift=shift,
             skip=skip,
-            statistics=statistics,
         )
 
 
@@ -203,8 +178,9 @@ class ResnetBlock2D(nn.Module):
 
         On the way up C_in counts the channels of x, then those of `skip`.
         """
-        fuses, statistics = ops.conv2d_fuses(x), None
-        if skip is not None and (self.conv_shortcut is None or not fuses):
+        if skip is not None and (
+            self.conv_shortcut is None or not ops.reads_skip(x, self.conv_shortcut.weight)
+        ):
             x, skip = torch.cat([x, skip], dim=1), None
         time: Tensor | None = None
         if isinstance(emb, TimeEmbedding):
@@ -214,11 +190,8 @@ class ResnetBlock2D(nn.Module):
         scale, shift = time.chunk(2, dim=1) if self.scale_shift and time is not None else (None, None)
         h = self.norm1(x, activation="silu", skip=skip)
         added = None if self.scale_shift else time
-        if fuses:
-            h, statistics = self.conv1.with_statistics(h, self.norm2, time_embedding=added)
-        else:
-            h = self.conv1(h, time_embedding=added)
-        h = self.norm2(h, activation="silu", scale=scale, shift=shift, statistics=statistics)
+        h = self.conv1(h, time_embedding=added)
+        h = self.norm2(h, activation="silu", scale=scale, shift=shift)
         h = F.dropout(h, self.dropout, self.training)
         return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip))
 

@@ -124,19 +124,6 @@ class LoraConv2d(LoraLayer, layers.Conv2d):
             x, padding=padding, upsample=upsample, time_embedding=time_embedding, residual=residual, skip=skip
         )
 
-    def with_statistics(
-        self,
-        x: Tensor,
-        norm: nn.GroupNorm,
-        *,
-        time_embedding: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The result, and its mean and rstd as `norm` would find them."""
-        if self.lora_before is None:
-            residual = self._update(x, residual)
-        return super().with_statistics(x, norm, time_embedding=time_embedding, residual=residual)
-
     def _update(
         self,
         x: Tensor,

@@ -3,7 +3,7 @@
 from sdfast import _library
 from sdfast.ops.add_noise import add_noise
 from sdfast.ops.attention import attention
-from sdfast.ops.conv2d import NormPrologue, conv2d, conv2d_fuses
+from sdfast.ops.conv2d import NormPrologue, conv2d, reads_skip
 from sdfast.ops.diffusion_step import diffusion_step
 from sdfast.ops.diffusion_step_from_table import diffusion_step_from_table
 from sdfast.ops.group_norm import group_norm
@@ -21,7 +21,6 @@ __all__ = [
     "add_noise",
     "attention",
     "conv2d",
-    "conv2d_fuses",
     "diffusion_step",
     "diffusion_step_from_table",
     "group_norm",
@@ -29,5 +28,6 @@ __all__ = [
     "group_norm_moments",
     "layer_norm",
     "linear",
+    "reads_skip",
     "reparameterize",
 ]

@@ -158,11 +158,17 @@ def product_precision(dtype: torch.dtype, kind: Literal["matmul", "conv"]) -> Li
     Asked is `fp32_precision`, which answers for the older `allow_tf32` too; the latter raises once the former
     was set. Products of fp16 and bf16 are exact in any case, and so have one kernel.
     """
-    if dtype is not torch.float32:
-        return "tf32"
+    return "tf32" if dtype is not torch.float32 or _allows_tf32(kind) else "ieee"
+
+
+def _allows_tf32(kind: str) -> bool:
     backends: Any = torch.backends
     switch = backends.cuda.matmul if kind == "matmul" else backends.cudnn.conv
-    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+    return switch.fp32_precision == "tf32"
+
+
+# torch.compile takes its answer for a constant: it cannot trace what torch.backends does when it is asked.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(first: str, device_type: str) -> str | None:

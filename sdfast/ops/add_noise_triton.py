@@ -30,10 +30,11 @@ def _add_noise_kernel(
     sigma = tl.load(sigma_ptr + n * sigma_stride).to(tl.float32)
     x = tl.load(x_ptr + n * x_stride + at, mask, 0.0).to(tl.float32)
     noise = tl.load(noise_ptr + n * noise_stride + at, mask, 0.0).to(tl.float32)
-    out = alpha * x + sigma * noise
+    # Which product a compiler would fuse into the sum depends on strides; the bits are not to.
+    out = tl.fma(alpha, x, sigma * noise)
     tl.store(out_ptr + n * out_stride + at, out.to(out_ptr.dtype.element_ty), mask)
     if velocity_ptr is not None:
-        velocity = alpha * noise - sigma * x
+        velocity = tl.fma(alpha, noise, -(sigma * x))
         tl.store(velocity_ptr + n * out_stride + at, velocity.to(out_ptr.dtype.element_ty), mask)
 
 

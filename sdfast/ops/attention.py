@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
 from sdfast.ops._checks import NO_KERNEL_YET, autocast_dtype, can_cast, cast_to, check_tensor, widened
+from sdfast.ops._cuda_order import of_attention
 from sdfast.ops._native import empty_by_token, requires_grad, unavailable
 
 
@@ -233,7 +234,11 @@ def attention(
                 q, k, v, mask=cast_to(dtype, mask), is_causal=is_causal, scale=scale, backend=backend
             )
     reasons = _unavailable(q, k, v, mask)
-    order = ("torch",) if _is_faster_in_torch(q, k, v) else None
+    order = None
+    if q.device.type == "cuda":
+        order = of_attention(q, k, v)
+    elif _is_faster_in_torch(q, k, v):
+        order = ("torch",)
     serve = dispatch.choose("attention", q.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, attention_torch)
     return run(q, k, v, mask=mask, is_causal=is_causal, scale=scale)

@@ -12,6 +12,8 @@ cores', 4 L S D flops, or, of narrow heads, that of L S powers of two.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ from sdfast.ops._attention_triton import (
     streamed_product,
     strides,
 )
+from sdfast.ops._launch_table import choose, near
 from sdfast.ops._native import empty_by_token
 from sdfast.ops._triton import (
     Config,
@@ -194,8 +197,45 @@ def _forward_kernel(
         tl.store(o + column, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column < O_COLUMNS))
 
 
-def _plan(q: Tensor, is_causal: bool) -> Config:
-    """Tile sizes by head dimension and architecture, assumed and not measured."""
+class _Plan(NamedTuple):
+    """How the forward is launched; the first that is listed is the rule's."""
+
+    config: Config
+    cost: float
+    kind: str = ""
+
+
+# What of heads of at most 128 was measured beside the rule on Hopper: BLOCK_M, BLOCK_N, warps, stages.
+_HOPPER = (
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+    (128, 128, 4, 2),
+    (64, 64, 4, 3),
+    (64, 128, 4, 2),
+)
+
+
+def _plan(q: Tensor, keys: int, is_causal: bool) -> Config:
+    """By what was measured, else by a rule."""
+    rule = _rule(q, is_causal)
+    head_dim, itemsize = q.shape[3], q.element_size()
+    if architecture(q.device) != 90 or head_dim > 128 or itemsize != 2 or is_causal:
+        return rule
+    plans, width = [_Plan(rule, 0.0)], sum(chunks(head_dim))
+    for block_m, block_n, num_warps, stages in _HOPPER:
+        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        config = Config({**rule.constants, **blocks}, num_warps, stages)
+        fits = (block_m + 2 * stages * block_n) * width * itemsize <= shared_memory_bytes(q.device)
+        if fits and config != rule:
+            plans.append(_Plan(config, 1.0))
+    batch, heads, queries, _ = q.shape
+    bucket = (q.dtype, near(batch * heads), near(queries), near(keys), head_dim)
+    return choose("attention", bucket, plans, q.device).config
+
+
+def _rule(q: Tensor, is_causal: bool) -> Config:
+    """Tile sizes by head dimension and architecture, assumed."""
     batch, heads, queries, head_dim = q.shape
     available, processors = shared_memory_bytes(q.device), multiprocessors(q.device)
     # Only Hopper multiplies a q of that width out of shared memory.
@@ -221,8 +261,11 @@ def _plan(q: Tensor, is_causal: bool) -> Config:
         block_n = 32  # more scores than so narrow a head's registers hold
     while block_n > 16 and (block_m + 2 * stages * block_n) * width * q.element_size() > available:
         block_n //= 2
-    held = 128 * 64 if architecture(q.device) == 90 else 64 * 64  # of the accumulator, by 4 warps
-    num_warps = 4 if width * block_m <= held else 8
+    if architecture(q.device) == 90:
+        # 4 warps multiply 64 rows. With 8 of them Triton 3.6 gets the products of a narrow tail's keys wrong.
+        num_warps = 4 if block_m == 64 or width <= 64 else 8
+    else:
+        num_warps = 4 if width * block_m <= 64 * 64 else 8
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_TAIL": block_n if is_causal else 16}
     return Config({**constants, **blocks}, num_warps, stages)
 
@@ -239,7 +282,7 @@ def _attend(
         q, scale = -q, -scale
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     q, k, v = aligned(q), aligned(k), aligned(v)
-    config = _plan(q, is_causal)
+    config = _plan(q, k.shape[2], is_causal)
     constants = config.constants
     blocks = -(-queries // constants["BLOCK_M"])
     tiles = blocks * constants["SLICES"] * batch * heads

@@ -40,6 +40,7 @@ from sdfast.ops._conv2d_cuda import conv2d_cuda, why_not_cuda
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
 from sdfast.ops._conv2d_training import conv2d_training, suits_torch_in_training
 from sdfast.ops._conv2d_tuning import measure
+from sdfast.ops._cuda_order import of_convolution
 from sdfast.ops._native import requires_grad, unavailable
 
 
@@ -136,18 +137,18 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor) -> dict[str, str]:
     return dict.fromkeys(NO_KERNEL_YET, reason)
 
 
-def conv2d_fuses(x: Tensor) -> bool:
-    """Whether kernels serve convolutions of x that read two sources and gather statistics as they store.
+def reads_skip(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of x by this weight that is given `skip` reads both where they lie.
 
-    Where they do, `skip` and `stats_groups` save passes over memory; elsewhere they cost what they say. True
-    where `use_backend` names Triton or CUDA C++ and that can run, but for training, which reads the
-    concatenation again.
+    Elsewhere, and in training, which reads the concatenation again, it saves nothing.
     """
     if torch.is_grad_enabled():
         return False
-    return dispatch.is_named(None) and (
-        dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None) in ("cuda", "triton")
-    )
+    order = of_convolution(x, weight, 1, False) if x.device.type == "cuda" else None
+    if order is None and not dispatch.is_named(None):
+        return False
+    serve = dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None, order=order)
+    return serve in ("cuda", "triton")
 
 
 def conv2d(
@@ -271,22 +272,27 @@ def _served(
     """y, and its mean and rstd over so many groups where `statistics`, groups and eps, are asked for."""
     x, weight = call.x, call.weight
     reasons = _unavailable(*call.tensors())
-    named, trains = dispatch.is_named(backend), requires_grad(*call.tensors())
+    trains = requires_grad(*call.tensors())
     if "cuda" not in reasons and (why := why_not_cuda(weight, call.stride, trains)) is not None:
         reasons["cuda"] = why
-    fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend) if named else None
+    order, fused_by = None, None
+    if x.device.type == "cuda" or dispatch.is_named(backend):  # a CPU's own kernels are `_unfused`'s
+        order = of_convolution(x, weight, call.stride, call.upsample, *call.tensors()[2:])
+        fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     if fused_by in ("cuda", "triton") and not trains:
         fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton
         return fusing(call, statistics)
-    y = conv2d_triton_training(call) if fused_by == "triton" else _unfused(call, reasons, backend)
+    y = conv2d_triton_training(call) if fused_by == "triton" else _unfused(call, reasons, backend, order)
     return y if statistics is None else (y, *group_statistics(y, *statistics))
 
 
-def _unfused(call: Call, reasons: dict[str, str], backend: str | None) -> Tensor:
-    """By a backend that concatenates `skip` and gathers no statistics."""
+def _unfused(
+    call: Call, reasons: dict[str, str], backend: str | None, order: tuple[str, ...] | None
+) -> Tensor:
+    """By a backend that concatenates `skip` and gathers no statistics; `order` is the GPU's."""
     if call.skip is not None:
         call = call._replace(x=torch.cat([call.x, call.skip], 1), skip=None)
-    named, order = dispatch.is_named(backend), None
+    named = dispatch.is_named(backend)
     if "cpu" not in reasons and not named:
         trains = requires_grad(*call.tensors())
         to_torch = suits_torch_in_training(call) if trains else _suits_torch(call)

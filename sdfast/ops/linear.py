@@ -30,6 +30,7 @@ from sdfast.ops._checks import (
     is_plain,
     widened,
 )
+from sdfast.ops._cuda_order import of_linear
 from sdfast.ops._linear_gate import linear_cuda
 from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op
 from sdfast.ops._linear_training import TRITON, linear_training
@@ -226,7 +227,11 @@ def linear(
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
     reasons = _unavailable(activation, x, weight, bias, residual)
-    order = ("torch",) if _is_faster_in_torch(activation, x, weight, bias, residual) else None
+    order = None
+    if x.device.type == "cuda":
+        order = of_linear(x, weight, activation, bias, residual)
+    elif _is_faster_in_torch(activation, x, weight, bias, residual):
+        order = ("torch",)
     serve = dispatch.choose("linear", x.device.type, reasons, backend, order=order)
     run = _BACKENDS.get(serve, linear_torch)
     return run(x, weight, bias, activation=activation, residual=residual)
