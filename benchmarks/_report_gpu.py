@@ -33,12 +33,40 @@ def goals_lines(records: Iterable[Row]) -> list[str]:
             (record["environment"]["gpu"], ms(row, "compiled"), ms(row, "sdfast", "sdfast triton"))
             for record in records
             for row in record["rows"]
-            if row["work"] == work
+            if row["work"] == work and any("ms" in side for side in row["sides"].values())
         ]
         for cells in measured or [("", "not measured", "not measured")]:
             rows.append((work, *cells, f"{goal} ms", f"{stretch} ms"))
     head = ("work, bf16", "GPU", "torch.compile, max-autotune", "sdfast", "goal", "stretch")
     return ["", "## Goals on one H200", "", *markdown_table(head, rows)]
+
+
+def gpu_readme_lines(records: Iterable[Row]) -> list[str]:
+    """Of each work the best of ours beside the best of the others, by the last record that has both.
+
+    What is no default, and what was sampled once, says so.
+    """
+    rows: dict[str, tuple[object, ...]] = {}
+    for record in records:
+        for row in record["rows"]:
+            ours = [name for name, side in row["sides"].items() if "ratio" in side]
+            if not ours or row["work"] in rows:
+                continue
+            best = min(ours, key=lambda name: row["sides"][name]["ms"])
+            side = row["sides"][best]
+            beside = row["sides"][side["beside"]]
+            remarks = [best.removeprefix("sdfast ")] if best != "sdfast" else []
+            remarks += ["one sample"] if side["samples"] == 1 else []
+            more = f" ({', '.join(remarks)})" if remarks else ""
+            rows[row["work"]] = (
+                row["work"], f"{beside['ms']:.2f} ({side['beside']})", f"{side['ms']:.2f}{more}",
+                f"**{side['ratio']:.2f}x**", f"{side['peak_bytes'] / beside['peak_bytes']:.2f}x",
+                record["environment"]["commit"],
+            )  # fmt: skip
+    if not rows:
+        return []
+    head = ("work, bf16", "best other, ms", "sdfast, ms", "faster", "peak memory", "commit")
+    return ["", *markdown_table(head, rows.values())]
 
 
 def card_line(record: Row) -> str:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from _report_bench import expand
-from _report_gpu import cuda_code_lines, goals_lines, gpu_models_lines, operations_lines, traffic_lines
+from _report_gpu import (
+    cuda_code_lines,
+    goals_lines,
+    gpu_models_lines,
+    gpu_readme_lines,
+    operations_lines,
+    traffic_lines,
+)
+from _report_gpu_calls import calls_lines, checks_lines
 from _report_kernels import bandwidth_lines, conv2d_lines, group_norm_lines, kernel_summaries, products_lines
 from _report_models import (
     build_lines,
@@ -68,6 +76,9 @@ _SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "vae_digits": ("VAEs and the bound, of digits", vae_digits_lines),
     "operations": ("operations", operations_lines),
     "gpu_models": ("models", gpu_models_lines),
+    "gpu_models-first": ("models, when torch still served what names no backend", gpu_models_lines),
+    "calls": ("the models' calls by backend", calls_lines),
+    "checks": ("tests and compute-sanitizer", checks_lines),
     "build": ("wheels", build_lines),
 }
 _TRAFFIC = HERE / "results/triton_traffic.json"
@@ -112,12 +123,18 @@ def results_md(records: dict[str, Row]) -> list[str]:
         lines += ["", f"## {_SECTIONS[kind][0]} on {device}", "", provenance(name, record), ""]
         lines += _SECTIONS[kind][1](record)
         lines += [line for failure in record.get("failed", ()) for line in ("", f"Failed: {failure}.")]
-    lines += goals_lines([r for name, r in records.items() if name.endswith("/gpu_models.json")])
+    lines += goals_lines(gpu_models(records))
     if _CUDA_CODE.exists():
         lines += cuda_code_lines(json.loads(_CUDA_CODE.read_text()))
     if _TRAFFIC.exists():
         lines += traffic_lines(json.loads(_TRAFFIC.read_text()))
     return lines
+
+
+def gpu_models(records: dict[str, Row]) -> list[Row]:
+    """Records of whole models on GPUs, the last first."""
+    found = [record for name, record in records.items() if "/gpu_models" in name]
+    return sorted(found, key=lambda record: record["environment"]["date"], reverse=True)
 
 
 def _gpu_line(records: dict[str, Row]) -> str:
@@ -210,7 +227,8 @@ def written(records: dict[str, Row]) -> dict[Path, str]:
     """Both files' texts."""
     text = between(_BEGIN, _END, readme_block(records), README.read_text())
     text = between(_SEED_BEGIN, _SEED_END, seed_lines(records), text)
-    text = between(_GPU_BEGIN, _GPU_END, [f"**{_gpu_line(records)}**"], text)
+    gpu = [f"**{_gpu_line(records)}**", *gpu_readme_lines(gpu_models(records))]
+    text = between(_GPU_BEGIN, _GPU_END, gpu, text)
     return {HERE / "RESULTS.md": "\n".join(results_md(records)) + "\n", README: text}
 
 

@@ -9,7 +9,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import report  # noqa: E402
 from _gpu_works import WORKS  # noqa: E402
-from _report_gpu import GOALS, goals_lines, gpu_models_lines, operations_lines, traffic_lines  # noqa: E402
+from _report_gpu import (  # noqa: E402
+    GOALS,
+    goals_lines,
+    gpu_models_lines,
+    gpu_readme_lines,
+    operations_lines,
+    traffic_lines,
+)
+from _report_gpu_calls import calls_lines, checks_lines  # noqa: E402
 
 CARD = {
     "card": {"driver_version": "580", "clocks.max.sm": "1980"},
@@ -41,8 +49,8 @@ def test_report_of_goals():
         "rows": [row, {**row, "sides": {"sdfast": {"first_seconds": 1}}}],
     }
     text = "\n".join(goals_lines([record]))
+    assert sum("VAE decode to 512x512" in line for line in text.splitlines()) == 1
     assert "| VAE decode to 512x512 | H200 | 7.00 ms | 4.50 ms | 5 ms | 4 ms |" in text
-    assert "| VAE decode to 512x512 | H200 | not measured | not measured | 5 ms | 4 ms |" in text
 
 
 def test_report_of_models():
@@ -91,7 +99,8 @@ def test_the_readme_says_what_the_records_say_of_gpus():
     paths = (ROOT / "benchmarks/results").glob("*/*.json")
     records = {f"{path.parent.name}/{path.name}": json.loads(path.read_text()) for path in paths}
     said = text.split(report._GPU_BEGIN)[1].split(report._GPU_END)[0]
-    assert said.strip() == f"**{report._gpu_line(records)}**"
+    lines = [f"**{report._gpu_line(records)}**", *gpu_readme_lines(report.gpu_models(records))]
+    assert said.strip() == "\n".join(lines)
     assert (
         report.between(report._GPU_BEGIN, report._GPU_END, ["new"], text).count("new\n" + report._GPU_END)
         == 1
@@ -133,3 +142,41 @@ def test_report_of_traffic():
     assert (
         "| linear bf16 | `linear_rows` | 2 | 2.00 | 1.00 | 2.00x | 0.00 | 2 |" in text and "fp16" not in text
     )
+
+
+def test_readme_has_the_best_of_ours_by_the_last_record():
+    side = {"peak_bytes": 2**30, "samples": 5}
+    sides = {
+        "eager": {**side, "ms": 6.0},
+        "sdfast": {**side, "ms": 3.0, "ratio": 2.0, "beside": "eager"},
+        "sdfast triton": {**side, "ms": 2.0, "ratio": 3.0, "beside": "eager", "samples": 1},
+    }
+    rows = [{"work": "U-Net", "sides": sides}, {"work": "VAE", "sides": {"eager": sides["eager"]}}]
+    last = {"environment": {"commit": "b"}, "rows": [{"work": "U-Net", "sides": {}}]}
+    text = "\n".join(gpu_readme_lines([last, {"environment": {"commit": "a"}, "rows": rows}]))
+    assert "| U-Net | 6.00 (eager) | 2.00 (triton, one sample) | **3.00x** | 1.00x | a |" in text
+    assert "VAE" not in text
+    assert gpu_readme_lines([last]) == []
+
+
+def test_report_of_calls():
+    def row(op, counts, ms, **errors):
+        return {"op": op, "call": f"{op} 8x8", "counts": counts, "ms": ms, "errors": errors}
+
+    rows = [
+        row("linear", {"unet": 3}, {"torch": 1.0, "triton": 3.0, "triton [BLOCK_M=64]": 2.0}),
+        row("linear", {"unet": 1, "vae": 2}, {"torch": 5.0, "triton": 4.0}, triton=1e-3),
+        row("attention", {"unet": 1}, {"torch": 1.0, "cudnn": 0.5}, triton=0.2, cuda="RuntimeError: no"),
+    ]
+    text = "\n".join(calls_lines({**CARD, "rows": rows, "note": "As it was."}))
+    assert "As it was." in text
+    assert "| unet | `linear` | 4 | 8.00 | 8.00 | 10.00 | 7.00 |" in text
+    assert "| vae | `linear` | 2 | 10.00 | 10.00 | 8.00 | 8.00 |" in text
+    assert "| unet | `attention` | 1 | 0.50 | 0.50 | 0.50 | 0.50 |" in text
+    assert "- attention 8x8, triton: error 2.0e-01." in text
+    assert "- attention 8x8, cuda: RuntimeError: no." in text
+
+
+def test_report_of_checks():
+    row = {"what": "pytest tests/test_a.py", "commit": "abc", "passed": 7, "failed": ["test_b"]}
+    assert "| `pytest tests/test_a.py` | abc | 7 | test_b |  |" in checks_lines({**CARD, "rows": [row]})

@@ -1,0 +1,65 @@
+"""What a GPU's records say of the models' calls, each by every backend, and of what passed there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from _report_gpu import card_line
+
+from sdfast.bench.tables import markdown_table
+
+Row = dict[str, Any]
+_BACKENDS = {"torch": ("torch", "cudnn"), "CUDA C++": ("cuda",), "Triton": ("triton",)}
+
+
+def calls_lines(record: Row) -> list[str]:
+    """Of each model and operation the sum over its calls, by backend and by the fastest of each call."""
+    timed = [row for row in record["rows"] if row["ms"]]
+    works = dict.fromkeys(work for row in timed for work in row["counts"])
+    rows = [
+        cells
+        for work in works
+        for op in dict.fromkeys(row["op"] for row in timed)
+        for cells in _sums(work, op, [row for row in timed if row["op"] == op and work in row["counts"]])
+    ]
+    wrong = [
+        f"- {row['call']}, {name}: {error if isinstance(error, str) else f'error {error:.1e}'}."
+        for row in record["rows"]
+        for name, error in row["errors"].items()
+        if name not in row["ms"]
+    ]
+    head = ("work", "op", "calls", *(f"{name} ms" for name in _BACKENDS), "fastest of each ms")
+    lines = [card_line(record), *([record["note"]] if "note" in record else [])]
+    lines += ["Triton's is its best plan's; a backend that lacks a call has torch's time there.", ""]
+    lines += markdown_table(head, rows)
+    return [*lines, *(["", "Not timed, as wrong or failed:", "", *wrong] if wrong else [])]
+
+
+def _sums(work: str, op: str, rows: list[Row]) -> Iterator[tuple[object, ...]]:
+    if not rows:
+        return
+    sums = dict.fromkeys((*_BACKENDS, "fastest"), 0.0)
+    for row in rows:
+        count = row["counts"][work]
+        for backend, names in _BACKENDS.items():
+            own = [ms for name, ms in row["ms"].items() if name.split()[0] in names]
+            others = [ms for name, ms in row["ms"].items() if name.split()[0] in _BACKENDS["torch"]]
+            sums[backend] += count * min(own or others)
+        sums["fastest"] += count * min(row["ms"].values())
+    yield work, f"`{op}`", sum(row["counts"][work] for row in rows), *(f"{ms:.2f}" for ms in sums.values())
+
+
+def checks_lines(record: Row) -> list[str]:
+    """A line for each file of tests and each run of compute-sanitizer."""
+    rows = (
+        (
+            f"`{row['what']}`",
+            row["commit"],
+            row["passed"],
+            ", ".join(row["failed"]) or "",
+            row.get("note", ""),
+        )
+        for row in record["rows"]
+    )
+    return [card_line(record), "", *markdown_table(("what", "commit", "passed", "failed", ""), rows)]
