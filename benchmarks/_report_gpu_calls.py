@@ -42,11 +42,12 @@ def _sums(work: str, op: str, rows: list[Row]) -> Iterator[tuple[object, ...]]:
     sums = dict.fromkeys((*_BACKENDS, "fastest"), 0.0)
     for row in rows:
         count = row["counts"][work]
+        times = _alike(row["ms"])
         for backend, names in _BACKENDS.items():
-            own = [ms for name, ms in row["ms"].items() if name.split()[0] in names]
-            others = [ms for name, ms in row["ms"].items() if name.split()[0] in _BACKENDS["torch"]]
+            own = [ms for name, ms in times.items() if name.split()[0] in names]
+            others = [ms for name, ms in times.items() if name.split()[0] in _BACKENDS["torch"]]
             sums[backend] += count * min(own or others)
-        sums["fastest"] += count * min(row["ms"].values())
+        sums["fastest"] += count * min(times.values())
     yield work, f"`{op}`", sum(row["counts"][work] for row in rows), *(f"{ms:.2f}" for ms in sums.values())
 
 
@@ -63,3 +64,13 @@ def checks_lines(record: Row) -> list[str]:
         for row in record["rows"]
     )
     return [card_line(record), "", *markdown_table(("what", "commit", "passed", "failed", ""), rows)]
+
+
+def _alike(times: dict[str, float]) -> dict[str, float]:
+    """Without the candidates that gather statistics or are given them.
+
+    The first record calls those that do not "bare", of calls that could.
+    """
+    if any(" bare" in name for name in times):
+        return {name: ms for name, ms in times.items() if " bare" in name or name == "torch"}
+    return {name: ms for name, ms in times.items() if " +statistics" not in name}

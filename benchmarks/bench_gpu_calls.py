@@ -61,7 +61,8 @@ class TensorOf(NamedTuple):
         """Normal values."""
         once = [1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)]
         t = torch.empty_strided(once, self.stride, dtype=self.dtype, device=device)
-        return t.copy_(torch.randn(once, device=device)).expand(self.shape)
+        t.copy_(torch.randn(once, device=device))
+        return t.expand(self.shape) if 0 in self.stride else t  # of views no copy of a weight is kept
 
 
 class RecordedCall(NamedTuple):
@@ -438,11 +439,12 @@ def write_table(rows: list[dict[str, Any]], table: Record) -> None:
     by_choice: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         for name, (key, plan) in row["choices"].items():
-            if name in row["ms"]:
-                by_choice.setdefault(tuple(key), {}).setdefault(plan, []).append(row["ms"][name])
+            times = by_choice.setdefault(tuple(key), {}).setdefault(plan, [])  # the rule's plan first
+            times += [row["ms"][name]] if name in row["ms"] else []
     for key, times in by_choice.items():
         calls = max(map(len, times.values()))
-        ms = {plan: statistics.geometric_mean(each) for plan, each in times.items() if len(each) == calls}
+        whole = {plan: each for plan, each in times.items() if each and len(each) == calls}
+        ms = {plan: statistics.geometric_mean(each) for plan, each in whole.items()}
         table.add(key, {plan: float(f"{mean:.4g}") for plan, mean in ms.items()}, next(iter(times)))
     table.save()
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 import pathlib
 import platform
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -265,9 +267,14 @@ def cuda_of_driver() -> str | None:
 
 
 def triton_status() -> LibraryStatus:
-    """Whether Triton can be imported. Looks for it without importing it (that takes a second)."""
-    found = importlib.util.find_spec("triton") is not None
-    return LibraryStatus("triton", found, "found" if found else "not installed: pip install triton")
+    """Whether Triton can be imported, and can compile. Looks without importing it (that takes a second)."""
+    if importlib.util.find_spec("triton") is None:
+        return LibraryStatus("triton", False, "not installed: pip install triton")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return LibraryStatus(
+            "triton", False, "found, but no C compiler, which it needs: install gcc, or set CC"
+        )
+    return LibraryStatus("triton", True, "found")
 
 
 def status() -> list[LibraryStatus]:

@@ -13,9 +13,9 @@ from typing import Any
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 
-# Device type -> candidates, best first. `torch` can always run, so it ends every list. Products have lists of
-# their own on CUDA, by shape (ops/_cuda_order.py).
-ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+# Device type -> candidates, best first. `torch` can always run, so it ends every list. What was measured on a
+# GPU has lists of its own, by operation and shape (ops/_cuda_order.py).
+ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
 
 # Process-wide, as torch.backends flags are; a plain global, so that torch.compile guards on it.
 _forced: str | None = None

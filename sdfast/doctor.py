@@ -117,7 +117,8 @@ def _libraries() -> Iterator[str]:
         yield f"{'yes' if library.loaded else 'no '}  {library.name}: {library.detail}"
     yield from _gpus_served(_library.cuda_contents(), _capabilities(), _library.cuda_of_driver())
     for device, order in dispatch.ORDER.items():
-        yield f"order on {device}: {', '.join(order)}"
+        by_shape = "; on Hopper in half precision by shape, as measured" if device == "cuda" else ""
+        yield f"order on {device}: {', '.join(order)}{by_shape}"
 
 
 def _capabilities() -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from sdfast.testing import error_budget, relative_error
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bf16 wrongly in tl.dot.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
-HEAD_DIMS = (1, 7, 16, 40, 64, 80, 96, 160, 512)
+HEAD_DIMS = (1, 7, 16, 40, 64, 80, 96, 160, 512, *((520,) if torch.cuda.is_available() else ()))
 pytestmark = pytest.mark.skipif(
     _triton.why_not("q", DEVICE) is not None, reason=str(_triton.why_not("q", DEVICE))
 )

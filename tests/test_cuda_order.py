@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdfast.ops._cuda_order import of_attention, of_convolution, of_linear
+from sdfast import dispatch, ops, use_backend, use_memory
+from sdfast.ops._cuda_order import of_attention, of_convolution, of_linear, of_norm
 from sdfast.ops._triton import recording
 
 KERNELS = ("triton", "cuda", "torch")
@@ -39,12 +40,16 @@ def test_on_hopper_half_precision_goes_where_it_was_fastest() -> None:
             assert convolution(channels, size, kernel)[0] == "triton"
         for channels, size in ((512, 32), (1920, 32), (512, 128)):
             assert convolution(channels, size) == ("torch",)
-            assert convolution(channels, size, upsample=True)[0] == "triton"
             assert convolution(channels, size, stride=2)[0] == "triton"
+        assert convolution(512, 64, upsample=True)[0] == "triton"
+        assert convolution(512, 32, upsample=True) == ("torch",)
+        with use_memory("low"):
+            assert convolution(512, 64, upsample=True) == ("torch",)
         assert linear("geglu") == ("cuda", "triton", "torch")
         assert linear(None) == linear("silu") == ("torch",)
         assert attention(77, 40) == attention(4096, 512) == KERNELS
-        assert attention(4096, 40) == ("torch",)
+        assert attention(4096, 40) == attention(77, 520) == ("torch",)
+        assert of_norm(tensor(2, 320, 64, 64), None) == KERNELS
         assert attention(77, 40, dtype=torch.float16) == KERNELS
 
 
@@ -56,7 +61,7 @@ def test_what_was_not_measured_is_torchs(architecture: int, dtype: torch.dtype) 
             linear("geglu", dtype=dtype),
             attention(77, 40, dtype=dtype),
         )
-        assert orders == (("torch",),) * 3
+        assert (*orders, of_norm(tensor(2, 32, dtype=dtype))) == (("torch",),) * 4
 
 
 def test_gradients_are_torchs() -> None:
@@ -66,3 +71,48 @@ def test_gradients_are_torchs() -> None:
         assert of_convolution(x, weight, 1, False, residual.requires_grad_()) == ("torch",)
         with torch.no_grad():
             assert of_convolution(x, weight, 1, False, residual)[0] == "triton"
+
+
+def test_without_a_gpu_fake_tensors_are_torchs() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with FakeTensorMode(), torch.no_grad():
+        assert convolution(320, 64) == linear("geglu") == of_norm(tensor(2, 320)) == ("torch",)
+        y = ops.conv2d(tensor(1, 8, 4, 4), tensor(8, 8, 3, 3), padding=1)
+        assert y.shape == (1, 8, 4, 4) and y.device.type == "cuda"
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...] | None]]:
+    """The operations that ask who serves them, and the order that they ask in."""
+    asked: list[tuple[str, tuple[str, ...] | None]] = []
+
+    def choose(op: str, *_: object, order: tuple[str, ...] | None = None) -> str:
+        asked.append((op, order))
+        return "torch"
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    return asked
+
+
+def test_operations_ask_in_this_order(choices: list[tuple[str, tuple[str, ...] | None]]) -> None:
+    with recording(90), FakeTensorMode(), torch.no_grad():
+        x, weight, tokens = tensor(2, 32, 8, 8), tensor(32, 32, 3, 3), tensor(2, 64, 32)
+        q, k = tensor(2, 8, 64, 40), tensor(2, 8, 7, 40)
+        ops.conv2d(x, weight, padding=1)
+        assert not ops.reads_skip(x, weight)
+        ops.group_norm(x, 4)
+        ops.layer_norm(tokens, (32,))
+        ops.linear(tokens, tensor(64, 32), activation="geglu")
+        ops.attention(q, k, k)
+        expected = [
+            *[("conv2d", ("triton", "torch"))] * 3, ("group_norm", KERNELS), ("layer_norm", KERNELS),
+            ("linear", ("cuda", "triton", "torch")), ("attention", KERNELS),
+        ]  # fmt: skip
+        assert choices == expected
+        del choices[:]
+        ops.conv2d(x, weight, padding=1, backend="torch")
+        ops.group_norm(x, 4, backend="torch")
+        with use_backend("torch"):
+            ops.attention(q, k, k)
+        assert {order for _, order in choices} == {None}

@@ -166,12 +166,16 @@ def test_report_of_calls():
     rows = [
         row("linear", {"unet": 3}, {"torch": 1.0, "triton": 3.0, "triton [BLOCK_M=64]": 2.0}),
         row("linear", {"unet": 1, "vae": 2}, {"torch": 5.0, "triton": 4.0}, triton=1e-3),
+        row("group_norm", {"vae": 1}, {"torch": 3.0, "triton": 2.0, "triton +statistics": 1.0}),
+        row("conv2d", {"vae": 1}, {"torch bare": 3.0, "triton bare": 2.0, "triton": 2.5, "cuda": 1.0}),
         row("attention", {"unet": 1}, {"torch": 1.0, "cudnn": 0.5}, triton=0.2, cuda="RuntimeError: no"),
     ]
     text = "\n".join(calls_lines({**CARD, "rows": rows, "note": "As it was."}))
     assert "As it was." in text
     assert "| unet | `linear` | 4 | 8.00 | 8.00 | 10.00 | 7.00 |" in text
     assert "| vae | `linear` | 2 | 10.00 | 10.00 | 8.00 | 8.00 |" in text
+    assert "| vae | `group_norm` | 1 | 3.00 | 3.00 | 2.00 | 2.00 |" in text
+    assert "| vae | `conv2d` | 1 | 3.00 | 3.00 | 2.00 | 2.00 |" in text
     assert "| unet | `attention` | 1 | 0.50 | 0.50 | 0.50 | 0.50 |" in text
     assert "- attention 8x8, triton: error 2.0e-01." in text
     assert "- attention 8x8, cuda: RuntimeError: no." in text

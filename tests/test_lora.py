@@ -190,7 +190,7 @@ def test_under_autocast(unet):
 
 
 def test_convolution_with_skip(unet):
-    """What blocks ask of a convolution on a GPU alone."""
+    """What may be asked of a convolution on a GPU: two sources and a time embedding."""
     conv = next(layer for name, layer in unet.named_modules() if name.endswith("up_blocks.1.resnets.0.conv1"))
     lora.add_lora(unet, 3, targets=["up_blocks.1.resnets.0.conv1"])
     assert type(conv) is LoraConv2d

@@ -1,9 +1,9 @@
 """Which backends serve a call on a GPU, best first, where the call names none.
 
 As measured on an H100 in bf16 (benchmarks/bench_gpu_calls.py): each call of Stable Diffusion 1.5, SDXL and
-their VAE, in a CUDA graph. Norms are bound by memory, and the kernels faster at every size. Products are the
-libraries' but for those that they lack: a convolution of two sources or of an upsampled image, few keys, wide
-heads, GEGLU's gate. What nobody measured, gradients of products, other GPUs and fp32, is torch's.
+their VAE, in a CUDA graph, by every backend. Norms are Triton's, and most convolutions; the large plain ones
+are cuDNN's, products cuBLAS's, many keys torch's, GEGLU's gate CUDA C++'s. What nobody measured is torch's:
+other GPUs, fp32, gradients, heads of more than 512. (fp16 is taken to be as fast as bf16.)
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdfast import dispatch
+from sdfast.ops import _triton
 from sdfast.ops._native import requires_grad
-from sdfast.ops._triton import architecture
 
 _TORCH = ("torch",)
 _KERNELS = ("triton", "cuda", "torch")
-# A 3x3 convolution of this many channels and pixels an image is cuDNN's: 1.02 to 1.6 times as fast.
+# A 3x3 convolution of this many channels and pixels an image is cuDNN's: in 24 of 28 calls as fast or faster,
+# up to 1.63 times.
 _LIBRARY_CHANNELS, _LIBRARY_PIXELS = 512, 1024
-_FEW_KEYS, _WIDE_HEAD = 256, 256
+# From so many pixels on a convolution of the upsampled image was faster, even with a weight folded anew.
+_FOLDED_PIXELS = 4096
+_FEW_KEYS = 256
+_NARROW_HEAD, _WIDEST_HEAD = 256, 512  # torch's fused attention ends at 256
 
 
 def _measured(x: Tensor, *others: Tensor | None) -> bool:
@@ -27,10 +32,11 @@ def _measured(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _is_hopper(kind: str, index: int | None) -> bool:
-    return kind == "cuda" and architecture(torch.device(kind, index or 0)) == 90
+    return kind == "cuda" and _triton.architecture_there(torch.device(kind, index or 0)) == 90
 
 
-_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks it while it traces
+# torch.compile takes its answer for a constant: it cannot trace what asks the driver.
+_is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def of_convolution(
@@ -39,9 +45,13 @@ def of_convolution(
     """Of `conv2d`; `others` are the tensors it adds."""
     if not _measured(x, weight, *others):
         return _TORCH
-    is_large = x.shape[2] * x.shape[3] >= _LIBRARY_PIXELS and weight.shape[1] >= _LIBRARY_CHANNELS
-    is_plain = tuple(weight.shape[2:]) == (3, 3) and stride == 1 and not upsample
-    return _TORCH if is_large and is_plain else ("triton", "torch")
+    pixels = x.shape[2] * x.shape[3]
+    if upsample:  # without copies of weights each call folds
+        by_library = pixels < _FOLDED_PIXELS or dispatch.memory() == "low"
+    else:
+        is_plain = tuple(weight.shape[2:]) == (3, 3) and stride == 1
+        by_library = is_plain and pixels >= _LIBRARY_PIXELS and weight.shape[1] >= _LIBRARY_CHANNELS
+    return _TORCH if by_library else ("triton", "torch")
 
 
 def of_linear(x: Tensor, weight: Tensor, activation: str | None, *others: Tensor | None) -> tuple[str, ...]:
@@ -52,5 +62,10 @@ def of_linear(x: Tensor, weight: Tensor, activation: str | None, *others: Tensor
 
 def of_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     """Of `attention`."""
-    suits = k.shape[2] < _FEW_KEYS or q.shape[3] > _WIDE_HEAD
-    return _KERNELS if suits and _measured(q, k, v) else _TORCH
+    suits = k.shape[2] < _FEW_KEYS or q.shape[3] > _NARROW_HEAD
+    return _KERNELS if suits and q.shape[3] <= _WIDEST_HEAD and _measured(q, k, v) else _TORCH
+
+
+def of_norm(x: Tensor, *others: Tensor | None) -> tuple[str, ...]:
+    """Of `group_norm` and `layer_norm`; `others` may have gradients, too."""
+    return _KERNELS if _measured(x, *others) else _TORCH

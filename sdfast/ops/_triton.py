@@ -111,6 +111,13 @@ def architecture(device: torch.device) -> int:
     return _capability(device.index)
 
 
+def architecture_there(device: torch.device) -> int | None:
+    """As `architecture`; None where no GPU of NVIDIA's is there to be asked."""
+    if _recorded is None and (torch.version.hip is not None or not torch.cuda.is_available()):
+        return None
+    return architecture(device)
+
+
 @functools.lru_cache
 def _capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
@@ -167,7 +174,8 @@ def _allows_tf32(kind: str) -> bool:
     return switch.fp32_precision == "tf32"
 
 
-# torch.compile takes its answer for a constant: it cannot trace what torch.backends does when it is asked.
+# torch.compile takes its answer for a constant, and notices no later change: it cannot trace what
+# torch.backends does when it is asked. (torch.compiler's decorator for this would import the compiler.)
 _allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -235,7 +235,7 @@ def attention(
             )
     reasons = _unavailable(q, k, v, mask)
     order = None
-    if q.device.type == "cuda":
+    if q.device.type == "cuda" and not dispatch.is_named(backend):
         order = of_attention(q, k, v)
     elif _is_faster_in_torch(q, k, v):
         order = ("torch",)

@@ -12,8 +12,6 @@ cores', 4 L S D flops, or, of narrow heads, that of L S powers of two.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +32,6 @@ from sdfast.ops._attention_triton import (
     streamed_product,
     strides,
 )
-from sdfast.ops._launch_table import choose, near
 from sdfast.ops._native import empty_by_token
 from sdfast.ops._triton import (
     Config,
@@ -197,45 +194,8 @@ def _forward_kernel(
         tl.store(o + column, (acc1 / total).to(o.dtype.element_ty), mask=inside & (column < O_COLUMNS))
 
 
-class _Plan(NamedTuple):
-    """How the forward is launched; the first that is listed is the rule's."""
-
-    config: Config
-    cost: float
-    kind: str = ""
-
-
-# What of heads of at most 128 was measured beside the rule on Hopper: BLOCK_M, BLOCK_N, warps, stages.
-_HOPPER = (
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 128, 8, 2),
-    (128, 128, 4, 2),
-    (64, 64, 4, 3),
-    (64, 128, 4, 2),
-)
-
-
-def _plan(q: Tensor, keys: int, is_causal: bool) -> Config:
-    """By what was measured, else by a rule."""
-    rule = _rule(q, is_causal)
-    head_dim, itemsize = q.shape[3], q.element_size()
-    if architecture(q.device) != 90 or head_dim > 128 or itemsize != 2 or is_causal:
-        return rule
-    plans, width = [_Plan(rule, 0.0)], sum(chunks(head_dim))
-    for block_m, block_n, num_warps, stages in _HOPPER:
-        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-        config = Config({**rule.constants, **blocks}, num_warps, stages)
-        fits = (block_m + 2 * stages * block_n) * width * itemsize <= shared_memory_bytes(q.device)
-        if fits and config != rule:
-            plans.append(_Plan(config, 1.0))
-    batch, heads, queries, _ = q.shape
-    bucket = (q.dtype, near(batch * heads), near(queries), near(keys), head_dim)
-    return choose("attention", bucket, plans, q.device).config
-
-
-def _rule(q: Tensor, is_causal: bool) -> Config:
-    """Tile sizes by head dimension and architecture, assumed."""
+def _plan(q: Tensor, is_causal: bool) -> Config:
+    """Tile sizes by head dimension and architecture, assumed and not measured."""
     batch, heads, queries, head_dim = q.shape
     available, processors = shared_memory_bytes(q.device), multiprocessors(q.device)
     # Only Hopper multiplies a q of that width out of shared memory.
@@ -246,7 +206,9 @@ def _rule(q: Tensor, is_causal: bool) -> Config:
         count, v0, v1 = slices(head_dim, 64 if ieee else 128)
         constants = {"SLICES": count, "K0": 0, "K1": 0, "V0": v0, "V1": v1, "CHUNK": 16 if ieee else 64}
         blocks = {"BLOCK_M": 64, "BLOCK_N": 16 if ieee else 32, "BLOCK_TAIL": 16}
-        return Config({**constants, **blocks}, 8, 2)
+        # As below: 64 rows.
+        num_warps = 4 if architecture(q.device) == 90 and q.dtype is not torch.float32 else 8
+        return Config({**constants, **blocks}, num_warps, 2)
     k0, k1 = chunks(head_dim)
     count, v0, v1 = slices(head_dim, 256)
     constants = {"SLICES": count, "K0": k0, "K1": k1, "V0": v0, "V1": v1, "CHUNK": 0}
@@ -282,7 +244,7 @@ def _attend(
         q, scale = -q, -scale
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     q, k, v = aligned(q), aligned(k), aligned(v)
-    config = _plan(q, k.shape[2], is_causal)
+    config = _plan(q, is_causal)
     constants = config.constants
     blocks = -(-queries // constants["BLOCK_M"])
     tiles = blocks * constants["SLICES"] * batch * heads

@@ -6,8 +6,8 @@
 A 3x3 convolution after a nearest-2x upsample equals four 2x2 convolutions at the low resolution, so
 a kernel never forms `up(a)`; the composite below does. The concatenation is formed by all backends but
 CUDA and Triton, and by Triton where there is a gradient, for which it is read again. With `stats_groups` the
-operation also returns the mean and rstd of y per group, which the next GroupNorm would otherwise read y again
-to find.
+operation also returns the mean and rstd of y per group, as the next GroupNorm would find them; on an H100
+that took longer than the pass over y that it saves.
 """
 
 from __future__ import annotations
@@ -138,16 +138,16 @@ def _unavailable(x: Tensor, weight: Tensor, *others: Tensor) -> dict[str, str]:
 
 
 def reads_skip(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution of x by this weight that is given `skip` reads both where they lie.
+    """Whether a convolution of x by this weight, of stride 1, that is given `skip` reads both where they lie.
 
     Elsewhere, and in training, which reads the concatenation again, it saves nothing.
     """
     if torch.is_grad_enabled():
         return False
-    order = of_convolution(x, weight, 1, False) if x.device.type == "cuda" else None
-    if order is None and not dispatch.is_named(None):
-        return False
-    serve = dispatch.choose("conv2d", x.device.type, _unavailable(x, x), None, order=order)
+    order = None
+    if not dispatch.is_named(None):
+        order = of_convolution(x, weight, 1, False) if x.device.type == "cuda" else ("torch",)
+    serve = dispatch.choose("conv2d", x.device.type, _unavailable(x, weight), None, order=order)
     return serve in ("cuda", "triton")
 
 
@@ -247,8 +247,8 @@ def _follows_autocast(call: Call, dtype: torch.dtype, backend: str | None) -> bo
     """Whether the call is one of tensors in autocast's dtype, when they are cast.
 
     What else is added decides the sum's dtype, and must be of it. A norm comes first, of tensors that
-    `group_norm` takes together. On a CPU inference keeps copies of weights, which would be made anew from
-    each cast weight: unless a backend is named, torch serves.
+    `group_norm` takes together. Inference keeps copies of weights, which would be made anew from each cast
+    weight: unless a backend is named, torch serves.
     """
     x, weight, norm = call.x, call.weight, call.norm
     added = (call.time_embedding, call.residual)
@@ -256,7 +256,7 @@ def _follows_autocast(call: Call, dtype: torch.dtype, backend: str | None) -> bo
         (call.skip is None or call.skip.dtype is x.dtype)
         and all(t.dtype in (x.dtype, torch.float32) for t in (norm.weight, norm.bias))
     )
-    inference = x.device.type == "cpu" and not requires_grad(*call.tensors())
+    inference = not requires_grad(*call.tensors())
     return (
         fit
         and is_plain(weight)
@@ -272,12 +272,13 @@ def _served(
     """y, and its mean and rstd over so many groups where `statistics`, groups and eps, are asked for."""
     x, weight = call.x, call.weight
     reasons = _unavailable(*call.tensors())
-    trains = requires_grad(*call.tensors())
+    named, trains = dispatch.is_named(backend), requires_grad(*call.tensors())
     if "cuda" not in reasons and (why := why_not_cuda(weight, call.stride, trains)) is not None:
         reasons["cuda"] = why
     order, fused_by = None, None
-    if x.device.type == "cuda" or dispatch.is_named(backend):  # a CPU's own kernels are `_unfused`'s
-        order = of_convolution(x, weight, call.stride, call.upsample, *call.tensors()[2:])
+    if x.device.type == "cuda" or named:  # a CPU's own kernels are `_unfused`'s
+        if not named:
+            order = of_convolution(x, weight, call.stride, call.upsample, *call.tensors()[2:])
         fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     if fused_by in ("cuda", "triton") and not trains:
         fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton

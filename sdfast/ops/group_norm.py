@@ -27,6 +27,7 @@ from torch import Tensor
 from sdfast import dispatch
 from sdfast.ops import _native
 from sdfast.ops._checks import check_statistics, check_tensor, widened
+from sdfast.ops._cuda_order import of_norm
 from sdfast.ops._group_norm_operations import CPU, CUDA, TRITON, Operations, group_norm_training
 
 
@@ -205,7 +206,9 @@ def group_norm(
     # With nothing to fuse, torch's fp32 kernel was measured as fast or faster (benchmarks/RESULTS.md).
     plain = dtype is torch.float32 and activation is None and scale is None and shift is None
     device_type = device.type
-    order = ("torch",) if plain and device_type == "cpu" else None
+    order: tuple[str, ...] | None = ("torch",) if plain and device_type == "cpu" else None
+    if device_type == "cuda" and not dispatch.is_named(backend):
+        order = of_norm(x, weight, bias, scale, shift, skip)
     unavailable = _native.unavailable("group_norm_forward", "x", device_type, dtype)
     serve = dispatch.choose("group_norm", device_type, unavailable, backend, order=order)
     run = _BACKENDS.get(serve, group_norm_torch)

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from sdfast import _library, dispatch
 from sdfast.ops import _native
 from sdfast.ops._checks import check_optional, check_tensor, widened
+from sdfast.ops._cuda_order import of_norm
 
 
 def layer_norm_torch(
@@ -189,6 +190,10 @@ def layer_norm(
     check_optional("bias", bias, shape=shape, like=x, casts=True, or_fp32=True)
     device_type = x.device.type
     unavailable = _native.unavailable("layer_norm_forward", "x", device_type, x.dtype)
-    order = ("torch",) if device_type == "cpu" and _is_faster_in_torch(x, shape, weight, bias) else None
+    order: tuple[str, ...] | None = (
+        ("torch",) if device_type == "cpu" and _is_faster_in_torch(x, shape, weight, bias) else None
+    )
+    if device_type == "cuda" and not dispatch.is_named(backend):
+        order = of_norm(x, weight, bias)
     serve = dispatch.choose("layer_norm", device_type, unavailable, backend, order=order)
     return _BACKENDS.get(serve, layer_norm_torch)(x, shape, weight, bias, eps)

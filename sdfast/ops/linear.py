@@ -228,7 +228,7 @@ def linear(
             return linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
     reasons = _unavailable(activation, x, weight, bias, residual)
     order = None
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and not dispatch.is_named(backend):
         order = of_linear(x, weight, activation, bias, residual)
     elif _is_faster_in_torch(activation, x, weight, bias, residual):
         order = ("torch",)
