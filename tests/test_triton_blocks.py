@@ -69,16 +69,12 @@ def test_gradients(make: Callable[[torch.dtype], Case], dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_two_sources_and_known_statistics(dtype: torch.dtype) -> None:
-    """On the way up, without a gradient: nobody concatenates, and norm2 is told its statistics."""
+def test_two_sources(dtype: torch.dtype) -> None:
+    """On the way up, without a gradient: nobody concatenates."""
     block = ResnetBlock2D(24, 32, time_channels=24, groups=4, eps=1e-5)
     inputs = [torch.randn(2, 16, 5, 6), torch.randn(2, 24), torch.randn(2, 8, 5, 6)]
     case = Case(block, inputs, torch.empty(0), dtype)
     exact = case.by("torch")(*(t.double() for t in case.tensors))
-    with _triton.recording() as launches:
-        case.by("triton")(*case.tensors)
-    names = {launch.kernel.fn.__name__ for launch in launches}
-    assert {"_groups_kernel", "_apply_kernel"} <= names  # statistics of the convolution's, then their use
     with mock.patch.object(torch, "cat", side_effect=AssertionError("a concatenation")):
         actual = case.by("triton")(*case.tensors)
     assert_within_budget(actual, case.by("torch")(*case.tensors), exact)
