@@ -44,6 +44,7 @@ from sdfast.ops._triton import architecture
 from sdfast.testing import relative_error, spread
 
 OPERATIONS = ("conv2d", "linear", "attention", "group_norm", "layer_norm")
+_WEIGHTED = ("conv2d", "linear")  # whose second argument is a weight
 _GROUPS = 32  # of the models' norms
 _LARGEST_ERROR = {torch.float32: 5e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # TF32's, of fp32
 _CACHE_BYTES = 64 << 20  # more than the L2 of any GPU we know
@@ -109,22 +110,12 @@ class _Call:
         leaves, self.tree = pytree.tree_flatten(
             (recorded.arguments, recorded.keywords), is_leaf=lambda x: isinstance(x, TensorOf)
         )
-        weight = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, TensorOf) and i == 1), None)
-        self.sets: list[list[Any]] = []
+        first = [leaf.make(device) if isinstance(leaf, TensorOf) else leaf for leaf in leaves]
+        self.sets: list[list[Any]] = [first]
         self.statistics: tuple[Tensor, Tensor] | None = None
-        for copy in range(copies):
-            made = [
-                leaf.make(device) if isinstance(leaf, TensorOf) and (copy == 0 or i == weight) else leaf
-                for i, leaf in enumerate(leaves)
-            ]
-            if copy:
-                made = [
-                    own if i == weight else first
-                    for i, (own, first) in enumerate(zip(made, self.sets[0], strict=True))
-                ]
-            if self.op in ("conv2d", "linear") and weight is not None:
-                made[weight].div_(math.sqrt(made[weight][0].numel()))
-            self.sets.append(made)
+        if self.op in _WEIGHTED:
+            weights = [leaves[1].make(device) for _ in range(copies)]
+            self.sets = [[first[0], w.div_(math.sqrt(w[0].numel())), *first[2:]] for w in weights]
 
     def __call__(
         self, copy: int = 0, *, statistics: bool = False, dtype: torch.dtype | None = None
@@ -316,7 +307,7 @@ def milliseconds(call: _Call, way: Candidate, copies: int) -> float:
 def copies_of(recorded: RecordedCall) -> int:
     """As many as exceed the cache by their weights, at least enough that a graph's start is little."""
     tensors = [a for a in recorded.arguments if isinstance(a, TensorOf)]
-    weight = math.prod(tensors[1].shape) * 2 if recorded.op in ("conv2d", "linear") else _CACHE_BYTES
+    weight = math.prod(tensors[1].shape) * 2 if recorded.op in _WEIGHTED else _CACHE_BYTES
     return max(6, min(24, -(-_CACHE_BYTES // weight)))
 
 
