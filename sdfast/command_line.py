@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdfast._arguments import check_counts, check_file, check_inputs, check_not_input, usable_device
-from sdfast.dispatch import BACKENDS, ORDER
+from sdfast.dispatch import BACKENDS
 from sdfast.request import (
     MAX_STEPS,
     SAMPLER_NAMES,
@@ -153,19 +153,27 @@ def forced_backend(backend: str | None) -> contextlib.AbstractContextManager[Any
     return use_backend(backend)
 
 
+# What --backend may name beside torch's kernels, by device.
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
 def _check_backend(backend: str | None, device_type: str) -> None:
     """Refuse kernels that could serve no operation at all: `use_backend` would quietly fall back to torch."""
-    allowed = dict.fromkeys(("reference", "torch", *ORDER.get(device_type, ())))
+    allowed = ("reference", "torch", *_KERNELS.get(device_type, ()))
     if backend is not None and backend not in allowed:
         raise ValueError(
             f"--backend: {backend!r} does not run on {device_type}, expected one of {', '.join(allowed)}"
         )
-    if backend == "cpu":
-        from sdfast._library import load_cpu_library
+    if backend in ("cpu", "triton", "cuda"):
+        from sdfast import _library
 
-        library = load_cpu_library()
-        if not library.loaded:
-            raise ValueError(f"--backend: 'cpu' cannot run: {library.detail}")
+        status = {
+            "cpu": _library.load_cpu_library,
+            "triton": _library.triton_status,
+            "cuda": _library.load_cuda_library,
+        }[backend]()
+        if not status.loaded:
+            raise ValueError(f"--backend: {backend!r} cannot run: {status.detail}")
 
 
 @contextlib.contextmanager

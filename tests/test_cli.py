@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import sdfast
-from sdfast import cli
+from sdfast import _library, cli, command_line
 from sdfast._library import LibraryStatus
 from sdfast.images import read_settings
 
@@ -179,6 +179,20 @@ def test_a_backend_that_was_not_built(generate, monkeypatch):
     missing = LibraryStatus("_C_cpu", False, "_C_cpu_avx2.so was not built")
     monkeypatch.setattr("sdfast._library.load_cpu_library", lambda: missing)
     assert refused(generate("--backend", "cpu"), "'cpu' cannot run: _C_cpu_avx2.so was not built")
+
+
+@pytest.mark.parametrize(("backend", "status"), [("triton", "triton_status"), ("cuda", "load_cuda_library")])
+def test_backends_of_a_gpu(monkeypatch, backend, status):
+    check_backend = command_line._check_backend
+    monkeypatch.setattr(_library, status, lambda: LibraryStatus(backend, True, ""))
+    check_backend(backend, "cuda")
+    monkeypatch.setattr(_library, status, lambda: LibraryStatus(backend, False, "it is not there"))
+    with pytest.raises(ValueError, match=f"--backend: '{backend}' cannot run: it is not there"):
+        check_backend(backend, "cuda")
+    with pytest.raises(
+        ValueError, match="'cpu' does not run on cuda, expected one of reference, torch, trit"
+    ):
+        check_backend("cpu", "cuda")
 
 
 @pytest.mark.parametrize(
