@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -32,6 +33,7 @@ def output_path(name: str, options: argparse.Namespace) -> pathlib.Path | None:
 def write_json(path: pathlib.Path, rows: Sequence[Mapping[str, object]], **more: object) -> None:
     """Write environment, load and rows; a run that is interrupted leaves the file before it as it was."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    command = " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+    given = [pathlib.Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]  # of folders the names
+    command = shlex.join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *given])
     machine = {**environment(), "load_average": load}
     record.write(path, {"command": command, "environment": machine, **more, "rows": list(rows)})
