@@ -194,7 +194,7 @@ def worker(recorded: list[RecordedCall], share: tuple[int, int], plans: bool, re
         torch.save(errors, results)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Check, time, write; a line a call."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,11 +211,15 @@ def main() -> None:
     parser.add_argument("--output", help="folder of the record")
     parser.add_argument("--table", type=pathlib.Path, help="folder of launch tables to add the best plans to")
     parser.add_argument("--tiny", action="store_true", help="try it out; records only to --output")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if not (torch.cuda.is_available() or options.tiny or options.share or options.phase == "record"):
+        parser.error("there is no CUDA device; --tiny tries the benchmark out in Triton's interpreter")
     torch.backends.cudnn.benchmark = True
     folder = options.folder or pathlib.Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
     calls_file = folder / "calls.pt"
+    if options.phase in ("check", "time") and not calls_file.exists():
+        parser.error(f"--folder: {folder} holds no calls; run --phase record there first")
+    folder.mkdir(parents=True, exist_ok=True)
     if options.phase in (None, "record") and not options.share:
         every = TINY_WORKS if options.tiny else {name: WORKS[name] for name in options.work}
         torch.save(record(every, getattr(torch, options.dtype)), calls_file)

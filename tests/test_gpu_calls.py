@@ -77,5 +77,20 @@ def test_table_of_the_fastest_plans(tmp_path: Path) -> None:
     assert plans(tmp_path) == {key[1]: "other"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--work", "decode512"], "there is no CUDA device; --tiny tries"),
+        (
+            ["--tiny", "--phase", "time", "--folder", str(tmp_path / "none")],
+            "none holds no calls; run --phase",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main(arguments)
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def plans(folder: Path) -> dict[str, str]:
     return json.loads((folder / "sm_90.json").read_text())["plans"]["conv2d"]
