@@ -28,9 +28,10 @@ constexpr int64_t kStep = 32;                   // values of K that a tile holds
 constexpr int64_t kPanelRows = 2 * kTileRows;   // of W, beside two tiles of tokens
 constexpr int64_t kGroupRows = 2 * kPanelRows;  // of W, whose sums are finished together
 constexpr int64_t kPanelStep = kPanelRows * kStep;
-constexpr int64_t kChunkSteps = 90;        // of K: a panel of W and the tokens share L2
-constexpr int64_t kSumsBytes = 512 << 10;  // of sums that wait for the next chunk
-constexpr int64_t kManyTokens = 1024;      // beyond which W is transposed by all threads
+constexpr int64_t kChunkSteps = 90;          // of K: a panel of W and the tokens share L2
+constexpr int64_t kSumsBytes = 512 << 10;    // of sums that wait for the next chunk
+constexpr int64_t kGroupsBytes = 512 << 10;  // of groups of W that tokens meet from L2
+constexpr int64_t kManyTokens = 1024;        // beyond which W is transposed by all threads
 
 // Tokens that lie evenly apart. Tiles may reach beyond the last one of a line, into memory that is
 // there.
@@ -77,6 +78,9 @@ struct Product {
   int64_t steps() const { return (channels + kStep - 1) / kStep; }  // of a tap
   int64_t halves() const { return gated ? 2 : 1; }
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
+  int64_t group_rows(int64_t group) const {
+    return std::min(kGroupRows, rows - group * kGroupRows);
+  }
   // K is cut where it is long: so many steps of each tap make a chunk.
   int64_t chunks() const {
     return std::min(steps(), (steps() * taps() + chunk_steps - 1) / chunk_steps);
@@ -225,40 +229,60 @@ inline std::vector<Pair> pairs_of(const std::vector<Lines>& blocks) {
   return pairs;
 }
 
-// sums (+)= the pairs' products with a chunk of a group of W, packed at b; finished after the last
-// chunk. Tokens that overlap meet a panel one after another; else each pair meets all panels. sums:
-// p.sums(pairs).
+// Groups [first, end) of W, a chunk of each packed, `apart` values from one to the next.
+struct Groups {
+  int64_t first, end, chunk;
+  const BFloat16* packed;
+  int64_t apart;
+};
+
+// sums (+)= the pairs' products with a chunk of groups of W; finished after the last chunk. Tokens
+// that overlap meet a panel one after another; else each pair meets all panels of all groups, which
+// come from L2, while it stays in L1, and writes neighbouring values of its tokens. sums:
+// p.sums(pairs) of each group, where they wait, `group_sums` from one to the next.
 template <typename Finish>
-void multiply_group(const Product& p, const std::vector<Pair>& pairs, int64_t group, int64_t chunk,
-                    const BFloat16* b, float* sums, const Finish& finish) {
+void multiply_groups(const Product& p, const std::vector<Pair>& pairs, const Groups& groups,
+                     float* sums, int64_t group_sums, const Finish& finish) {
   constexpr int64_t kHalfSums = kPanelRows * kGroupRows;
-  const int64_t row = group * kGroupRows, rows = std::min(kGroupRows, p.rows - row);
-  const int64_t channel = p.first_step(chunk) * kStep;
-  const int64_t steps = p.first_step(chunk + 1) - p.first_step(chunk);
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, all = p.halves() * panels;
-  const int64_t count = static_cast<int64_t>(pairs.size()), run = p.overlaps ? count : 1;
-  for (int64_t begin = 0; begin < count; begin += run) {
-    for (int64_t i = 0; i < all; ++i) {
-      const int64_t half = i / panels, panel = i % panels;
-      const BFloat16* columns = b + (half * 2 + panel) * p.taps() * steps * kPanelStep;
-      const bool finishes = chunk + 1 == p.chunks() && i + 1 == all;
-      for (int64_t j = begin; j < begin + run; ++j) {
-        const Pair& pair = pairs[j];
-        float* c = sums + (p.sums_wait() ? j : 0) * p.halves() * kHalfSums;
-        if (finishes) {
-          pair.for_each_run([&](int64_t token, int64_t there, int64_t) {
-            finish.fetch(token, there, row, rows);
-          });
-        }
-        const auto tile = pair.two ? &multiply_tiles<true> : &multiply_tiles<false>;
-        tile(p, pair.first + channel, pair.second + channel, pair.lines->stride, steps, columns,
-             c + half * kHalfSums + panel * kPanelRows, chunk > 0);
-        if (finishes) {
-          pair.for_each_run([&](int64_t token, int64_t there, int64_t r) {
-            const float* values = c + r * kGroupRows;
-            finish(token, there, row, rows, Sums{values, values + kHalfSums, kGroupRows});
-          });
-        }
+  const int64_t first_step = p.first_step(groups.chunk);
+  const int64_t steps = p.first_step(groups.chunk + 1) - first_step;
+  const int64_t count = static_cast<int64_t>(pairs.size());
+  const auto panels_of = [&](int64_t group) {
+    return p.halves() * ((p.group_rows(group) + kPanelRows - 1) / kPanelRows);
+  };
+  const auto multiply = [&](int64_t group, int64_t i, int64_t j) {
+    const int64_t row = group * kGroupRows, rows = p.group_rows(group), all = panels_of(group);
+    const int64_t half = i * p.halves() / all, panel = i % (all / p.halves());
+    const Pair& pair = pairs[j];
+    const BFloat16* b = groups.packed + (group - groups.first) * groups.apart +
+                        (half * 2 + panel) * p.taps() * steps * kPanelStep;
+    float* c = sums;
+    if (p.sums_wait()) c += (group - groups.first) * group_sums + j * p.halves() * kHalfSums;
+    const bool finishes = groups.chunk + 1 == p.chunks() && i + 1 == all;
+    if (finishes) {
+      pair.for_each_run(
+          [&](int64_t token, int64_t there, int64_t) { finish.fetch(token, there, row, rows); });
+    }
+    const auto tile = pair.two ? &multiply_tiles<true> : &multiply_tiles<false>;
+    tile(p, pair.first + first_step * kStep, pair.second + first_step * kStep, pair.lines->stride,
+         steps, b, c + half * kHalfSums + panel * kPanelRows, groups.chunk > 0);
+    if (finishes) {
+      pair.for_each_run([&](int64_t token, int64_t there, int64_t r) {
+        const float* values = c + r * kGroupRows;
+        finish(token, there, row, rows, Sums{values, values + kHalfSums, kGroupRows});
+      });
+    }
+  };
+  if (p.overlaps) {
+    for (int64_t group = groups.first; group < groups.end; ++group) {
+      for (int64_t i = 0; i < panels_of(group); ++i) {
+        for (int64_t j = 0; j < count; ++j) multiply(group, i, j);
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t group = groups.first; group < groups.end; ++group) {
+        for (int64_t i = 0; i < panels_of(group); ++i) multiply(group, i, j);
       }
     }
   }
@@ -278,9 +302,11 @@ void multiply_weights(const Product& p, const W& weight, const Source& source,
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t item_blocks = many ? 1 : blocks;
   const int64_t group_sums = p.sums(item_blocks * ((source.most_tiles() + 1) / 2));
-  // Groups whose sums wait together for the next chunk.
-  const int64_t fit = kSumsBytes / (group_sums * static_cast<int64_t>(sizeof(float)));
-  const int64_t span = chunks > 1 ? std::clamp<int64_t>(fit, 1, groups) : 1;
+  // Groups whose sums wait together for the next chunk, or that many tokens meet together.
+  const int64_t sums_fit = kSumsBytes / (group_sums * static_cast<int64_t>(sizeof(float)));
+  const int64_t fit = kGroupsBytes / (p.packed(p.steps()) * static_cast<int64_t>(sizeof(BFloat16)));
+  const int64_t together = chunks > 1 ? sums_fit : many && !p.overlaps ? fit : 1;
+  const int64_t span = std::clamp<int64_t>(together, 1, groups);
   const int64_t spans = (groups + span - 1) / span;
 
   const Scratch<BFloat16> packed_here(pack_first ? p.packed() : 0);
@@ -312,15 +338,19 @@ void multiply_weights(const Product& p, const W& weight, const Source& source,
       const std::vector<Pair>& pairs = many ? own_pairs : all_pairs;
       for (int64_t s = split * spans / splits; s < (split + 1) * spans / splits; ++s) {
         const int64_t first = s * span, end = std::min(first + span, groups);
-        for (int64_t i = 0; i < chunks * (end - first); ++i) {
-          const int64_t chunk = i / (end - first), group = first + i % (end - first);
-          const BFloat16* b = packed + p.packed_at(group, chunk);
-          if (pack_here) {
-            weight.pack(p, group, chunk, panels.get());
-            b = panels.get();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          if (!pack_here) {
+            multiply_groups(
+                p, pairs,
+                {first, end, chunk, packed + p.packed_at(first, chunk), p.packed(p.steps())},
+                sums.get(), group_sums, finish);
+            continue;
           }
-          multiply_group(p, pairs, group, chunk, b, sums.get() + (group - first) * group_sums,
-                         finish);
+          for (int64_t group = first; group < end; ++group) {
+            weight.pack(p, group, chunk, panels.get());
+            multiply_groups(p, pairs, {group, group + 1, chunk, panels.get(), 0},
+                            sums.get() + (group - first) * group_sums, group_sums, finish);
+          }
         }
       }
     }

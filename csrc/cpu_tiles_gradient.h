@@ -158,8 +158,9 @@ void multiply_taps(Product p, const Taps& taps, const Row* left, int64_t columns
       for (int64_t group = split * groups / splits; group < (split + 1) * groups / splits;
            ++group) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          multiply_group(p, pairs, group, chunk, packed.get() + p.packed_at(group, chunk),
-                         sums.get(), finish);
+          multiply_groups(p, pairs,
+                          {group, group + 1, chunk, packed.get() + p.packed_at(group, chunk), 0},
+                          sums.get(), 0, finish);
         }
       }
     }
