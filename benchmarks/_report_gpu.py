@@ -37,8 +37,8 @@ def goals_lines(records: Iterable[Row]) -> list[str]:
         ]
         for cells in measured or [("", "not measured", "not measured")]:
             rows.append((work, *cells, f"{goal} ms", f"{stretch} ms"))
-    head = ("work, bf16", "GPU", "torch.compile, max-autotune", "sdfast", "goal", "stretch")
-    return ["", "## Goals on one H200", "", *markdown_table(head, rows)]
+    head = ("work, bf16", "GPU", "torch.compile, max-autotune", "sdfast", "goal, H200", "stretch, H200")
+    return ["", "## Goals on one GPU", "", *markdown_table(head, rows)]
 
 
 def gpu_readme_lines(records: Iterable[Row]) -> list[str]:
