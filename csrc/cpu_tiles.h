@@ -81,6 +81,9 @@ struct Product {
   int64_t group_rows(int64_t group) const {
     return std::min(kGroupRows, rows - group * kGroupRows);
   }
+  int64_t group_panels(int64_t group) const {  // of a half
+    return (group_rows(group) + kPanelRows - 1) / kPanelRows;
+  }
   // K is cut where it is long: so many steps of each tap make a chunk.
   int64_t chunks() const {
     return std::min(steps(), (steps() * taps() + chunk_steps - 1) / chunk_steps);
@@ -247,18 +250,15 @@ void multiply_groups(const Product& p, const std::vector<Pair>& pairs, const Gro
   const int64_t first_step = p.first_step(groups.chunk);
   const int64_t steps = p.first_step(groups.chunk + 1) - first_step;
   const int64_t count = static_cast<int64_t>(pairs.size());
-  const auto panels_of = [&](int64_t group) {
-    return p.halves() * ((p.group_rows(group) + kPanelRows - 1) / kPanelRows);
-  };
   const auto multiply = [&](int64_t group, int64_t i, int64_t j) {
-    const int64_t row = group * kGroupRows, rows = p.group_rows(group), all = panels_of(group);
-    const int64_t half = i * p.halves() / all, panel = i % (all / p.halves());
+    const int64_t row = group * kGroupRows, rows = p.group_rows(group);
+    const int64_t panels = p.group_panels(group), half = i / panels, panel = i % panels;
     const Pair& pair = pairs[j];
     const BFloat16* b = groups.packed + (group - groups.first) * groups.apart +
                         (half * 2 + panel) * p.taps() * steps * kPanelStep;
     float* c = sums;
     if (p.sums_wait()) c += (group - groups.first) * group_sums + j * p.halves() * kHalfSums;
-    const bool finishes = groups.chunk + 1 == p.chunks() && i + 1 == all;
+    const bool finishes = groups.chunk + 1 == p.chunks() && i + 1 == p.halves() * panels;
     if (finishes) {
       pair.for_each_run(
           [&](int64_t token, int64_t there, int64_t) { finish.fetch(token, there, row, rows); });
@@ -275,14 +275,14 @@ void multiply_groups(const Product& p, const std::vector<Pair>& pairs, const Gro
   };
   if (p.overlaps) {
     for (int64_t group = groups.first; group < groups.end; ++group) {
-      for (int64_t i = 0; i < panels_of(group); ++i) {
+      for (int64_t i = 0; i < p.halves() * p.group_panels(group); ++i) {
         for (int64_t j = 0; j < count; ++j) multiply(group, i, j);
       }
     }
   } else {
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t group = groups.first; group < groups.end; ++group) {
-        for (int64_t i = 0; i < panels_of(group); ++i) multiply(group, i, j);
+        for (int64_t i = 0; i < p.halves() * p.group_panels(group); ++i) multiply(group, i, j);
       }
     }
   }
@@ -302,10 +302,17 @@ void multiply_weights(const Product& p, const W& weight, const Source& source,
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t item_blocks = many ? 1 : blocks;
   const int64_t group_sums = p.sums(item_blocks * ((source.most_tiles() + 1) / 2));
+  // A block of many is multiplied by all of W, where there are blocks enough.
+  const int64_t enough = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
   // Groups whose sums wait together for the next chunk, or that many tokens meet together.
   const int64_t sums_fit = kSumsBytes / (group_sums * static_cast<int64_t>(sizeof(float)));
   const int64_t fit = kGroupsBytes / (p.packed(p.steps()) * static_cast<int64_t>(sizeof(BFloat16)));
-  const int64_t together = chunks > 1 ? sums_fit : many && !p.overlaps ? fit : 1;
+  int64_t together = 1;
+  if (chunks > 1) {
+    together = sums_fit;
+  } else if (many && !p.overlaps) {
+    together = std::min(fit, groups / enough);
+  }
   const int64_t span = std::clamp<int64_t>(together, 1, groups);
   const int64_t spans = (groups + span - 1) / span;
 
@@ -319,8 +326,6 @@ void multiply_weights(const Product& p, const W& weight, const Source& source,
     for (; i < end; ++i) all[i] = source.lines(i, copies.get() + i * source.copied());
   });
   const std::vector<Pair> all_pairs = pairs_of(all);
-  // A block of many is multiplied by all of W, where there are blocks enough.
-  const int64_t enough = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
   const int64_t splits = many ? std::min(enough, spans) : spans;
   share((many ? blocks : 1) * splits, [&](const auto& next) {
     const amx::Tiles tiles;
