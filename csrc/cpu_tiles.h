@@ -232,11 +232,10 @@ inline std::vector<Pair> pairs_of(const std::vector<Lines>& blocks) {
   return pairs;
 }
 
-// Groups [first, end) of W, a chunk of each packed, `apart` values from one to the next.
+// Groups [first, end) of W, a chunk of each: that of the first at `packed`, of others as packed_at.
 struct Groups {
   int64_t first, end, chunk;
   const BFloat16* packed;
-  int64_t apart;
 };
 
 // sums (+)= the pairs' products with a chunk of groups of W; finished after the last chunk. Tokens
@@ -254,7 +253,7 @@ void multiply_groups(const Product& p, const std::vector<Pair>& pairs, const Gro
     const int64_t row = group * kGroupRows, rows = p.group_rows(group);
     const int64_t panels = p.group_panels(group), half = i / panels, panel = i % panels;
     const Pair& pair = pairs[j];
-    const BFloat16* b = groups.packed + (group - groups.first) * groups.apart +
+    const BFloat16* b = groups.packed + (group - groups.first) * p.packed(p.steps()) +
                         (half * 2 + panel) * p.taps() * steps * kPanelStep;
     float* c = sums;
     if (p.sums_wait()) c += (group - groups.first) * group_sums + j * p.halves() * kHalfSums;
@@ -345,15 +344,13 @@ void multiply_weights(const Product& p, const W& weight, const Source& source,
         const int64_t first = s * span, end = std::min(first + span, groups);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           if (!pack_here) {
-            multiply_groups(
-                p, pairs,
-                {first, end, chunk, packed + p.packed_at(first, chunk), p.packed(p.steps())},
-                sums.get(), group_sums, finish);
+            const BFloat16* b = packed + p.packed_at(first, chunk);
+            multiply_groups(p, pairs, {first, end, chunk, b}, sums.get(), group_sums, finish);
             continue;
           }
           for (int64_t group = first; group < end; ++group) {
             weight.pack(p, group, chunk, panels.get());
-            multiply_groups(p, pairs, {group, group + 1, chunk, panels.get(), 0},
+            multiply_groups(p, pairs, {group, group + 1, chunk, panels.get()},
                             sums.get() + (group - first) * group_sums, group_sums, finish);
           }
         }

@@ -158,9 +158,8 @@ void multiply_taps(Product p, const Taps& taps, const Row* left, int64_t columns
       for (int64_t group = split * groups / splits; group < (split + 1) * groups / splits;
            ++group) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          multiply_groups(p, pairs,
-                          {group, group + 1, chunk, packed.get() + p.packed_at(group, chunk), 0},
-                          sums.get(), 0, finish);
+          const BFloat16* b = packed.get() + p.packed_at(group, chunk);
+          multiply_groups(p, pairs, {group, group + 1, chunk, b}, sums.get(), 0, finish);
         }
       }
     }

@@ -31,6 +31,7 @@ LINEAR = (
     (200, 98, 6000),  # sums of several groups wait for the next
     (33, 34, 2048),  # rows that crowd a set of the cache
     (1040, 96, 64),  # many, in place
+    (1040, 1212, 64),  # many, which meet several groups together
     (1031, 40, 96),  # the last block is copied
     (1028, 40, 72),  # all are
     (1030, 70, 3000),  # many, K in two chunks
