@@ -14,8 +14,8 @@
 #include <cmath>
 #include <memory>
 
+#include "attention_narrow_tiles_cpu.h"
 #include "attention_tensors_cpu.h"
-#include "attention_tiles_cpu.h"
 
 namespace sdfast {
 namespace {
@@ -57,7 +57,7 @@ struct Attention {
   int64_t key_steps(int64_t keys) const { return whole(gemm::steps_of(Operand::kDepth, keys)); }
 
   // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or both in tiles.
-  int64_t packed_keys() const { return whole(sizes.keys) * depth_steps(); }
+  int64_t packed_keys() const { return Operand::kDepth * key_steps(sizes.keys) * depth_steps(); }
   int64_t packed_head() const { return packed_keys() + key_steps(sizes.keys) * whole(sizes.dim); }
 
   // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
@@ -101,6 +101,111 @@ struct Attention {
     }
   }
 
+  // Not zero: hidden keys have a score of -inf.
+  float to_log2() const {
+    return std::max(static_cast<float>(std::fabs(scale) * 1.4426950408889634),
+                    std::numeric_limits<float>::min());
+  }
+
+  // How many keys a tile of queries sees.
+  int64_t keys_of(const Tile<Operand>& tile) const {
+    return is_causal ? std::min(sizes.keys, tile.first + tile.count) : sizes.keys;
+  }
+
+  // scores: room for a block of keys.
+  void attend_in_rows(const Tile<Operand>* tiles, int64_t count, const Head& operands,
+                      float* scores) const {
+    const int64_t steps = depth_steps(), most = block_keys();
+    for (int64_t key = 0; key < sizes.keys; key += most) {
+      for (int64_t t = 0; t < count; ++t) {
+        const Tile<Operand>& tile = tiles[t];
+        const int64_t keys = std::min(most, keys_of(tile) - key);
+        if (keys <= 0) continue;
+        attention::multiply_rows<Operand, false>(keys, steps,
+                                                 operands.keys + key * operands.key_stride,
+                                                 operands.key_stride, tile.q, scores, false);
+        if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
+        attention::complete_pair(keys, scores);
+        const auto shift =
+            attention::reference_of(tile, keys, sizes.dim, to_log2(), key == 0, scores);
+        attention::add_to_sum(
+            tile, attention::weigh<Operand>((keys + 1) / 2 * 2, to_log2(), shift, scores));
+        const int64_t step = key / Operand::kDepth;
+        attention::multiply_rows<Operand, true>(
+            sizes.dim, gemm::steps_of(Operand::kDepth, keys),
+            operands.values + step * operands.value_stride, operands.value_stride,
+            reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
+      }
+    }
+  }
+
+#if defined(SDFAST_TILES)
+  // scores: room for three blocks of keys.
+  void attend_any_in_tiles(const Tile<Operand>* tiles, int64_t count, const Head& operands,
+                           float* scores) const {
+    using attention::Item;
+    using attention::RowsProduct;
+    const int64_t steps = depth_steps(), most = block_keys();
+    attention::attend_items(
+        attention::items_of(count, sizes.keys, most, [&](int64_t t) { return keys_of(tiles[t]); }),
+        tiles, sizes.dim, to_log2(), scores, most * kColumns,
+        [&](const Item& item, float* to) {
+          return RowsProduct{operands.keys + item.key * steps,
+                             tiles[item.tile].q,
+                             amx::kTileRows * steps,
+                             attention::kTile,
+                             steps / simd::kLanes,
+                             whole(item.keys),
+                             to,
+                             false};
+        },
+        [&](const Item& item, const Operand* weights) {
+          return RowsProduct{operands.values + item.key / Operand::kDepth * whole(sizes.dim),
+                             weights,
+                             attention::kTile,
+                             whole(sizes.dim) * simd::kLanes,
+                             key_steps(item.keys) / simd::kLanes,
+                             whole(sizes.dim),
+                             tiles[item.tile].o,
+                             item.key > 0};
+        },
+        [&](const Item& item, float* to) {
+          if (is_causal) {
+            attention::hide_later_keys(tiles[item.tile].first, item.key, item.keys, to);
+          }
+          attention::complete_pair(item.keys, to);
+        },
+        [&](const Item& item, float* weights) {
+          const int64_t there = gemm::steps_of(Operand::kDepth, item.keys);
+          std::fill_n(reinterpret_cast<Operand*>(weights) + there * kColumns,
+                      (key_steps(item.keys) - there) * kColumns, Operand{});
+        });
+  }
+
+  template <int kOut>
+  void attend_narrow(const Tile<Operand>* tiles, int64_t count, const Head& operands,
+                     float* scores) const {
+    attention::NarrowAttention<kOut>{operands.keys, operands.values, sizes.keys, tiles,
+                                     count,         to_log2(),       scores}
+        .run();
+  }
+
+  void attend_in_tiles(const Tile<Operand>* tiles, int64_t count, const Head& operands,
+                       float* scores) const {
+    if (is_causal || sizes.dim > attention::kNarrow) {
+      return attend_any_in_tiles(tiles, count, operands, scores);
+    }
+    const int64_t out = whole(sizes.dim) / amx::kTileColumns;
+    if (out == 1) attend_narrow<1>(tiles, count, operands, scores);
+    if (out == 2) attend_narrow<2>(tiles, count, operands, scores);
+    if (out == 3) attend_narrow<3>(tiles, count, operands, scores);
+    if (out == 4) attend_narrow<4>(tiles, count, operands, scores);
+    for (int64_t t = 0; t < count; ++t) {
+      if (!attention::are_in_range(tiles[t])) attend_any_in_tiles(tiles + t, 1, operands, scores);
+    }
+  }
+#endif
+
   // `count` tiles of queries of one head over all its keys.
   void attend(int64_t head, Tile<Operand>* tiles, int64_t count, const Head& operands,
               float* scores) const {
@@ -111,76 +216,12 @@ struct Attention {
       const int64_t there = gemm::steps_of(Operand::kDepth, sizes.dim) * kColumns;
       std::fill(tiles[t].q + there, tiles[t].q + steps * kColumns, Operand{});
     }
-    const int64_t most = block_keys();
-    // Not zero: hidden keys have a score of -inf.
-    const float to_log2 = std::max(static_cast<float>(std::fabs(scale) * 1.4426950408889634),
-                                   std::numeric_limits<float>::min());
-    // How many keys a tile of queries sees.
-    const auto keys_of = [&](const Tile<Operand>& tile) {
-      return is_causal ? std::min(sizes.keys, tile.first + tile.count) : sizes.keys;
-    };
 #if defined(SDFAST_TILES)
     if constexpr (kInTiles) {
-      using attention::Item;
-      using attention::RowsProduct;
-      attention::attend_items(
-          attention::items_of(count, sizes.keys, most,
-                              [&](int64_t t) { return keys_of(tiles[t]); }),
-          tiles, sizes.dim, to_log2, scores, most * kColumns,
-          [&](const Item& item, float* to) {
-            return RowsProduct{operands.keys + item.key * steps,
-                               tiles[item.tile].q,
-                               amx::kTileRows * steps,
-                               attention::kTile,
-                               steps / simd::kLanes,
-                               whole(item.keys),
-                               to,
-                               false};
-          },
-          [&](const Item& item, const Operand* weights) {
-            return RowsProduct{operands.values + item.key / Operand::kDepth * whole(sizes.dim),
-                               weights,
-                               attention::kTile,
-                               whole(sizes.dim) * simd::kLanes,
-                               key_steps(item.keys) / simd::kLanes,
-                               whole(sizes.dim),
-                               tiles[item.tile].o,
-                               item.key > 0};
-          },
-          [&](const Item& item, float* to) {
-            if (is_causal) {
-              attention::hide_later_keys(tiles[item.tile].first, item.key, item.keys, to);
-            }
-            attention::complete_pair(item.keys, to);
-          },
-          [&](const Item& item, float* weights) {
-            const int64_t there = gemm::steps_of(Operand::kDepth, item.keys);
-            std::fill_n(reinterpret_cast<Operand*>(weights) + there * kColumns,
-                        (key_steps(item.keys) - there) * kColumns, Operand{});
-          });
+      attend_in_tiles(tiles, count, operands, scores);
     } else
 #endif
-      for (int64_t key = 0; key < sizes.keys; key += most) {
-        for (int64_t t = 0; t < count; ++t) {
-          const Tile<Operand>& tile = tiles[t];
-          const int64_t keys = std::min(most, keys_of(tile) - key);
-          if (keys <= 0) continue;
-          attention::multiply_rows<Operand, false>(keys, steps,
-                                                   operands.keys + key * operands.key_stride,
-                                                   operands.key_stride, tile.q, scores, false);
-          if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
-          attention::complete_pair(keys, scores);
-          const auto shift =
-              attention::reference_of(tile, keys, sizes.dim, to_log2, key == 0, scores);
-          attention::add_to_sum(
-              tile, attention::weigh<Operand>((keys + 1) / 2 * 2, to_log2, shift, scores));
-          const int64_t step = key / Operand::kDepth;
-          attention::multiply_rows<Operand, true>(
-              sizes.dim, gemm::steps_of(Operand::kDepth, keys),
-              operands.values + step * operands.value_stride, operands.value_stride,
-              reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
-        }
-      }
+      attend_in_rows(tiles, count, operands, scores);
     for (int64_t t = 0; t < count; ++t) {
       const Tile<Operand>& tile = tiles[t];
       const float *reference = tile.stats, *sum = tile.stats + kColumns;

@@ -47,13 +47,23 @@ class Tiles {
 };
 
 // Two tiles of rows, or one, by two of columns, for a step of K. Tiles 0 to 3 are c, 4 and 5 a, 6
-// and 7 b. Strides in bytes.
+// and 7 b. Strides in bytes. With kPassing b comes from L2 and is not wanted again: it leaves L1 to
+// a.
+template <bool kPassing = false>
 SDFAST_INLINE void multiply_step(const void* first, const void* second, int64_t a_stride,
                                  const void* left, const void* right, int64_t b_stride, bool two) {
-  _tile_loadd(6, left, b_stride);
+  if constexpr (kPassing) {
+    _tile_stream_loadd(6, left, b_stride);
+  } else {
+    _tile_loadd(6, left, b_stride);
+  }
   _tile_loadd(4, first, a_stride);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, right, b_stride);
+  if constexpr (kPassing) {
+    _tile_stream_loadd(7, right, b_stride);
+  } else {
+    _tile_loadd(7, right, b_stride);
+  }
   _tile_dpbf16ps(1, 4, 7);
   if (!two) return;
   _tile_loadd(5, second, a_stride);

@@ -191,7 +191,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
       const BFloat16* from = first + y * p.tap_row_stride + step * kStep;
       const BFloat16* other = second + y * p.tap_row_stride + step * kStep;
       for (int64_t x = 0; x < p.tap_columns; ++x) {
-        amx::multiply_step(from, other, apart, b, b + 2 * kTileRows, kPairs, kTwo);
+        amx::multiply_step<true>(from, other, apart, b, b + 2 * kTileRows, kPairs, kTwo);
         b += kPanelStep;
         from += p.tap_stride;
         other += p.tap_stride;

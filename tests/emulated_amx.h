@@ -122,12 +122,14 @@ extern "C" inline __attribute__((visibility("default"), used)) int64_t emulated_
 }
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated_amx::load_config
 #define _tile_release emulated_amx::release
 #define _tile_loadd emulated_amx::load
+#define _tile_stream_loadd emulated_amx::load
 #define _tile_stored emulated_amx::store
 #define _tile_zero emulated_amx::zero
 #define _tile_dpbf16ps emulated_amx::multiply

@@ -182,6 +182,19 @@ def test_large_logits(dtype: torch.dtype) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("largest", [-300.0, 20.0, 60.0, 100.0, 300.0])
+def test_later_keys_outgrow_the_first(largest: float, dtype: torch.dtype) -> None:
+    """Scores of 0 at first, then to `largest`: on AMX more keys than one block, beyond a tile's range or not."""
+    case = make_case(70, 2100, 40, dtype, scale=1.0)
+    case.q /= 8
+    case.q[:, :, :60, 0] = 1  # the others keep scores near 0
+    case.k /= 8
+    case.k[:, :, 40:, 0] = torch.linspace(0, largest, 2060).to(dtype)
+    check(case)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values(value: float, dtype: torch.dtype) -> None:
     """A query's stay with it, a value's with its column, a key's reach every query of the head."""
