@@ -6,8 +6,9 @@
 // products, and no more, because dq, dk and dv are all sums that stay in memory: keys and queries
 // of a head are cut into as many ranges, and in phase p range i of the keys meets range i + p of
 // the queries. So no two threads add to the same sums, and their order is that of phases, which the
-// shape alone decides. Bytes: q, k, v, o, do read, dq, dk, dv written. Limit: 10 L S D fused
-// multiply-add flops, L S exponentials. The steps are in attention_backward_cpu.h.
+// shape alone decides. bf16 is multiplied as in the forward, on AMX too. Bytes: q, k, v, o, do
+// read, dq, dk, dv written. Limit: 10 L S D fused multiply-add flops, L S exponentials. The steps
+// are in attention_backward_cpu.h.
 #include "attention_backward_cpu.h"
 
 #include "attention_tensors_cpu.h"
@@ -40,6 +41,8 @@ struct AttentionBackward {
   using Rows = attention::Rows<Operand>;
   static constexpr int64_t kDepth = Operand::kDepth;
   static constexpr bool kPairs = kDepth == 2;
+  // Rows of scores are differentiated in pairs, and multiplied in whole steps.
+  static constexpr int64_t kRowsUnit = attention::kInTiles<Operand> ? kDepth * simd::kLanes : 2;
 
   Sizes sizes;
   View<const T> q, k, v, o, d_o;
@@ -73,31 +76,34 @@ struct AttentionBackward {
     return {first, std::min((index + 1) * tiles_of(rows) / cuts * kColumns, rows) - first};
   }
 
-  int64_t sum_size(int64_t rows) const { return tiles_of(rows) * kColumns * sizes.dim; }
+  // Rows of D that sums and transposed operands have.
+  static int64_t whole(int64_t dim) { return attention::whole<Operand>(dim); }
+  static int64_t padded(int64_t rows) { return (rows + kRowsUnit - 1) / kRowsUnit * kRowsUnit; }
+  int64_t sum_size(int64_t rows) const { return tiles_of(rows) * kColumns * whole(sizes.dim); }
 
   // What a thread needs for one block of keys and one of queries.
   struct Workspace {
     int64_t dim, tiles, queries;
-    int64_t depth_steps = gemm::steps_of(kDepth, dim);
+    int64_t depth_steps = attention::whole_steps<Operand>(dim);
     int64_t key_steps = tiles * kColumns / kDepth;
     int64_t lanes_size = tiles * depth_steps * kColumns;
     int64_t transposed_size = key_steps * kColumns;  // of one tile of queries
-    Scratch<Operand> operands{2 * lanes_size + key_steps * dim + 2 * Rows::size(queries, dim) +
-                              queries / kColumns * transposed_size +
+    Scratch<Operand> operands{2 * lanes_size + key_steps * whole(dim) +
+                              2 * Rows::size(queries, dim) + queries / kColumns * transposed_size +
                               (kPairs ? queries / 2 * kColumns : 0)};
-    Scratch<float> floats{2 * queries * kColumns + 2 * queries + queries * dim};
+    Scratch<float> floats{2 * queries * kColumns + 2 * queries + queries * whole(dim)};
     Operand *k_lanes = operands.get(), *v_lanes = k_lanes + lanes_size;
     Operand* transposed = v_lanes + lanes_size;
     Operand* pairs = transposed + queries / kColumns * transposed_size;
     Operand* k_along_rows = pairs + (kPairs ? queries / 2 * kColumns : 0);
-    Rows q = Rows::in(k_along_rows + key_steps * dim, queries, dim);
+    Rows q = Rows::in(k_along_rows + key_steps * whole(dim), queries, dim);
     Rows d_o = Rows::in(q.along_dim + Rows::size(queries, dim), queries, dim);
     float *scores = floats.get(), *gradients = scores + queries * kColumns;
     float *lse = gradients + queries * kColumns, *delta = lse + queries;
     float* dq = delta + queries;
   };
 
-  // The sums of one head: tiles (D, kColumns) of queries and keys.
+  // The sums of one head: tiles (whole D, kColumns) of queries and keys.
   struct Sums {
     float *dq, *dk, *dv;
   };
@@ -137,36 +143,36 @@ struct AttentionBackward {
       work.lse[i] = lse[from + i];
       work.delta[i] = delta[from + i];
     }
-    if (queries.count % 2) work.lse[queries.count] = work.delta[queries.count] = 0;
+    for (int64_t i = queries.count; i < padded(queries.count); ++i) {
+      work.lse[i] = work.delta[i] = 0;
+    }
   }
 
   // One tile of keys, of which kV vectors count, against the queries of a block from `first` on.
   template <int kV>
   void add_tile(int64_t first, int64_t queries, int64_t tile, bool diagonal, bool accumulate,
                 float* dk_sums, float* dv_sums, Workspace& work) const {
-    using attention::multiply_rows;
+    using attention::multiply_block;
     const int64_t rows = queries - first, steps = work.depth_steps, dim = sizes.dim;
     const int64_t row_steps = gemm::steps_of(kDepth, rows), lanes = tile * steps * kColumns;
     float *scores = work.scores, *gradients = work.gradients;
-    multiply_rows<Operand, false, kV>(rows, steps, work.q.along_dim + first * steps, steps,
-                                      work.k_lanes + lanes, scores, false);
-    multiply_rows<Operand, false, kV>(rows, steps, work.d_o.along_dim + first * steps, steps,
-                                      work.v_lanes + lanes, gradients, false);
+    multiply_block<Operand, false, kV>(rows, steps, work.q.along_dim + first * steps, steps,
+                                       work.k_lanes + lanes, scores, false);
+    multiply_block<Operand, false, kV>(rows, steps, work.d_o.along_dim + first * steps, steps,
+                                       work.v_lanes + lanes, gradients, false);
     if (diagonal) attention::hide_later_keys(rows, scores, gradients);
-    if (rows % 2) {
-      std::fill_n(scores + rows * kColumns, kColumns, 0.0f);
-      std::fill_n(gradients + rows * kColumns, kColumns, 0.0f);
-    }
-    attention::differentiate<kV>(rows, static_cast<float>(scale * 1.4426950408889634),
+    std::fill(scores + rows * kColumns, scores + padded(rows) * kColumns, 0.0f);
+    std::fill(gradients + rows * kColumns, gradients + padded(rows) * kColumns, 0.0f);
+    attention::differentiate<kV>(padded(rows), static_cast<float>(scale * 1.4426950408889634),
                                  {work.lse + first, work.delta + first}, scores, gradients,
                                  work.pairs);
     const Operand* weights = reinterpret_cast<const Operand*>(scores);
     const Operand* d_scores = kPairs ? work.pairs : reinterpret_cast<const Operand*>(gradients);
-    const int64_t from = first / kDepth * dim;
-    multiply_rows<Operand, true, kV>(dim, row_steps, work.d_o.along_rows + from, dim, weights,
-                                     dv_sums, accumulate);
-    multiply_rows<Operand, true, kV>(dim, row_steps, work.q.along_rows + from, dim, d_scores,
-                                     dk_sums, accumulate);
+    const int64_t lda = whole(dim), from = first / kDepth * lda;
+    multiply_block<Operand, true, kV>(dim, row_steps, work.d_o.along_rows + from, lda, weights,
+                                      dv_sums, accumulate);
+    multiply_block<Operand, true, kV>(dim, row_steps, work.q.along_rows + from, lda, d_scores,
+                                      dk_sums, accumulate);
     attention::transpose_tile<kV>(rows, gradients,
                                   work.transposed + first / kColumns * work.transposed_size +
                                       tile * kColumns / kDepth * kColumns,
@@ -176,7 +182,7 @@ struct AttentionBackward {
   // All of one block of keys against one of queries. sums: of these blocks.
   void add_block(const Block& keys, const Block& queries, bool first_keys, bool first_queries,
                  const Sums& sums, Workspace& work) const {
-    const int64_t tile_size = sizes.dim * kColumns;
+    const int64_t tile_size = whole(sizes.dim) * kColumns;
     for (int64_t key = 0; key < keys.count; key += kColumns) {
       const int64_t tile = key / kColumns, position = keys.first + key;
       float *dk_sums = sums.dk + tile * tile_size, *dv_sums = sums.dv + tile * tile_size;
@@ -185,7 +191,7 @@ struct AttentionBackward {
       if (first >= queries.count) {
         if (first_queries) std::fill_n(dk_sums, tile_size, 0.0f);
         if (first_queries) std::fill_n(dv_sums, tile_size, 0.0f);
-      } else if (keys.count - key > simd::kLanes) {
+      } else if (attention::kInTiles<Operand> || keys.count - key > simd::kLanes) {
         add_tile<gemm::kVecs>(first, queries.count, tile, diagonal, !first_queries, dk_sums,
                               dv_sums, work);
       } else {
@@ -198,8 +204,8 @@ struct AttentionBackward {
       int64_t count = keys.count;
       if (is_causal) count = std::min(count, queries.first + query + kColumns - keys.first);
       if (count > 0) {
-        attention::multiply_rows<Operand, true>(
-            sizes.dim, gemm::steps_of(kDepth, count), work.k_along_rows, sizes.dim,
+        attention::multiply_block<Operand, true>(
+            sizes.dim, gemm::steps_of(kDepth, count), work.k_along_rows, whole(sizes.dim),
             work.transposed + tile * work.transposed_size, dq_sums, !first_keys);
       } else if (first_keys) {
         std::fill_n(dq_sums, tile_size, 0.0f);
@@ -212,7 +218,7 @@ struct AttentionBackward {
     const attention::Vec factors = simd::broadcast(static_cast<float>(factor));
     for (int64_t row = 0; row < block.count; row += kColumns) {
       attention::store_rows(
-          sums + row * sizes.dim, std::min<int64_t>(kColumns, block.count - row), sizes.dim,
+          sums + row * whole(sizes.dim), std::min<int64_t>(kColumns, block.count - row), sizes.dim,
           [&](int64_t) { return factors; }, to.row(batch, head, block.first + row), to.row_stride);
     }
   }
@@ -226,13 +232,14 @@ struct AttentionBackward {
       const Block key_block{keys.first + key, std::min(most_keys, keys.count - key)};
       const bool first_keys = turn.first && key == 0;
       const bool last_keys = turn.last && key + key_block.count == keys.count;
-      const Sums there{nullptr, sums.dk + key_block.first * sizes.dim,
-                       sums.dv + key_block.first * sizes.dim};
+      const Sums there{nullptr, sums.dk + key_block.first * whole(sizes.dim),
+                       sums.dv + key_block.first * whole(sizes.dim)};
       pack_keys(batch, h, key_block, work);
       for (int64_t query = 0; query < queries.count; query += work.queries) {
         const Block block{queries.first + query, std::min(work.queries, queries.count - query)};
         pack_queries(batch, h, block, first_keys, delta, work);
-        float* dq_sums = first_keys && last_keys ? work.dq : sums.dq + block.first * sizes.dim;
+        float* dq_sums =
+            first_keys && last_keys ? work.dq : sums.dq + block.first * whole(sizes.dim);
         add_block(key_block, block, first_keys, turn.first && query == 0,
                   {dq_sums, there.dk, there.dv}, work);
         if (last_keys) finish(dq_sums, batch, h, block, scale, dq);

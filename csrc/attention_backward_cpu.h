@@ -5,32 +5,37 @@
 // (D, kColumns) take them as they are. For dqᵀ (D, queries) they are transposed.
 #pragma once
 
-#include "attention_cpu.h"
+#include "attention_tiles_cpu.h"
 
 namespace sdfast::attention {
 
 // A block of rows as the left operands of both kinds of product: `along_dim` (rows, steps of D) and
-// `along_rows` (steps of rows, D). fp32 needs one copy for both.
+// `along_rows` (steps of rows, D), or both in tiles. fp32 needs one copy for both.
 template <typename Operand>
 struct Rows {
   Operand *along_dim, *along_rows;
 
+  static constexpr int64_t size_along_dim(int64_t rows, int64_t dim) {
+    return whole<Operand>(rows) * whole_steps<Operand>(dim);
+  }
   static constexpr int64_t size(int64_t rows, int64_t dim) {
-    const int64_t steps = gemm::steps_of(Operand::kDepth, rows);
     if (Operand::kDepth == 1) return rows * dim;
-    return rows * gemm::steps_of(Operand::kDepth, dim) + steps * dim;
+    return size_along_dim(rows, dim) + whole_steps<Operand>(rows) * whole<Operand>(dim);
   }
   static Rows in(Operand* memory, int64_t rows, int64_t dim) {
     if (Operand::kDepth == 1) return {memory, memory};
-    return {memory, memory + rows * gemm::steps_of(Operand::kDepth, dim)};
+    return {memory, memory + size_along_dim(rows, dim)};
   }
 };
 
 constexpr int64_t kAhead = 12;  // rows that are prefetched: a head's do not lie side by side
 
-// The values of `rows` rows: (steps of rows, D).
+// The values of `rows` rows: (steps of rows, D), or in tiles.
 template <typename T, typename Operand>
 void pack_along_rows(const T* from, int64_t row_stride, int64_t rows, int64_t dim, Operand* to) {
+#if defined(SDFAST_TILES)
+  if constexpr (kInTiles<Operand>) return pack_values_in_tiles(from, row_stride, rows, dim, to);
+#endif
   for (int64_t row = 0; row < rows; row += Operand::kDepth) {
     pack_value(from + row * row_stride, row_stride, rows - row, dim,
                to + row / Operand::kDepth * dim);
@@ -44,7 +49,12 @@ void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t dim,
   for (int64_t row = 0; row < rows; ++row) {
     const T* ahead = from + std::min(row + kAhead, rows - 1) * row_stride;
     for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) simd::prefetch(ahead + d);
-    pack_key(from + row * row_stride, dim, to.along_dim + row * steps);
+#if defined(SDFAST_TILES)
+    if constexpr (kInTiles<Operand>) {
+      pack_key_in_tiles(from + row * row_stride, dim, row, to.along_dim);
+    } else
+#endif
+      pack_key(from + row * row_stride, dim, to.along_dim + row * steps);
   }
   if (to.along_rows != to.along_dim) pack_along_rows(from, row_stride, rows, dim, to.along_rows);
 }
@@ -95,7 +105,7 @@ struct Statistics {
 
 // scores to weights P = 2^(scale score - lse), as operands in place; gradients dP to P (dP -
 // delta), in place, and as operands where those are pairs. Rows of both: kColumns apart, of which
-// the first kV vectors count. With an odd number of rows one more is read and written.
+// the first kV vectors count. rows: even.
 template <int kV, typename Operand>
 void differentiate(int64_t rows, float scale, const Statistics& statistics, float* scores,
                    float* gradients, Operand* gradient_operands) {
@@ -117,6 +127,23 @@ void differentiate(int64_t rows, float scale, const Statistics& statistics, floa
     store_row_pair<kV>(weights + row / Operand::kDepth * kColumns, weight);
     if (kPairs) store_row_pair<kV>(gradient_operands + row / 2 * kColumns, gradient);
   }
+}
+
+// c (rows, kColumns) (+)= a b, of b's columns kV vectors. a: Rows' along_dim, `lda` steps of D, or
+// with kTransposed its along_rows, `lda` rows of D.
+template <typename Operand, bool kTransposed, int kV = gemm::kVecs>
+void multiply_block(int64_t rows, int64_t steps, const Operand* a, int64_t lda, const Operand* b,
+                    float* c, bool accumulate) {
+#if defined(SDFAST_TILES)
+  if constexpr (kInTiles<Operand>) {
+    const int64_t next_rows = kTransposed ? kTile : amx::kTileRows * lda;
+    const int64_t next_step = kTransposed ? lda * kLanes : kTile;
+    const int64_t tiles = whole<Operand>(steps) / kLanes;
+    return RowsProduct{a, b, next_rows, next_step, tiles, whole<Operand>(rows), c, accumulate}
+        .run();
+  }
+#endif
+  multiply_rows<Operand, kTransposed, kV>(rows, steps, a, lda, b, c, accumulate);
 }
 
 // kLanes operands along a row.

@@ -41,20 +41,18 @@ struct Attention {
   bool is_causal;
   double scale;
 
-  // Whether AMX multiplies. Its tiles are whole: keys, D and their steps are completed with zeros.
-  static constexpr bool kInTiles = gemm::kTileRows<Operand> > gemm::kRows;
-  static constexpr int64_t kWhole = kInTiles ? simd::kLanes : 1;
-  static int64_t whole(int64_t size) { return (size + kWhole - 1) / kWhole * kWhole; }
+  static constexpr bool kInTiles = attention::kInTiles<Operand>;
+  static int64_t whole(int64_t size) { return attention::whole<Operand>(size); }
 
   // Keys in a block, whole steps of them: their operands and the tiles' share L2.
   int64_t block_keys() const {
-    constexpr int64_t kStep = 2 * kWhole;
+    constexpr int64_t kStep = kInTiles ? 2 * simd::kLanes : 2;
     const int64_t most = kInTiles && sizes.dim <= 128 ? kMostKeys / 2 : kMostKeys;
     return std::clamp<int64_t>(32768 / sizes.dim, 32, most) / kStep * kStep;
   }
 
-  int64_t depth_steps() const { return whole(gemm::steps_of(Operand::kDepth, sizes.dim)); }
-  int64_t key_steps(int64_t keys) const { return whole(gemm::steps_of(Operand::kDepth, keys)); }
+  int64_t depth_steps() const { return attention::whole_steps<Operand>(sizes.dim); }
+  static int64_t key_steps(int64_t keys) { return attention::whole_steps<Operand>(keys); }
 
   // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or both in tiles.
   int64_t packed_keys() const { return Operand::kDepth * key_steps(sizes.keys) * depth_steps(); }
@@ -83,9 +81,7 @@ struct Attention {
 #if defined(SDFAST_TILES)
     if constexpr (kInTiles) {
       for (int64_t key = first; key < last; ++key) {
-        const int64_t row = key % amx::kTileRows;
-        attention::pack_key_in_tiles(k.row(batch, h, key), sizes.dim, depth_steps() / simd::kLanes,
-                                     to + (key - row) * depth_steps() + row * simd::kLanes);
+        attention::pack_key_in_tiles(k.row(batch, h, key), sizes.dim, key, to);
       }
       return attention::pack_values_in_tiles(v.row(batch, h, first), v.row_stride, last - first,
                                              sizes.dim,
@@ -209,12 +205,10 @@ struct Attention {
   // `count` tiles of queries of one head over all its keys.
   void attend(int64_t head, Tile<Operand>* tiles, int64_t count, const Head& operands,
               float* scores) const {
-    const int64_t batch = head / sizes.heads, h = head % sizes.heads, steps = depth_steps();
+    const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     for (int64_t t = 0; t < count; ++t) {
       attention::pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count,
                               sizes.dim, scale < 0, tiles[t].q);
-      const int64_t there = gemm::steps_of(Operand::kDepth, sizes.dim) * kColumns;
-      std::fill(tiles[t].q + there, tiles[t].q + steps * kColumns, Operand{});
     }
 #if defined(SDFAST_TILES)
     if constexpr (kInTiles) {

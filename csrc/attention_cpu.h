@@ -22,6 +22,19 @@ using simd::Vecs;
 
 constexpr int64_t kChain = 64;  // steps: a longer chain of additions rounds too much
 
+// Whether AMX multiplies. Its tiles are whole: rows, D and steps are completed with zeros.
+template <typename Operand>
+constexpr bool kInTiles = gemm::kTileRows<Operand> > gemm::kRows;
+template <typename Operand>
+constexpr int64_t whole(int64_t size) {
+  return kInTiles<Operand> ? simd::round_up(size) : size;
+}
+// Steps of K, in tiles whole ones.
+template <typename Operand>
+constexpr int64_t whole_steps(int64_t size) {
+  return whole<Operand>(gemm::steps_of(Operand::kDepth, size));
+}
+
 // b where either is NaN.
 SDFAST_INLINE Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -68,7 +81,7 @@ SDFAST_INLINE void for_each_part(int64_t size, const F& f) {
   for_each_group(size, [&](int64_t i) { f(i, simd::FullVector()); });
 }
 
-// A tile of queries into (steps, kColumns) operands. Beyond `count` the last one is repeated.
+// A tile of queries into (whole steps, kColumns) operands. Beyond `count` the last one is repeated.
 // With `negative`, -q.
 template <typename T, typename Operand>
 void pack_queries(const T* q, int64_t row_stride, int64_t count, int64_t dim, bool negative,
@@ -90,6 +103,7 @@ void pack_queries(const T* q, int64_t row_stride, int64_t count, int64_t dim, bo
       }
     });
   }
+  std::fill(to + steps * kColumns, to + whole_steps<Operand>(dim) * kColumns, Operand{});
 }
 
 // One row of keys: (steps) operands.

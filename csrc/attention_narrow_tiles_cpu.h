@@ -22,12 +22,14 @@ static_assert(kLanes == amx::kTileColumns && kColumns == 2 * kLanes);
 // that tile is left to attend_items.
 constexpr float kHeadroom = 32.0f, kMostNarrowSum = 0x1p64f;
 
-// The keys of a head and half the tiles of queries that meet them. kOut: tiles of D.
+// The keys of a head and the tiles of queries that meet them, half a tile at a time. kOut: tiles of
+// D.
 template <int kOut>
 struct NarrowAttention {
   static constexpr int kIn = (kOut + 1) / 2;
   static constexpr int64_t kUnit = 2 * amx::kTileRows;  // keys
   static constexpr int64_t kUnits = 64;  // in a block, whose keys and values share L2
+  // Bytes from row to row of a packed tile, of half a tile of queries.
   static constexpr int64_t kDense = kLanes * sizeof(float), kHalf = kColumns * sizeof(float);
 
   const BFloat16Pair *keys, *values;

@@ -50,14 +50,15 @@ struct TileProduct {
   }
 };
 
-// One row of keys: (steps of tiles), each kLanes pairs, kTile from one to the next.
-inline void pack_key_in_tiles(const BFloat16* k, int64_t dim, int64_t steps, BFloat16Pair* to) {
-  constexpr int64_t kValues = 2 * kLanes;
-  for (int64_t step = 0; step < steps; ++step) {
+// Key `row`: of each kTileRows of them the steps, tiles of (kTileRows, kLanes) pairs.
+inline void pack_key_in_tiles(const BFloat16* k, int64_t dim, int64_t row, BFloat16Pair* to) {
+  const int64_t steps = whole_steps<BFloat16Pair>(dim), in_tile = row % amx::kTileRows;
+  to += (row - in_tile) * steps + in_tile * kLanes;
+  for (int64_t step = 0; step < steps; step += kLanes, to += kTile) {
     Vec pairs{};
-    std::memcpy(&pairs, k + step * kValues,
-                std::min(kValues, dim - step * kValues) * sizeof(BFloat16));
-    std::memcpy(static_cast<void*>(to + step * kTile), &pairs, sizeof pairs);
+    std::memcpy(&pairs, k + 2 * step,
+                std::min<int64_t>(2 * kLanes, dim - 2 * step) * sizeof(BFloat16));
+    std::memcpy(static_cast<void*>(to), &pairs, sizeof pairs);
   }
 }
 
