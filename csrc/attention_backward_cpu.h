@@ -139,11 +139,10 @@ void multiply_block(int64_t rows, int64_t steps, const Operand* a, int64_t lda, 
     const int64_t next_rows = kTransposed ? kTile : amx::kTileRows * lda;
     const int64_t next_step = kTransposed ? lda * kLanes : kTile;
     const int64_t tiles = whole<Operand>(steps) / kLanes;
-    return RowsProduct{a, b, next_rows, next_step, tiles, whole<Operand>(rows), c, accumulate}
-        .run();
-  }
+    RowsProduct{a, b, next_rows, next_step, tiles, whole<Operand>(rows), c, accumulate}.run();
+  } else
 #endif
-  multiply_rows<Operand, kTransposed, kV>(rows, steps, a, lda, b, c, accumulate);
+    multiply_rows<Operand, kTransposed, kV>(rows, steps, a, lda, b, c, accumulate);
 }
 
 // kLanes operands along a row.

@@ -157,11 +157,6 @@ void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t step
     c += count * kColumns;
     rows -= count;
   };
-  if constexpr (gemm::kTileRows<Operand> > gemm::kRows && !kTransposed && kV == gemm::kVecs) {
-    constexpr int kWhole = gemm::kTileRows<Operand>;
-    while (rows >= kWhole) multiply(kWhole, &gemm::multiply_any_tile<kWhole, Operand>);
-    if (rows >= kWhole / 2) multiply(kWhole / 2, &gemm::multiply_any_tile<kWhole / 2, Operand>);
-  }
   for (int64_t tiles = (rows + gemm::kRows - 1) / gemm::kRows; tiles > 0; --tiles) {
     multiply(rows / tiles, kTiles[rows / tiles - 1]);
   }

@@ -17,10 +17,10 @@ namespace sdfast::attention {
 constexpr int64_t kNarrow = 4 * amx::kTileColumns;
 static_assert(kLanes == amx::kTileColumns && kColumns == 2 * kLanes);
 
-// What is subtracted from a query's scores is the maximum of its first unit and this much more. So
-// weights are small, and where later scores are so much larger that one is not, the sum shows it:
-// that tile is left to attend_items.
-constexpr float kHeadroom = 32.0f, kMostNarrowSum = 0x1p64f;
+// What is subtracted from a query's scores is the maximum of its first unit. Where later scores are
+// much larger the sum of the weights shows it: beyond this the tile is left to attend_items. Below,
+// o is finite if no value exceeds 2^63.
+constexpr float kMostNarrowSum = 0x1p64f;
 
 // The keys of a head and the tiles of queries that meet them, half a tile at a time. kOut: tiles of
 // D.
@@ -70,7 +70,8 @@ struct NarrowAttention {
     return tiles[place.half / 2].o + place.half % 2 * kLanes;
   }
 
-  // Neither the compiler moves vectors past tiles, nor does it know what memory tiles touch.
+  // The compiler does not know what memory tiles touch, and would gather the vectors' loads and
+  // stores: none moves past this.
   static SDFAST_INLINE void pin() { __asm__ volatile("" ::: "memory"); }
 
   // The tile registers: 0 to 3 o, 4 and 5 q, 6 and 7 what a product needs.
@@ -158,10 +159,10 @@ struct NarrowAttention {
     if (place.unit == 0) {
       Vec most = simd::load(own);
       for (int64_t key = 1; key < kUnit; ++key) most = larger(most, simd::load(own + key * kLanes));
-      simd::store(reference, most * scale + kHeadroom);
+      simd::store(reference, most * scale);
       simd::store(sum, Vec{});
     }
-    return {own, weights_at(step), scale, simd::load(reference), {{simd::load(sum), Vec{}}}};
+    return {own, weights_at(step), scale, simd::load(reference), {}};
   }
 
   SDFAST_INLINE void multiply_first_keys() const {
@@ -208,7 +209,9 @@ struct NarrowAttention {
       if (now.begins_block()) store_output(before);
     }
     unit.weigh(7);
-    simd::store(stats_at(now) + kColumns, unit.sums.v[0] + unit.sums.v[1]);
+    // Of the unit alone: shorter chains round less.
+    float* sum = stats_at(now) + kColumns;
+    simd::store(sum, simd::load(sum) + (unit.sums.v[0] + unit.sums.v[1]));
   }
 
   __attribute__((noinline)) void run() const {

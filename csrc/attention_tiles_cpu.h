@@ -1,4 +1,4 @@
-// Tiles of queries over all keys in bf16 on AMX, which multiplies while the vector units weigh.
+// Tiles of queries over all keys in bf16 on AMX, for any D and causal ones.
 //
 // A block of keys of a tile of queries is an item. While the scores of one item become weights,
 // the weights of the item before are multiplied by its values, and the scores of the next item are

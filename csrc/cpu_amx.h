@@ -47,8 +47,8 @@ class Tiles {
 };
 
 // Two tiles of rows, or one, by two of columns, for a step of K. Tiles 0 to 3 are c, 4 and 5 a, 6
-// and 7 b. Strides in bytes. With kPassing b comes from L2 and is not wanted again: it leaves L1 to
-// a.
+// and 7 b. Strides in bytes. With kPassing b comes from L2 and is not wanted again soon: it leaves
+// L1 to a.
 template <bool kPassing = false>
 SDFAST_INLINE void multiply_step(const void* first, const void* second, int64_t a_stride,
                                  const void* left, const void* right, int64_t b_stride, bool two) {

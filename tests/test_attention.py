@@ -182,7 +182,7 @@ def test_large_logits(dtype: torch.dtype) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("largest", [-300.0, 20.0, 60.0, 100.0, 300.0])
+@pytest.mark.parametrize("largest", [-300.0, 20.0, 40.0, 60.0, 300.0])
 def test_later_keys_outgrow_the_first(largest: float, dtype: torch.dtype) -> None:
     """Scores of 0 at first, then to `largest`: on AMX more keys than one block, beyond a tile's range or not."""
     case = make_case(70, 2100, 40, dtype, scale=1.0)
