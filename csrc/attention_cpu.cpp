@@ -6,7 +6,8 @@
 // So maximum and sum need no reduction across lanes, and neither keys nor D are padded, but for AMX
 // (attention_tiles_cpu.h). k and v of a head are copied once into the micro-kernel's operands and
 // shared by all its tiles.
-// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32.
+// bf16 multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32. fp32
+// may be split into sums of two bf16, for AMX.
 // Bytes: q, k and v read, o written. Limit: 4 L S D fused multiply-add flops, L S exponentials.
 // The steps are in attention_cpu.h.
 #include "attention_cpu.h"
@@ -31,9 +32,8 @@ constexpr int64_t kMostTiles = 4;   // of queries, that share a block of keys wh
 constexpr int64_t kFewQueries = 256;
 constexpr int64_t kScratchBytes = 24 << 20;  // of copied keys and values at a time
 
-template <typename T>
+template <typename T, typename Operand = typename OperandOf<T>::Type>
 struct Attention {
-  using Operand = typename OperandOf<T>::Type;
   Sizes sizes;
   View<const T> q, k, v;
   View<T> o;
@@ -42,6 +42,9 @@ struct Attention {
   double scale;
 
   static constexpr bool kInTiles = attention::kInTiles<Operand>;
+  // Whether values of fp32 are multiplied as sums of two bf16.
+  static constexpr bool kSplit = std::is_same_v<T, float> && Operand::kDepth == 2;
+  static constexpr int64_t kParts = kSplit ? 2 : 1;
   static int64_t whole(int64_t size) { return attention::whole<Operand>(size); }
 
   // Keys in a block, whole steps of them: their operands and the tiles' share L2.
@@ -51,15 +54,22 @@ struct Attention {
     return std::clamp<int64_t>(32768 / sizes.dim, 32, most) / kStep * kStep;
   }
 
-  int64_t depth_steps() const { return attention::whole_steps<Operand>(sizes.dim); }
+  // Of a row of q or k as it is multiplied.
+  int64_t depth() const { return (kSplit ? 3 : 1) * sizes.dim; }
+  int64_t depth_steps() const { return attention::whole_steps<Operand>(depth()); }
   static int64_t key_steps(int64_t keys) { return attention::whole_steps<Operand>(keys); }
 
   // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or both in tiles.
   int64_t packed_keys() const { return Operand::kDepth * key_steps(sizes.keys) * depth_steps(); }
-  int64_t packed_head() const { return packed_keys() + key_steps(sizes.keys) * whole(sizes.dim); }
+  int64_t packed_head() const { return packed_keys() + value_at(2 * key_steps(sizes.keys)); }
+  // Where the values of keys from this on begin.
+  int64_t value_at(int64_t key) const { return key / Operand::kDepth * kParts * whole(sizes.dim); }
 
   // fp32 lies in memory as it is multiplied; so few queries do not pay for a denser copy.
-  bool in_place() const { return std::is_same_v<T, float> && sizes.queries <= kFewQueries; }
+  bool in_place() const {
+    return std::is_same_v<Operand, gemm::Float32> && std::is_same_v<T, float> &&
+           sizes.queries <= kFewQueries;
+  }
 
   // The operands of one head; strides from one row in memory to the next.
   struct Head {
@@ -79,23 +89,55 @@ struct Attention {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     Operand* values = to + packed_keys();
 #if defined(SDFAST_TILES)
-    if constexpr (kInTiles) {
+    if constexpr (kSplit) {
+      pack_split(batch, h, first, last, to);
+    } else if constexpr (kInTiles) {
       for (int64_t key = first; key < last; ++key) {
         attention::pack_key_in_tiles(k.row(batch, h, key), sizes.dim, key, to);
       }
-      return attention::pack_values_in_tiles(v.row(batch, h, first), v.row_stride, last - first,
-                                             sizes.dim,
-                                             values + first / Operand::kDepth * whole(sizes.dim));
-    }
+      attention::pack_values_in_tiles(v.row(batch, h, first), v.row_stride, last - first, sizes.dim,
+                                      values + value_at(first));
+    } else
 #endif
-    for (int64_t key = first; key < last; ++key) {
-      attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
-    }
-    for (int64_t key = first; key < last; key += Operand::kDepth) {
-      attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
-                            values + key / Operand::kDepth * sizes.dim);
+    {
+      for (int64_t key = first; key < last; ++key) {
+        attention::pack_key(k.row(batch, h, key), sizes.dim, to + key * depth_steps());
+      }
+      for (int64_t key = first; key < last; key += Operand::kDepth) {
+        attention::pack_value(v.row(batch, h, key), v.row_stride, last - key, sizes.dim,
+                              values + value_at(key));
+      }
     }
   }
+
+#if defined(SDFAST_TILES)
+  void pack_split(int64_t batch, int64_t head, int64_t first, int64_t last, Operand* to) const {
+    constexpr int64_t kStep = 2 * simd::kLanes;
+    const int64_t dim = sizes.dim;
+    Scratch<simd::BFloat16> rows(kStep * 3 * dim);
+    simd::BFloat16* parts = rows.get();
+    for (int64_t key = first; key < last; key += kStep) {
+      const int64_t count = std::min(kStep, last - key);
+      attention::split_rows<true, true, false>(k.row(batch, head, key), k.row_stride, count, dim,
+                                               parts);
+      for (int64_t i = 0; i < count; ++i) {
+        attention::pack_key_in_tiles(parts + i * depth(), depth(), key + i, to);
+      }
+      attention::split_rows<true, false>(v.row(batch, head, key), v.row_stride, count, dim, parts);
+      Operand* values = to + packed_keys() + value_at(key);
+      for (int64_t part = 0; part < 2; ++part) {
+        attention::pack_values_in_tiles(parts + part * dim, 2 * dim, count, dim,
+                                        values + part * whole(dim) * simd::kLanes);
+      }
+    }
+  }
+  void pack_split_queries(const float* rows, const Tile<Operand>& tile) const {
+    const Scratch<simd::BFloat16> parts(kColumns * depth());
+    attention::split_rows<true, false, true>(rows, q.row_stride, tile.count, sizes.dim,
+                                             parts.get());
+    attention::pack_queries(parts.get(), depth(), tile.count, depth(), scale < 0, tile.q);
+  }
+#endif
 
   // Not zero: hidden keys have a score of -inf.
   float to_log2() const {
@@ -142,7 +184,7 @@ struct Attention {
     using attention::Item;
     using attention::RowsProduct;
     const int64_t steps = depth_steps(), most = block_keys();
-    attention::attend_items(
+    attention::attend_items<kSplit>(
         attention::items_of(count, sizes.keys, most, [&](int64_t t) { return keys_of(tiles[t]); }),
         tiles, sizes.dim, to_log2(), scores, most * kColumns,
         [&](const Item& item, float* to) {
@@ -156,14 +198,15 @@ struct Attention {
                              false};
         },
         [&](const Item& item, const Operand* weights) {
-          return RowsProduct{operands.values + item.key / Operand::kDepth * whole(sizes.dim),
+          return RowsProduct{operands.values + value_at(item.key),
                              weights,
                              attention::kTile,
                              whole(sizes.dim) * simd::kLanes,
                              key_steps(item.keys) / simd::kLanes,
                              whole(sizes.dim),
                              tiles[item.tile].o,
-                             item.key > 0};
+                             item.key > 0,
+                             kSplit};
         },
         [&](const Item& item, float* to) {
           if (is_causal) {
@@ -173,8 +216,8 @@ struct Attention {
         },
         [&](const Item& item, float* weights) {
           const int64_t there = gemm::steps_of(Operand::kDepth, item.keys);
-          std::fill_n(reinterpret_cast<Operand*>(weights) + there * kColumns,
-                      (key_steps(item.keys) - there) * kColumns, Operand{});
+          std::fill_n(reinterpret_cast<Operand*>(weights) + there * kParts * kColumns,
+                      (key_steps(item.keys) - there) * kParts * kColumns, Operand{});
         });
   }
 
@@ -188,7 +231,7 @@ struct Attention {
 
   void attend_in_tiles(const Tile<Operand>* tiles, int64_t count, const Head& operands,
                        float* scores) const {
-    if (is_causal || sizes.dim > attention::kNarrow) {
+    if (kSplit || is_causal || sizes.dim > attention::kNarrow) {
       return attend_any_in_tiles(tiles, count, operands, scores);
     }
     const int64_t out = whole(sizes.dim) / amx::kTileColumns;
@@ -207,8 +250,16 @@ struct Attention {
               float* scores) const {
     const int64_t batch = head / sizes.heads, h = head % sizes.heads;
     for (int64_t t = 0; t < count; ++t) {
-      attention::pack_queries(q.row(batch, h, tiles[t].first), q.row_stride, tiles[t].count,
-                              sizes.dim, scale < 0, tiles[t].q);
+      const T* rows = q.row(batch, h, tiles[t].first);
+#if defined(SDFAST_TILES)
+      if constexpr (kSplit) {
+        pack_split_queries(rows, tiles[t]);
+      } else
+#endif
+      {
+        attention::pack_queries(rows, q.row_stride, tiles[t].count, sizes.dim, scale < 0,
+                                tiles[t].q);
+      }
     }
 #if defined(SDFAST_TILES)
     if constexpr (kInTiles) {
@@ -278,9 +329,9 @@ struct Attention {
   }
 };
 
-// lse: (B, heads, L), fp32, written; or null.
+// lse: (B, heads, L), fp32, written; or null. split: see Attention.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal, double scale,
-              float* lse) {
+              bool split, float* lse) {
   const Sizes sizes = attention::sizes_of(q, k);
   const ScalarType dtype = q.scalar_type();
   const Tensor queries = attention::checked(q, "q", sizes, sizes.queries, dtype),
@@ -289,25 +340,41 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, bool is_causal,
   Tensor o = attention::new_by_token(sizes, sizes.queries, dtype);
   if (o.numel() == 0) return o;
   STD_TORCH_CHECK(sizes.keys > 0, "k: expected at least one key");
-  with_element_type(dtype, [&](auto element) {
+  const auto run = [&](auto element, auto operand) {
     using T = decltype(element);
     using attention::view_of;
-    Attention<T>{sizes,
-                 view_of<const T>(queries),
-                 view_of<const T>(keys),
-                 view_of<const T>(values),
-                 view_of<T>(o),
-                 lse,
-                 is_causal,
-                 scale}
+    Attention<T, decltype(operand)>{sizes,
+                                    view_of<const T>(queries),
+                                    view_of<const T>(keys),
+                                    view_of<const T>(values),
+                                    view_of<T>(o),
+                                    lse,
+                                    is_causal,
+                                    scale}
         .run();
-  });
+  };
+  if (split) {
+    STD_TORCH_CHECK(dtype == ScalarType::Float, "q: expected fp32");
+#if defined(SDFAST_TILES)
+    run(float(), gemm::BFloat16Pair());
+    return o;
+#else
+    STD_TORCH_CHECK(false, "q: is multiplied so only where there is AMX");
+#endif
+  }
+  with_element_type(
+      dtype, [&](auto element) { run(element, typename OperandOf<decltype(element)>::Type()); });
   return o;
 }
 
 // q: (B, heads, L, D). k, v: (B, heads, S, D). Returns a (B, heads, L, D) view of (B, L, heads, D).
 Tensor attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
-  return attend(q, k, v, is_causal, scale, nullptr);
+  return attend(q, k, v, is_causal, scale, false, nullptr);
+}
+
+// The same in fp32 on AMX tiles, whose factors are sums of two bf16.
+Tensor attention_split(Tensor q, Tensor k, Tensor v, bool is_causal, double scale) {
+  return attend(q, k, v, is_causal, scale, true, nullptr);
 }
 
 // Returns that and the base-2 logarithm of each query's sum of exp(scale q k): (B, heads, L), fp32.
@@ -315,13 +382,14 @@ std::tuple<Tensor, Tensor> attention_with_lse(Tensor q, Tensor k, Tensor v, bool
                                               double scale) {
   const Sizes sizes = attention::sizes_of(q, k);
   Tensor lse = empty({sizes.batch, sizes.heads, sizes.queries}, ScalarType::Float);
-  Tensor o = attend(q, k, v, is_causal, scale, lse.mutable_data_ptr<float>());
+  Tensor o = attend(q, k, v, is_causal, scale, false, lse.mutable_data_ptr<float>());
   if (o.numel() == 0) std::fill_n(lse.mutable_data_ptr<float>(), lse.numel(), 0.0f);
   return {o, lse};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_split", TORCH_BOX(&attention_split));
   m.impl("attention_with_lse", TORCH_BOX(&attention_with_lse));
 }
 

@@ -187,6 +187,53 @@ SDFAST_INLINE void store_row_pair(gemm::BFloat16Pair* to, const Vecs<2 * kV>& ro
   }
 }
 #endif
+#if defined(SDFAST_TILES)
+// Pairs of the upper halves of the lanes.
+SDFAST_INLINE void store_high_halves(gemm::BFloat16Pair* to, Vec first, Vec second) {
+  constexpr int kSelect = 0xca;  // of the first mask's bits the second operand's, else the third's
+  const __m512i low = reinterpret_cast<__m512i>(simd::as_bits(first) >> 16);
+  const __m512i pairs = _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(0xffff0000u)),
+                                                  reinterpret_cast<__m512i>(second), low, kSelect);
+  std::memcpy(static_cast<void*>(to), &pairs, sizeof pairs);
+}
+// Two rows of two vectors, not negative, as sums of two bf16: the upper parts in a row of pairs,
+// the lower ones in the next.
+SDFAST_INLINE void store_split_pair(gemm::BFloat16Pair* to, const Vecs<4>& rows) {
+  const Vecs<4> upper =
+      simd::each([](Vec v) { return simd::as_floats(simd::as_bits(v) & 0xffff0000u); }, rows);
+  const Vecs<4> lower =
+      simd::each([](Vec v) { return simd::as_floats(simd::as_bits(v) + 0x8000u); }, rows - upper);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    store_high_halves(to + i * kLanes, upper.v[i], upper.v[i + 2]);
+    store_high_halves(to + kColumns + i * kLanes, lower.v[i], lower.v[i + 2]);
+  }
+}
+#endif
+
+#if defined(SDFAST_TILES)
+// 2^v for any v, with an error of 2e-7; 8e-5 with kCoarse. CPUs with tiles have few ports for
+// vectors, and fast instructions for this; the polynomials are the minimax ones of 2^r, 0 <= r < 1.
+template <bool kCoarse, typename V>
+SDFAST_INLINE V power_by_polynomial(const V& exponent) {
+  return simd::each(
+      [](Vec v) {
+        const __m512 number = reinterpret_cast<__m512>(v);
+        const Vec r = reinterpret_cast<Vec>(
+            _mm512_maskz_reduce_ps(simd::kAllLanes, number, 0x9));  // v - floor(v)
+        Vec power;
+        if constexpr (kCoarse) {
+          power = ((r * 0.0780245513f + 0.226067185f) * r + 0.695833504f) * r + 0.999925256f;
+        } else {
+          power = (r * 0.00187757669f + 0.00898933969f) * r + 0.0558263175f;
+          power = ((power * r + 0.240153611f) * r + 0.693153083f) * r + 0.99999994f;
+        }
+        return reinterpret_cast<Vec>(
+            _mm512_maskz_scalef_ps(simd::kAllLanes, reinterpret_cast<__m512>(power), number));
+      },
+      exponent);
+}
+#endif
 
 // 2^v for v <= 0 or little above, and never less than 2^kLowest, which is nothing beside the
 // largest weight, 1. Relative error 5e-8; with kCoarse, for weights rounded to bf16, 6e-5. On CPUs
@@ -195,21 +242,7 @@ constexpr float kLowest = -125.0f;
 template <bool kCoarse, typename V>
 SDFAST_INLINE V power_of_two(const V& exponent) {
 #if defined(SDFAST_TILES)
-  // CPUs with tiles have few ports for vectors, and fast instructions for this; the polynomial is
-  // the minimax one of 2^r, 0 <= r < 1.
-  if constexpr (kCoarse) {
-    return simd::each(
-        [](Vec v) {
-          const __m512 number = reinterpret_cast<__m512>(v);
-          const Vec r = reinterpret_cast<Vec>(
-              _mm512_maskz_reduce_ps(simd::kAllLanes, number, 0x9));  // v - floor(v)
-          const Vec power =
-              ((r * 0.0780245513f + 0.226067185f) * r + 0.695833504f) * r + 0.999925256f;
-          return reinterpret_cast<Vec>(
-              _mm512_maskz_scalef_ps(simd::kAllLanes, reinterpret_cast<__m512>(power), number));
-        },
-        exponent);
-  }
+  if constexpr (kCoarse) return power_by_polynomial<true>(exponent);
 #endif
   const V v = simd::at_least(exponent, kLowest);
 #if defined(__AVX512F__)
@@ -298,18 +331,31 @@ Vecs<2> reference_of(const Tile<Operand>& tile, int64_t keys, int64_t dim, float
 }
 
 // Scores of keys [begin, end), both even, to weights 2^(scale score - shift), in place, added to
-// `total`: of even and odd keys.
-template <typename Operand>
+// `total`: of even and odd keys. With kSplit a weight is a sum of two bf16: a row of pairs of upper
+// parts, then one of lower parts.
+template <typename Operand, bool kSplit = false>
 SDFAST_INLINE void weigh(int64_t begin, int64_t end, float scale, const Vecs<2>& shift,
                          float* scores, Vecs<4>& total) {
   constexpr bool kCoarse = Operand::kDepth == 2;
+  constexpr int64_t kParts = kSplit ? 2 : 1;
   const Vecs<4> shifts{{shift.v[0], shift.v[1], shift.v[0], shift.v[1]}};
   Operand* weights = reinterpret_cast<Operand*>(scores);
   Vecs<4> sum = total;
   for (int64_t key = begin; key < end; key += 2) {
-    const Vecs<4> weight = power_of_two<kCoarse>(row_pair(scores, key) * scale - shifts);
+    const Vecs<4> power = row_pair(scores, key) * scale - shifts;
+    Operand* to = weights + key / Operand::kDepth * kParts * kColumns;
+    Vecs<4> weight;
+#if defined(SDFAST_TILES)
+    if constexpr (kSplit) {
+      weight = power_by_polynomial<false>(power);
+      store_split_pair(to, weight);
+    } else
+#endif
+    {
+      weight = power_of_two<kCoarse>(power);
+      store_row_pair<2>(to, weight);
+    }
     sum = sum + weight;
-    store_row_pair<2>(weights + key / Operand::kDepth * kColumns, weight);
   }
   total = sum;
 }
@@ -319,12 +365,12 @@ SDFAST_INLINE Vecs<2> even_and_odd(const Vecs<4>& total) {
 }
 
 // All keys of a block. Returns the sum of their weights.
-template <typename Operand>
+template <typename Operand, bool kSplit = false>
 Vecs<2> weigh(int64_t keys, float scale, const Vecs<2>& shift, float* scores) {
   Vecs<2> sums{};
   for (int64_t begin = 0; begin < keys; begin += kChain) {
     Vecs<4> total{};
-    weigh<Operand>(begin, std::min(begin + kChain, keys), scale, shift, scores, total);
+    weigh<Operand, kSplit>(begin, std::min(begin + kChain, keys), scale, shift, scores, total);
     sums = sums + even_and_odd(total);
   }
   return sums;

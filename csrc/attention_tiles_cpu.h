@@ -1,8 +1,13 @@
-// Tiles of queries over all keys in bf16 on AMX, for any D and causal ones.
+// Tiles of queries over all keys on AMX, for any D and causal ones: in bf16, or in fp32 as sums of
+// two bf16.
 //
 // A block of keys of a tile of queries is an item. While the scores of one item become weights,
 // the weights of the item before are multiplied by its values, and the scores of the next item are
 // multiplied out: a product is begun, some keys are weighed, and the product's sums are stored.
+//
+// A split row of q and one of k have three times D values, whose product is the sum of three: upper
+// by upper parts, lower by upper, upper by lower. Values and weights alternate in upper and lower
+// parts instead, because weights are split where their scores lie.
 #pragma once
 
 #include "attention_cpu.h"
@@ -17,16 +22,19 @@ using simd::BFloat16;
 constexpr int64_t kTile = amx::kTileRows * kLanes;  // pairs
 
 // c (kTileRows or twice as many, kColumns) (+)= a b. The tiles of a are dense, `next_rows` pairs
-// from one to the next of other rows, `next_step` of other columns.
+// from one to the next of other rows, `next_step` of other columns. Of split ones a step is a tile
+// of upper parts and the next, of lower ones, and in b their rows alternate.
 struct TileProduct {
   const BFloat16Pair *a, *b;
   int64_t next_rows, next_step, steps;
   float* c;
-  bool two, accumulate;
+  bool two, accumulate, split;
 
   static constexpr int64_t kRowBytes = kColumns * sizeof(float);
 
-  SDFAST_INLINE void begin() const {
+  // Calls work(step) after each step.
+  template <typename Work>
+  SDFAST_INLINE void run(const Work& work) const {
     // GCC's tile loads do not say that they read memory.
     __asm__ volatile("" ::: "memory");
     if (accumulate) {
@@ -35,18 +43,26 @@ struct TileProduct {
       amx::zero_sums();
     }
     constexpr int64_t kApart = kLanes * sizeof(BFloat16Pair);
+    const int64_t parts = split ? 2 : 1;
     const BFloat16Pair *rows = a, *more_rows = a + next_rows, *columns = b;
     for (int64_t step = 0; step < steps; ++step) {
-      amx::multiply_step(rows, more_rows, kApart, columns, columns + kLanes, kRowBytes, two);
-      rows += next_step;
-      more_rows += next_step;
-      columns += kLanes * kColumns;
+      if (split) {
+        amx::multiply_split_step(values_of(rows), values_of(more_rows), kApart, 2 * next_step,
+                                 values_of(columns), values_of(columns + kLanes), 2 * kRowBytes,
+                                 2 * kColumns, two);
+      } else {
+        amx::multiply_step(rows, more_rows, kApart, columns, columns + kLanes, kRowBytes, two);
+      }
+      rows += parts * next_step;
+      more_rows += parts * next_step;
+      columns += parts * kLanes * kColumns;
+      work(step);
     }
-  }
-
-  SDFAST_INLINE void end() const {
     amx::store_sums(c, kRowBytes, two);
     __asm__ volatile("" ::: "memory");
+  }
+  static const BFloat16* values_of(const BFloat16Pair* pairs) {
+    return reinterpret_cast<const BFloat16*>(pairs);
   }
 };
 
@@ -80,23 +96,41 @@ inline void pack_values_in_tiles(const BFloat16* v, int64_t row_stride, int64_t 
   }
 }
 
+// Rows of fp32, `stride` apart, in their parts: (kParts, D) values each, upper parts where
+// kUpper says so.
+template <bool... kUpper>
+void split_rows(const float* from, int64_t stride, int64_t rows, int64_t dim, BFloat16* to) {
+  constexpr int64_t kParts = sizeof...(kUpper);
+  for (int64_t row = 0; row < rows; ++row, from += stride, to += kParts * dim) {
+    for_each_part(dim, [&](int64_t i, auto lanes) {
+      const simd::Parts parts = simd::split(simd::load(from + i, lanes));
+      int64_t at = i;
+      const auto store = [&](const simd::HalfBits& part) {
+        std::memcpy(static_cast<void*>(to + at), &part, lanes * sizeof *to);
+        at += dim;
+      };
+      (store(kUpper ? parts.upper : parts.lower), ...);
+    });
+  }
+}
+
 // A product of more rows, two tiles of them at a time.
 struct RowsProduct {
   const BFloat16Pair *a, *b;
   int64_t next_rows, next_step, steps, rows;
   float* c;
-  bool accumulate;
+  bool accumulate, split = false;
 
   int64_t count() const { return (rows + 2 * amx::kTileRows - 1) / (2 * amx::kTileRows); }
   TileProduct operator[](int64_t i) const {
     const int64_t row = i * 2 * amx::kTileRows;
-    return {a + 2 * i * next_rows,       b,         next_rows, next_step, steps, c + row * kColumns,
-            rows - row > amx::kTileRows, accumulate};
+    return {
+        a + 2 * i * next_rows,       b,          next_rows, next_step, steps, c + row * kColumns,
+        rows - row > amx::kTileRows, accumulate, split};
   }
   void run() const {
     for (int64_t i = 0; i < count(); ++i) {
-      (*this)[i].begin();
-      (*this)[i].end();
+      (*this)[i].run([](int64_t) {});
     }
   }
 };
@@ -134,7 +168,7 @@ inline bool all_below(const Vecs<2>& v, float limit) {
 
 // scores_of(item, to) and values_of(item, weights) give products, settle(item, scores) what hides
 // keys, complete(item, weights) the weights of keys that are none. scores: room for three items.
-template <typename ScoresOf, typename ValuesOf, typename Settle, typename Complete>
+template <bool kSplit, typename ScoresOf, typename ValuesOf, typename Settle, typename Complete>
 void attend_items(const std::vector<Item>& items, const Tile<BFloat16Pair>* tiles, int64_t dim,
                   float scale, float* scores, int64_t item_scores, const ScoresOf& scores_of,
                   const ValuesOf& values_of, const Settle& settle, const Complete& complete) {
@@ -158,21 +192,24 @@ void attend_items(const std::vector<Item>& items, const Tile<BFloat16Pair>* tile
     const RowsProduct next =
         i + 1 < count ? scores_of(items[i + 1], scores_at(i + 1)) : RowsProduct{};
     const int64_t products = before.count() + next.count();
+    const int64_t steps = before.count() * before.steps + next.count() * next.steps;
     Vecs<4> total{};
+    int64_t taken = 0, weighed = 0;
     for (int64_t p = 0; p < products; ++p) {
       const TileProduct product = p < before.count() ? before[p] : next[p - before.count()];
-      product.begin();
-      weigh<BFloat16Pair>(2 * (p * pairs / products), 2 * ((p + 1) * pairs / products), scale,
-                          shift, own, total);
-      product.end();
+      product.run([&](int64_t) {
+        const int64_t end = ++taken * pairs / steps;
+        weigh<BFloat16Pair, kSplit>(2 * weighed, 2 * end, scale, shift, own, total);
+        weighed = end;
+      });
     }
-    if (products == 0) weigh<BFloat16Pair>(0, 2 * pairs, scale, shift, own, total);
+    if (products == 0) weigh<BFloat16Pair, kSplit>(0, 2 * pairs, scale, shift, own, total);
     Vecs<2> sums = even_and_odd(total);
     if (item.key > 0 && !all_below(sums, kMostSum)) {
       scores_of(item, own).run();
       settle(item, own);
       shift = reference_of(tile, item.keys, dim, scale, false, own);
-      sums = weigh<BFloat16Pair>(2 * pairs, scale, shift, own);
+      sums = weigh<BFloat16Pair, kSplit>(2 * pairs, scale, shift, own);
     }
     add_to_sum(tile, sums);
     complete(item, own);

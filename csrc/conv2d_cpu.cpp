@@ -16,7 +16,14 @@ using conv2d::winograd::F2x2Of3x3;
 using conv2d::winograd::F4x4Of2x2;
 using conv2d::winograd::F4x4Of3x3;
 
-enum class Algorithm : int64_t { kDirect, kWinograd4x4, kWinograd2x2, kWinograd4x4Unpacked };
+// kSplit is the direct one in fp32 on AMX tiles, whose factors are sums of two bf16.
+enum class Algorithm : int64_t {
+  kDirect,
+  kWinograd4x4,
+  kWinograd2x2,
+  kWinograd4x4Unpacked,
+  kSplit
+};
 
 bool reads_packed(Algorithm algorithm) {
   return algorithm == Algorithm::kWinograd4x4 || algorithm == Algorithm::kWinograd2x2;
@@ -31,7 +38,7 @@ void with_winograd(int64_t algorithm, bool upsample, const Body& body) {
 }
 
 Algorithm checked_algorithm(int64_t algorithm) {
-  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 3, "algorithm: expected 0 to 3");
+  STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 4, "algorithm: expected 0 to 4");
   return static_cast<Algorithm>(algorithm);
 }
 
@@ -94,10 +101,9 @@ Tensor conv2d_pack(Tensor weight, int64_t algorithm) {
 
 // x: (N, channels, H, W), channels last. weight: conv2d_pack's, or for an algorithm that takes it
 // unpacked (out_channels, kernel_height, kernel_width, channels), for each of the four phases of an
-// upsampling one (out_channels, 2, 2, channels), contiguous; for the direct one also pack_tiles' of
-// that. bias: (out_channels). time_embedding:
-// (N, out_channels). residual: as y, channels last. padding: left, right, top, bottom. Returns y:
-// (N, out_channels, H', W'), channels last.
+// upsampling one (out_channels, 2, 2, channels), contiguous; for the direct ones also pack_tiles'
+// of that. bias: (out_channels). time_embedding: (N, out_channels). residual: as y, channels last.
+// padding: left, right, top, bottom. Returns y: (N, out_channels, H', W'), channels last.
 Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
                      std::optional<Tensor> time_embedding, std::optional<Tensor> residual,
                      int64_t algorithm, int64_t out_channels, int64_t kernel_height,
@@ -126,8 +132,8 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
   s.out_height = (scale * s.height + padding[2] + padding[3] - kernel_height) / stride + 1;
   s.out_width = (scale * s.width + padding[0] + padding[1] - kernel_width) / stride + 1;
   const bool is_3x3 = kernel_height == 3 && kernel_width == 3 && stride == 1;
-  STD_TORCH_CHECK(is_3x3 || (by == Algorithm::kDirect && !upsample),
-                  "kernel: expected 3x3, stride 1");
+  const bool is_direct = by == Algorithm::kDirect || by == Algorithm::kSplit;
+  STD_TORCH_CHECK(is_3x3 || (is_direct && !upsample), "kernel: expected 3x3, stride 1");
   STD_TORCH_CHECK(by != Algorithm::kWinograd4x4Unpacked || !upsample,
                   "upsample: this algorithm has none");
   STD_TORCH_CHECK(!upsample || (s.left == 1 && s.top == 1 && padding[1] == 1 && padding[3] == 1),
@@ -176,15 +182,19 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
       });
     }
 #if defined(SDFAST_TILES)
-    if constexpr (std::is_same_v<T, simd::BFloat16>) {
-      if (by == Algorithm::kDirect && weight.dim() == 1) {  // of pack_tiles
-        const gemm::tiles::Product p{out_channels, s.channels, upsample ? 2 : kernel_height,
-                                     upsample ? 2 : kernel_width};
-        STD_TORCH_CHECK(weight.numel() == p.packed() * (upsample ? 4 : 1) &&
-                            weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous(),
+    constexpr bool kIsFloat = std::is_same_v<T, float>;
+    if constexpr (kIsFloat || std::is_same_v<T, simd::BFloat16>) {
+      const bool in_tiles = by == (kIsFloat ? Algorithm::kSplit : Algorithm::kDirect);
+      if (in_tiles && weight.dim() == 1) {  // of pack_tiles
+        int64_t size = 0;
+        for (const conv2d::Phase& phase : conv2d::phases_of(s)) {
+          size += conv2d::direct::Bands<T>{s, phase, from}.product().packed();
+        }
+        STD_TORCH_CHECK(weight.numel() == size && weight.scalar_type() == ScalarType::BFloat16 &&
+                            weight.is_contiguous(),
                         "weight: expected pack_tiles of a weight that fits x");
-        const auto* packed = static_cast<const T*>(weight.const_data_ptr());
-        return conv2d::direct::run_tiles(s, from, {packed, true}, added, to);
+        const auto* packed = static_cast<const simd::BFloat16*>(weight.const_data_ptr());
+        return conv2d::direct::run_tiles<T>(s, from, {nullptr, packed}, added, to);
       }
     }
 #endif
@@ -196,6 +206,14 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
     if (by == Algorithm::kWinograd4x4Unpacked) {
       const conv2d::winograd::Weight<T> points{values, out_channels, s.channels};
       return conv2d::winograd::run_unpacked(s, from, points, added, to);
+    }
+    if (by == Algorithm::kSplit) {
+#if defined(SDFAST_TILES)
+      if constexpr (kIsFloat) {
+        return conv2d::direct::run_tiles<T>(s, from, {values}, added, to);
+      }
+#endif
+      STD_TORCH_CHECK(false, "algorithm: this one takes fp32, where there is AMX");
     }
     // A pair must not reach from one tap to the next.
     if (s.channels % Operand::kDepth == 0) {

@@ -21,6 +21,7 @@ struct Epilogue {
   const Phase& phase;
   const Added<T>& added;
   T* y;
+  bool streamed = false;  // whether y is written past the caches
 
   // Calls work(t, image, pixel of y) for t < count: divisions are slow, so that there are three.
   template <typename Work>
@@ -43,7 +44,7 @@ struct Epilogue {
     for_each_pixel(token, count, [&](int64_t, int64_t, int64_t pixel) {
       for (int64_t o = row; o < row + rows; o += kLine) {
         const int64_t at = pixel * shape.out_channels + o;
-        simd::prefetch_for_write(y + at);
+        if (!streamed) simd::prefetch_for_write(y + at);
         if (added.residual) simd::prefetch(added.residual + at);
       }
     });
@@ -54,8 +55,13 @@ struct Epilogue {
     for_each_pixel(token, count, [&](int64_t t, int64_t image, int64_t pixel) {
       simd::for_each_vector(row, row + rows, [&](int64_t o, auto lanes) {
         const Vec sum = simd::load(sums.values + t * sums.stride + (o - row));
-        simd::store(y + pixel * shape.out_channels + o,
-                    finished(added, shape, sum, image, pixel, o, lanes), lanes);
+        const Vec value = finished(added, shape, sum, image, pixel, o, lanes);
+        T* to = y + pixel * shape.out_channels + o;
+        if (streamed) {
+          simd::stream(to, value, lanes);
+        } else {
+          simd::store(to, value, lanes);
+        }
       });
     });
   }
@@ -94,10 +100,11 @@ struct Pixels {
 #if defined(SDFAST_TILES)
 // The pixels of a phase as tokens on AMX tiles: bands of rows of x are copied, with zeros for what
 // lies outside, so that a tap is the same step away from every token.
+template <typename T>
 struct Bands {
   const Shape& shape;
   const Phase& phase;
-  const simd::BFloat16* x;
+  const T* x;
 
   int64_t tokens() const { return shape.images * phase.rows * phase.columns; }
   int64_t rows() const {
@@ -106,13 +113,9 @@ struct Bands {
   }
   int64_t image_blocks() const { return (phase.rows + rows() - 1) / rows(); }
   int64_t blocks() const { return shape.images * image_blocks(); }
-  // In the copy: columns of a row, values from a pixel to the next; an odd number of cache lines,
-  // so that rows of a tile do not crowd a set.
+  // In the copy: columns of a row, values from a pixel to the next.
   int64_t columns() const { return (phase.columns - 1) * shape.stride + phase.kernel_width; }
-  int64_t pixel() const {
-    return ((shape.channels + gemm::tiles::kStep - 1) / gemm::tiles::kStep | 1) *
-           gemm::tiles::kStep;
-  }
+  int64_t pixel() const { return gemm::tiles::copied_values<T>(shape.channels); }
   int64_t copied() const {
     const int64_t height = (rows() - 1) * shape.stride + phase.kernel_height;
     return (height * columns() + gemm::tiles::kTileRows * shape.stride) * pixel();
@@ -124,7 +127,7 @@ struct Bands {
     gemm::tiles::Product p{shape.out_channels, shape.channels,      phase.kernel_height,
                            phase.kernel_width, columns() * pixel(), pixel()};
     p.overlaps = p.taps() > 1;
-    return p;
+    return std::is_same_v<T, float> ? p.splits() : p;
   }
 
   gemm::tiles::Lines band(int64_t token, int64_t count, const simd::BFloat16* copy) const {
@@ -144,12 +147,11 @@ struct Bands {
       const int64_t row = first * shape.stride + phase.top + y;
       for (int64_t x_ = 0; x_ < columns(); ++x_, to += pixel()) {
         const int64_t column = phase.left + x_;
-        int64_t there = 0;
         if (shape.inside(row, column)) {
-          there = shape.channels;
-          std::memcpy(to, x + shape.offset(image, row, column), there * sizeof *to);
+          gemm::tiles::copy_values(x + shape.offset(image, row, column), shape.channels, to);
+        } else {
+          std::memset(static_cast<void*>(to), 0, pixel() * sizeof *to);
         }
-        std::memset(static_cast<void*>(to + there), 0, (pixel() - there) * sizeof *to);
       }
     }
     return band((image * phase.rows + first) * phase.columns, count, copy);
@@ -157,16 +159,17 @@ struct Bands {
 };
 
 // y's pixels of one phase. weight: as gemm::tiles::multiply_weights takes it.
-template <typename W>
-void run_phase(const Shape& s, const Phase& phase, const simd::BFloat16* x, const W& weight,
-               const Added<simd::BFloat16>& added, simd::BFloat16* y) {
-  const Epilogue<simd::BFloat16> epilogue{s, phase, added, y};
-  const Bands bands{s, phase, x};
+template <typename T, typename W>
+void run_phase(const Shape& s, const Phase& phase, const T* x, const W& weight,
+               const Added<T>& added, T* y) {
+  const bool streamed = gemm::tiles::streams(y, s.images * s.pixels(), s.out_channels);
+  const Epilogue<T> epilogue{s, phase, added, y, streamed};
+  const Bands<T> bands{s, phase, x};
   const gemm::tiles::Product p = bands.product();
   const bool by_pixel = p.taps() == 1 && s.stride == 1 && phase.rows == s.height &&
                         phase.columns == s.width && phase.top == 0 && phase.left == 0;
   if (by_pixel) {
-    const gemm::tiles::Tokens tokens{x, bands.tokens(), s.channels, s.channels};
+    const gemm::tiles::Tokens<T> tokens{x, bands.tokens(), s.channels, s.channels};
     gemm::tiles::multiply_weights(p, weight, tokens, epilogue);
   } else {
     gemm::tiles::multiply_weights(p, weight, bands, epilogue);
@@ -174,12 +177,17 @@ void run_phase(const Shape& s, const Phase& phase, const simd::BFloat16* x, cons
 }
 
 // weight: for each phase (out_channels, taps, channels), or that packed.
-inline void run_tiles(const Shape& s, const simd::BFloat16* x, gemm::tiles::Weight weight,
-                      const Added<simd::BFloat16>& added, simd::BFloat16* y) {
+template <typename T>
+void run_tiles(const Shape& s, const T* x, gemm::tiles::Weight<T> weight, const Added<T>& added,
+               T* y) {
   for (const Phase& phase : phases_of(s)) {
     run_phase(s, phase, x, weight, added, y);
-    const gemm::tiles::Product p = Bands{s, phase, x}.product();
-    weight.values += weight.packed ? p.packed() : p.rows * p.dim();
+    const gemm::tiles::Product p = Bands<T>{s, phase, x}.product();
+    if (weight.packed) {
+      weight.packed += p.packed();
+    } else {
+      weight.values += p.rows * p.dim();
+    }
   }
 }
 #endif
@@ -188,7 +196,7 @@ inline void run_tiles(const Shape& s, const simd::BFloat16* x, gemm::tiles::Weig
 template <typename Operand, typename T>
 void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* y) {
 #if defined(SDFAST_TILES)
-  if constexpr (std::is_same_v<T, simd::BFloat16>) return run_tiles(s, x, {weight}, added, y);
+  if constexpr (std::is_same_v<T, simd::BFloat16>) return run_tiles<T>(s, x, {weight}, added, y);
 #endif
   const std::vector<T> zeros(s.channels);
   for (const Phase& phase : phases_of(s)) {

@@ -46,27 +46,62 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 };
 
+// Tiles of columns, 6 and 7. With kPassing they come from L2 and are not wanted again soon: they
+// leave L1 to the rows.
+template <bool kPassing>
+SDFAST_INLINE void load_left(const void* b, int64_t stride) {
+  if constexpr (kPassing) {
+    _tile_stream_loadd(6, b, stride);
+  } else {
+    _tile_loadd(6, b, stride);
+  }
+}
+template <bool kPassing>
+SDFAST_INLINE void load_right(const void* b, int64_t stride) {
+  if constexpr (kPassing) {
+    _tile_stream_loadd(7, b, stride);
+  } else {
+    _tile_loadd(7, b, stride);
+  }
+}
+
 // Two tiles of rows, or one, by two of columns, for a step of K. Tiles 0 to 3 are c, 4 and 5 a, 6
-// and 7 b. Strides in bytes. With kPassing b comes from L2 and is not wanted again soon: it leaves
-// L1 to a.
+// and 7 b. Strides in bytes.
 template <bool kPassing = false>
 SDFAST_INLINE void multiply_step(const void* first, const void* second, int64_t a_stride,
                                  const void* left, const void* right, int64_t b_stride, bool two) {
-  if constexpr (kPassing) {
-    _tile_stream_loadd(6, left, b_stride);
-  } else {
-    _tile_loadd(6, left, b_stride);
-  }
+  load_left<kPassing>(left, b_stride);
   _tile_loadd(4, first, a_stride);
   _tile_dpbf16ps(0, 4, 6);
-  if constexpr (kPassing) {
-    _tile_stream_loadd(7, right, b_stride);
-  } else {
-    _tile_loadd(7, right, b_stride);
-  }
+  load_right<kPassing>(right, b_stride);
   _tile_dpbf16ps(1, 4, 7);
   if (!two) return;
   _tile_loadd(5, second, a_stride);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// The same of values that are sums of two bf16, whose lower parts lie a_lower and b_lower values
+// behind the upper ones. What two lower parts give, at most 2^-18 of the product, is left out.
+template <bool kPassing = false>
+SDFAST_INLINE void multiply_split_step(const simd::BFloat16* first, const simd::BFloat16* second,
+                                       int64_t a_stride, int64_t a_lower,
+                                       const simd::BFloat16* left, const simd::BFloat16* right,
+                                       int64_t b_stride, int64_t b_lower, bool two) {
+  multiply_step<kPassing>(first + a_lower, second + a_lower, a_stride, left, right, b_stride, two);
+  _tile_loadd(4, first, a_stride);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if (two) {
+    _tile_loadd(5, second, a_stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  load_left<kPassing>(left + b_lower, b_stride);
+  _tile_dpbf16ps(0, 4, 6);
+  load_right<kPassing>(right + b_lower, b_stride);
+  _tile_dpbf16ps(1, 4, 7);
+  if (!two) return;
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }

@@ -150,6 +150,16 @@ SDFAST_INLINE HalfBits narrow_bfloat16(Vec v) {
 #endif
 }
 
+// v as a sum of two bf16: its upper 8 bits and those after them, each rounded. A relative error of
+// at most 2^-17; NaN where v is not finite.
+struct Parts {
+  HalfBits upper, lower;
+};
+SDFAST_INLINE Parts split(Vec v) {
+  const HalfBits upper = narrow_bfloat16(v);
+  return {upper, narrow_bfloat16(v - widen_bfloat16(upper))};
+}
+
 SDFAST_INLINE Vec widen_half(HalfBits v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(kAllLanes, reinterpret_cast<__m256i>(v)));

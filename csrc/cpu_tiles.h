@@ -1,4 +1,5 @@
-// Products of bf16 with a weight on AMX tiles: y = x Wᵀ for W (rows, taps x channels) as it lies.
+// Products with a weight on AMX tiles: y = x Wᵀ for W (rows, taps x channels) as it lies, in bf16,
+// or in fp32 as sums of two bf16.
 //
 // Algorithm. Tokens are the rows of the left operand and are read where they lie, or in a copy of
 // a block of them; so sums come out token by token. W is what the tiles want in pairs of K: each
@@ -7,6 +8,9 @@
 // tokens by it. Sums of two by two tiles
 // stay in tile registers over a chunk of K, whose operands fit in L2. Bytes: x and W read, y
 // written. Limit: TDPBF16PS.
+// A value of fp32 is split into its upper 8 bits and the 8 after them, each a bf16, and multiplied
+// three times instead of four ("bf16x3"): the relative error of a product is a few 2^-18. Steps of
+// upper and of lower parts alternate, in the copy of the tokens and in the panels of W.
 // Every element is one chain of additions over K in one order: the result does not depend on the
 // number of threads.
 #pragma once
@@ -29,6 +33,7 @@ constexpr int64_t kPanelRows = 2 * kTileRows;   // of W, beside two tiles of tok
 constexpr int64_t kGroupRows = 2 * kPanelRows;  // of W, whose sums are finished together
 constexpr int64_t kPanelStep = kPanelRows * kStep;
 constexpr int64_t kChunkSteps = 90;          // of K: a panel of W and the tokens share L2
+constexpr int64_t kSplitSteps = 20;          // the same where values are split and tokens lie apart
 constexpr int64_t kSumsBytes = 512 << 10;    // of sums that wait for the next chunk
 constexpr int64_t kGroupsBytes = 512 << 10;  // of groups of W that tokens meet from L2
 constexpr int64_t kManyTokens = 1024;        // beyond which W is transposed by all threads
@@ -61,6 +66,42 @@ struct Lines {
   }
 };
 
+// Whether y is written past the caches: more than L2 holds, in whole lines.
+template <typename T>
+bool streams(const T* y, int64_t tokens, int64_t width) {
+  constexpr int64_t kLeast = 1 << 20;
+  return std::is_same_v<T, float> && tokens * width >= kLeast && width % kLanes == 0 &&
+         simd::is_aligned(y);
+}
+
+// What a row of `values` takes in a copy: whole cache lines, an odd number of them, so that rows of
+// a tile do not crowd a set.
+template <typename T>
+int64_t copied_values(int64_t values) {
+  constexpr int64_t kParts = std::is_same_v<T, float> ? 2 : 1;
+  return ((values + kStep - 1) / kStep * kParts | 1) * kStep;
+}
+
+// The values of a row, completed with zeros.
+inline void copy_values(const BFloat16* from, int64_t values, BFloat16* to) {
+  std::memcpy(to, from, values * sizeof *to);
+  std::fill(to + values, to + copied_values<BFloat16>(values), BFloat16{});
+}
+// Steps of upper parts and of lower parts in turns.
+inline void copy_values(const float* from, int64_t values, BFloat16* to) {
+  for (int64_t step = 0; step < values; step += kStep) {
+    for (int64_t i = step; i < step + kStep; i += kLanes, to += kLanes) {
+      const int64_t there = std::clamp<int64_t>(values - i, 0, kLanes);
+      const Vec v =
+          there == kLanes ? simd::load(from + i) : simd::load(from + i, static_cast<int>(there));
+      const simd::Parts parts = simd::split(v);
+      std::memcpy(static_cast<void*>(to), &parts.upper, sizeof parts.upper);
+      std::memcpy(static_cast<void*>(to + kStep), &parts.lower, sizeof parts.lower);
+    }
+    to += kStep;
+  }
+}
+
 // What is multiplied. A gated product pairs row i of W with row i + rows: W has twice the rows.
 struct Product {
   int64_t rows, channels;  // of W, of a tap
@@ -68,15 +109,25 @@ struct Product {
   // Values from a token to where its channels begin under each tap.
   int64_t tap_row_stride = 0, tap_stride = 0;
   bool gated = false;
+  bool split = false;  // whether values are sums of two bf16
   // Whether neighbouring tokens read the same lines, so that a panel meets them all while it is
   // near.
   bool overlaps = false;
   int64_t chunk_steps = kChunkSteps;
 
+  // The same of fp32.
+  Product splits() const {
+    Product p = *this;
+    p.split = true;
+    p.chunk_steps = overlaps ? kChunkSteps : kSplitSteps;
+    return p;
+  }
+
   int64_t taps() const { return tap_rows * tap_columns; }
   int64_t dim() const { return taps() * channels; }
   int64_t steps() const { return (channels + kStep - 1) / kStep; }  // of a tap
   int64_t halves() const { return gated ? 2 : 1; }
+  int64_t parts() const { return split ? 2 : 1; }  // of a value
   int64_t groups() const { return (rows + kGroupRows - 1) / kGroupRows; }
   int64_t group_rows(int64_t group) const {
     return std::min(kGroupRows, rows - group * kGroupRows);
@@ -90,7 +141,8 @@ struct Product {
   }
   int64_t first_step(int64_t chunk) const { return chunk * steps() / chunks(); }
   // Values of a group of W, transposed, of so many steps of each tap.
-  int64_t packed(int64_t count) const { return halves() * 2 * taps() * count * kPanelStep; }
+  int64_t packed(int64_t count) const { return halves() * 2 * panel(count); }
+  int64_t panel(int64_t count) const { return taps() * count * parts() * kPanelStep; }
   int64_t packed_at(int64_t group, int64_t chunk) const {
     return group * packed(steps()) + packed(first_step(chunk));
   }
@@ -125,15 +177,32 @@ inline void transpose_tile(const BFloat16* from, int64_t stride, int64_t there, 
   for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * kPanelRows * 2, &rows[i], sizeof(Vec));
 }
 
+inline void transpose_parts(const BFloat16* from, int64_t stride, int64_t there, int64_t values,
+                            int64_t ahead, BFloat16* to) {
+  transpose_tile(from, stride, there, values, ahead, to);
+}
+// Upper parts, then lower ones.
+inline void transpose_parts(const float* from, int64_t stride, int64_t there, int64_t values,
+                            int64_t, BFloat16* to) {
+  BFloat16 parts[kTileRows][2 * kStep];
+  for (int64_t i = 0; i < there; ++i) {
+    copy_values(from + i * stride, std::min(values, kStep), parts[i]);
+  }
+  for (int64_t part = 0; part < 2; ++part) {
+    transpose_tile(parts[0] + part * kStep, 2 * kStep, there, kStep, 0, to + part * kPanelStep);
+  }
+}
+
 // W: its rows as they lie, or packed by pack_all.
+template <typename T>
 struct Weight {
-  const BFloat16* values;
-  bool packed = false;
+  const T* values;
+  const BFloat16* packed = nullptr;
 
-  // By pack_all, or null.
-  const BFloat16* all_packed() const { return packed ? values : nullptr; }
+  const BFloat16* all_packed() const { return packed; }
 
-  // A chunk of a group of W: for each half and panel (tap rows, steps, tap columns, kPanelStep).
+  // A chunk of a group of W: for each half and panel (tap rows, steps, tap columns, parts,
+  // kPanelStep).
   void pack(const Product& p, int64_t group, int64_t chunk, BFloat16* to) const {
     const int64_t first = p.first_step(chunk), last = p.first_step(chunk + 1);
     // A row of taps, or of a matrix some steps, before they are read.
@@ -141,15 +210,15 @@ struct Weight {
     for (int64_t half = 0; half < p.halves(); ++half) {
       for (int64_t panel = 0; panel < 2; ++panel) {
         const int64_t row = group * kGroupRows + panel * kPanelRows;
-        const BFloat16* rows = values + (half * p.rows + row) * p.dim();
+        const T* rows = values + (half * p.rows + row) * p.dim();
         for (int64_t y = 0; y < p.tap_rows; ++y) {
           for (int64_t step = first; step < last; ++step) {
-            for (int64_t x = 0; x < p.tap_columns; ++x, to += kPanelStep) {
+            for (int64_t x = 0; x < p.tap_columns; ++x, to += p.parts() * kPanelStep) {
               const int64_t value = (y * p.tap_columns + x) * p.channels + step * kStep;
               for (int64_t i = 0; i < kPanelRows; i += kTileRows) {
-                transpose_tile(rows + i * p.dim() + value, p.dim(),
-                               std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
-                               p.channels - step * kStep, ahead, to + 2 * i);
+                transpose_parts(rows + i * p.dim() + value, p.dim(),
+                                std::clamp<int64_t>(p.rows - row - i, 0, kTileRows),
+                                p.channels - step * kStep, ahead, to + 2 * i);
               }
             }
           }
@@ -171,12 +240,13 @@ void pack_all(const Product& p, const W& weight, BFloat16* to) {
 
 // c (kTileRows or twice as many, kPanelRows), kGroupRows apart, (+)= a b over taps and steps: a at
 // `first` and at `second`.
-template <bool kTwo>
+template <bool kTwo, bool kSplit>
 inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFloat16* first,
                                                      const BFloat16* second, int64_t stride,
                                                      int64_t steps, const BFloat16* b, float* c,
                                                      bool accumulate) {
   constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kPanelRows * 4;
+  constexpr int64_t kParts = kSplit ? 2 : 1;
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::: "memory");
   if (accumulate) {
@@ -188,11 +258,16 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
   for (int64_t y = 0; y < p.tap_rows; ++y) {
     for (int64_t step = 0; step < steps; ++step) {
       // Neighbouring taps read the same lines, but of one token.
-      const BFloat16* from = first + y * p.tap_row_stride + step * kStep;
-      const BFloat16* other = second + y * p.tap_row_stride + step * kStep;
+      const BFloat16* from = first + y * p.tap_row_stride + step * kParts * kStep;
+      const BFloat16* other = second + y * p.tap_row_stride + step * kParts * kStep;
       for (int64_t x = 0; x < p.tap_columns; ++x) {
-        amx::multiply_step<true>(from, other, apart, b, b + 2 * kTileRows, kPairs, kTwo);
-        b += kPanelStep;
+        if constexpr (kSplit) {
+          amx::multiply_split_step<true>(from, other, apart, kStep, b, b + 2 * kTileRows, kPairs,
+                                         kPanelStep, kTwo);
+        } else {
+          amx::multiply_step<true>(from, other, apart, b, b + 2 * kTileRows, kPairs, kTwo);
+        }
+        b += kParts * kPanelStep;
         from += p.tap_stride;
         other += p.tap_stride;
       }
@@ -248,13 +323,13 @@ void multiply_groups(const Product& p, const std::vector<Pair>& pairs, const Gro
   constexpr int64_t kHalfSums = kPanelRows * kGroupRows;
   const int64_t first_step = p.first_step(groups.chunk);
   const int64_t steps = p.first_step(groups.chunk + 1) - first_step;
-  const int64_t count = static_cast<int64_t>(pairs.size());
+  const int64_t count = static_cast<int64_t>(pairs.size()), before = first_step * p.parts() * kStep;
   const auto multiply = [&](int64_t group, int64_t i, int64_t j) {
     const int64_t row = group * kGroupRows, rows = p.group_rows(group);
     const int64_t panels = p.group_panels(group), half = i / panels, panel = i % panels;
     const Pair& pair = pairs[j];
     const BFloat16* b = groups.packed + (group - groups.first) * p.packed(p.steps()) +
-                        (half * 2 + panel) * p.taps() * steps * kPanelStep;
+                        (half * 2 + panel) * p.panel(steps);
     float* c = sums;
     if (p.sums_wait()) c += (group - groups.first) * group_sums + j * p.halves() * kHalfSums;
     const bool finishes = groups.chunk + 1 == p.chunks() && i + 1 == p.halves() * panels;
@@ -262,9 +337,12 @@ void multiply_groups(const Product& p, const std::vector<Pair>& pairs, const Gro
       pair.for_each_run(
           [&](int64_t token, int64_t there, int64_t) { finish.fetch(token, there, row, rows); });
     }
-    const auto tile = pair.two ? &multiply_tiles<true> : &multiply_tiles<false>;
-    tile(p, pair.first + first_step * kStep, pair.second + first_step * kStep, pair.lines->stride,
-         steps, b, c + half * kHalfSums + panel * kPanelRows, groups.chunk > 0);
+    const auto tile = p.split
+                          ? pair.two ? &multiply_tiles<true, true> : &multiply_tiles<false, true>
+                      : pair.two ? &multiply_tiles<true, false>
+                                 : &multiply_tiles<false, false>;
+    tile(p, pair.first + before, pair.second + before, pair.lines->stride, steps, b,
+         c + half * kHalfSums + panel * kPanelRows, groups.chunk > 0);
     if (finishes) {
       pair.for_each_run([&](int64_t token, int64_t there, int64_t r) {
         const float* values = c + r * kGroupRows;
@@ -356,24 +434,27 @@ void multiply_weights(const Product& p, const W& weight, const Source& source,
         }
       }
     }
+    simd::finish_streams();
   });
 }
 
 // Rows of a matrix as tokens, their values adjacent.
+template <typename T>
 struct Tokens {
-  const BFloat16* x;
+  const T* x;
   int64_t count, stride, channels;
 
   int64_t tokens() const { return count; }
   int64_t block() const {
-    return std::clamp<int64_t>(kBlockBytes / 2 / channels, 128, 512) / kPanelRows * kPanelRows;
+    return std::clamp<int64_t>(kBlockBytes / sizeof(T) / channels, 128, 512) / kPanelRows *
+           kPanelRows;
   }
   int64_t blocks() const { return (count + block() - 1) / block(); }
   int64_t most_tiles() const { return (std::min(block(), count) + kTileRows - 1) / kTileRows; }
-  // A whole number of cache lines, odd: rows of a tile do not crowd a set.
-  int64_t copy_stride() const { return ((channels + kStep - 1) / kStep | 1) * kStep; }
+  int64_t copy_stride() const { return copied_values<T>(channels); }
   bool lies_ready(int64_t tokens) const {
-    return channels % kStep == 0 && tokens % kTileRows == 0 && !crowds(stride * sizeof *x);
+    return std::is_same_v<T, BFloat16> && channels % kStep == 0 && tokens % kTileRows == 0 &&
+           !crowds(stride * sizeof *x);
   }
   int64_t copied() const {
     if (lies_ready(count)) return 0;
@@ -381,12 +462,13 @@ struct Tokens {
   }
   Lines lines(int64_t index, BFloat16* copy) const {
     const int64_t first = index * block(), size = std::min(block(), count - first);
-    const BFloat16* from = x + first * stride;
-    if (lies_ready(size)) return {from, 1, size, 0, stride, size, size, first};
+    const T* from = x + first * stride;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (lies_ready(size)) return {from, 1, size, 0, stride, size, size, first};
+    }
     const int64_t apart = copy_stride();
     for (int64_t t = 0; t < size; ++t) {
-      std::memcpy(copy + t * apart, from + t * stride, channels * sizeof *x);
-      std::fill(copy + t * apart + channels, copy + (t + 1) * apart, BFloat16{});
+      copy_values(from + t * stride, channels, copy + t * apart);
     }
     return {copy, 1, size, 0, apart, size, size, first};
   }

@@ -74,7 +74,7 @@ class MatrixRows : public gemm::tiles::Rows {
 };
 
 void input_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& w, BFloat16* dx) {
-  const gemm::tiles::Tokens tokens{dh.data, dh.rows, dh.stride, dh.columns};
+  const gemm::tiles::Tokens<BFloat16> tokens{dh.data, dh.rows, dh.stride, dh.columns};
   const MatrixRows rows(w);
   gemm::tiles::multiply_weights({w.columns, w.rows}, gemm::tiles::Columns{rows.get()}, tokens,
                                 gemm::tiles::StoreRows{dx, w.columns});

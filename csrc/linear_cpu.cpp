@@ -34,6 +34,7 @@ struct Epilogue {
   const T* residual;  // (tokens, weight rows) or null
   T* y;               // (tokens, width)
   int64_t weight_rows, width;
+  bool streamed = false;  // whether y is written past the caches
 
   // Vectors `v` of tokens [token, token + kR) at this row of W, with bias and residual.
   template <int kR, typename Lanes>
@@ -51,7 +52,7 @@ struct Epilogue {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t t = token; t < token + count; ++t) {
       for (int64_t j = row; j < row + rows; j += kLine) {
-        simd::prefetch_for_write(y + t * width + j);
+        if (!streamed) simd::prefetch_for_write(y + t * width + j);
         if (residual) simd::prefetch(residual + t * weight_rows + j);
       }
     }
@@ -68,8 +69,14 @@ struct Epilogue {
       } else {
         v = activate<kActivation>(v);
       }
-      simd::for_each_of(
-          v, [&](int r, Vec value) { simd::store(y + (token + r) * width + j, value, lanes); });
+      simd::for_each_of(v, [&](int r, Vec value) {
+        T* to = y + (token + r) * width + j;
+        if (streamed) {
+          simd::stream(to, value, lanes);
+        } else {
+          simd::store(to, value, lanes);
+        }
+      });
     });
   }
 
@@ -103,17 +110,20 @@ struct Epilogue {
 #if defined(SDFAST_TILES)
 using simd::BFloat16;
 
+template <typename T>
 gemm::tiles::Product tiles_of(int64_t width, int64_t k, bool gated) {
   gemm::tiles::Product p{width, k};
   p.gated = gated;
-  return p;
+  return std::is_same_v<T, float> ? p.splits() : p;
 }
 
-void run_tiles(const BFloat16* x, int64_t stride, int64_t k, const gemm::tiles::Weight& weight,
-               int64_t tokens, const Epilogue<BFloat16>& epilogue) {
+template <typename T>
+void run_tiles(const T* x, int64_t stride, int64_t k, const gemm::tiles::Weight<T>& weight,
+               int64_t tokens, Epilogue<T> epilogue) {
   const bool gated = epilogue.activation == Activation::kGeglu;
-  gemm::tiles::multiply_weights(tiles_of(epilogue.width, k, gated), weight,
-                                gemm::tiles::Tokens{x, tokens, stride, k}, epilogue);
+  epilogue.streamed = gemm::tiles::streams(epilogue.y, tokens, epilogue.width);
+  gemm::tiles::multiply_weights(tiles_of<T>(epilogue.width, k, gated), weight,
+                                gemm::tiles::Tokens<T>{x, tokens, stride, k}, epilogue);
 }
 #endif
 
@@ -128,7 +138,7 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   }
 #if defined(SDFAST_TILES)
   if constexpr (std::is_same_v<T, simd::BFloat16>) {
-    return run_tiles(x, stride, k, {weight}, tokens, epilogue);
+    return run_tiles<T>(x, stride, k, {weight}, tokens, epilogue);
   } else
 #endif
   {
@@ -192,9 +202,9 @@ struct Call {
   }
 };
 
-// weight: (weight_rows, K), contiguous. The others as Call's.
-Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                   std::optional<Tensor> residual, int64_t activation) {
+// The call of a weight (weight_rows, K), contiguous, checked.
+Call call_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& residual, int64_t activation) {
   check_device(x, "x");
   check_device(weight, "weight");
   STD_TORCH_CHECK(
@@ -202,6 +212,13 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
       "weight: expected contiguous, (rows, K) to fit x");
   Call call(x, weight.size(0), bias, residual, activation);
   call.check_like(weight, "weight");
+  return call;
+}
+
+// weight: (weight_rows, K), contiguous. The others as Call's.
+Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                   std::optional<Tensor> residual, int64_t activation) {
+  Call call = call_of(x, weight, bias, residual, activation);
   if (call.y.numel() == 0) return call.y;
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -212,26 +229,54 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
   return call.y;
 }
 
-// weight: (phases, rows, kernel_height, kernel_width, channels), bf16, contiguous. Returns what
-// conv2d_kernel takes, and linear_packed of one phase and tap: each phase as cpu_tiles.h packs it.
-Tensor pack_tiles(Tensor weight, bool gated) {
+// linear_rows in fp32 on AMX tiles, whose factors are sums of two bf16.
+Tensor linear_split(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                    std::optional<Tensor> residual, int64_t activation) {
 #if defined(SDFAST_TILES)
-  check_device(weight, "weight");
-  STD_TORCH_CHECK(weight.dim() == 5 && weight.scalar_type() == ScalarType::BFloat16 &&
-                      weight.is_contiguous() && weight.numel() > 0,
-                  "weight: expected bf16, (phases, rows, kernel, kernel, channels), contiguous");
-  gemm::tiles::Product p{weight.size(1), weight.size(4), weight.size(2), weight.size(3)};
-  p.gated = gated;
-  p.rows /= p.halves();
+  if (x.size(0) <= gemm::kFewTokens) return linear_rows(x, weight, bias, residual, activation);
+  Call call = call_of(x, weight, bias, residual, activation);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x: expected fp32");
+  if (call.y.numel() == 0) return call.y;
+  run_tiles<float>(x.const_data_ptr<float>(), x.stride(0), call.k, {weight.const_data_ptr<float>()},
+                   call.tokens, call.epilogue<float>());
+  return call.y;
+#else
+  STD_TORCH_CHECK(false, "x: is multiplied so only where there is AMX");
+  return linear_rows(x, weight, bias, residual, activation);
+#endif
+}
+
+#if defined(SDFAST_TILES)
+template <typename T>
+Tensor pack_phases(const Tensor& weight, gemm::tiles::Product p) {
   Tensor packed = empty({weight.size(0) * p.packed()}, ScalarType::BFloat16);
   advise_huge_pages(packed);
-  const auto* from = static_cast<const BFloat16*>(weight.const_data_ptr());
+  const auto* from = static_cast<const T*>(weight.const_data_ptr());
   auto* to = static_cast<BFloat16*>(packed.mutable_data_ptr());
   for (int64_t phase = 0; phase < weight.size(0); ++phase) {
-    const gemm::tiles::Weight rows{from + phase * p.rows * p.halves() * p.dim()};
+    const gemm::tiles::Weight<T> rows{from + phase * p.rows * p.halves() * p.dim()};
     gemm::tiles::pack_all(p, rows, to + phase * p.packed());
   }
   return packed;
+}
+#endif
+
+// weight: (phases, rows, kernel_height, kernel_width, channels), bf16 or fp32, contiguous. Returns
+// what conv2d_kernel takes, and linear_packed of one phase and tap: each phase as cpu_tiles.h packs
+// it.
+Tensor pack_tiles(Tensor weight, bool gated) {
+#if defined(SDFAST_TILES)
+  check_device(weight, "weight");
+  const bool split = weight.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(
+      weight.dim() == 5 && (split || weight.scalar_type() == ScalarType::BFloat16) &&
+          weight.is_contiguous() && weight.numel() > 0,
+      "weight: expected bf16 or fp32, (phases, rows, kernel, kernel, channels), contiguous");
+  gemm::tiles::Product p{weight.size(1), weight.size(4), weight.size(2), weight.size(3)};
+  p.gated = gated;
+  p.overlaps = p.taps() > 1;
+  p.rows /= p.halves();
+  return split ? pack_phases<float>(weight, p.splits()) : pack_phases<BFloat16>(weight, p);
 #else
   STD_TORCH_CHECK(false, "weight: nothing is packed so where there is no AMX");
   (void)gated;
@@ -239,19 +284,29 @@ Tensor pack_tiles(Tensor weight, bool gated) {
 #endif
 }
 
-// packed: pack_tiles of a weight (weight_rows, K). The others as Call's, in bf16.
+// packed: pack_tiles of a weight (weight_rows, K) of x's dtype, bf16 or fp32. The others as Call's.
 Tensor linear_packed(Tensor x, Tensor packed, int64_t weight_rows, std::optional<Tensor> bias,
                      std::optional<Tensor> residual, int64_t activation) {
   Call call(x, weight_rows, bias, residual, activation);
-  call.check_like(packed, "packed");
 #if defined(SDFAST_TILES)
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 &&
-                      packed.numel() == tiles_of(call.width, call.k, call.is_gated()).packed(),
-                  "packed: expected pack_tiles of a weight that fits x");
-  if (call.y.numel() == 0) return call.y;
-  const auto* values = static_cast<const BFloat16*>(packed.const_data_ptr());
-  run_tiles(static_cast<const BFloat16*>(x.const_data_ptr()), x.stride(0), call.k, {values, true},
-            call.tokens, call.epilogue<BFloat16>());
+  check_device(packed, "packed");
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::BFloat16 && packed.is_contiguous() &&
+                        packed.numel() == tiles_of<T>(call.width, call.k, call.is_gated()).packed(),
+                    "packed: expected pack_tiles of a weight that fits x");
+    if (call.y.numel() == 0) return;
+    run_tiles<T>(static_cast<const T*>(x.const_data_ptr()), x.stride(0), call.k,
+                 {nullptr, static_cast<const BFloat16*>(packed.const_data_ptr())}, call.tokens,
+                 call.epilogue<T>());
+  };
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
+                  "x: expected bf16 or fp32");
+  if (x.scalar_type() == ScalarType::Float) {
+    run(float());
+  } else {
+    run(BFloat16());
+  }
 #else
   STD_TORCH_CHECK(false, "packed: nothing is packed so where there is no AMX");
 #endif
@@ -287,6 +342,7 @@ int64_t fingerprint(Tensor weight) {
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("linear_rows", TORCH_BOX(&linear_rows));
+  m.impl("linear_split", TORCH_BOX(&linear_split));
   m.impl("linear_packed", TORCH_BOX(&linear_packed));
   m.impl("pack_tiles", TORCH_BOX(&pack_tiles));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));

@@ -19,7 +19,7 @@ pytest.register_assert_rewrite("conv2d_checks", "group_norm_checks", "layer_norm
 import emulated_cuda  # noqa: E402
 from triton_guards import guarded  # noqa: E402
 
-from sdfast import _library, packing, tuning  # noqa: E402
+from sdfast import _library, dispatch, packing, tuning  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +50,13 @@ def within_tensors() -> Iterator[None]:
 
 
 torch.set_num_threads(1)  # of models this small threads would only wait for each other
+
+
+@pytest.fixture
+def exact_numerics() -> Iterator[None]:
+    """fp32 is multiplied as such, on CPUs with AMX too."""
+    with dispatch.use_numerics("exact"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -111,10 +111,10 @@ OPERATIONS = {
     "tiles": """
         import test_tiles as t
         for case in t.LINEAR:
-            t.test_linear(case, "geglu")
-            t.test_linear(case, None)
+            t.test_linear(case, "geglu", bf16)
+            t.test_linear(case, None, bf16)
         for case in t.CONV2D:
-            t.test_conv2d(case)
+            t.test_conv2d(case, bf16)
         for case in t.LINEAR_GRADIENTS:
             t.test_linear_gradients(case)
         for case in t.CONV2D_GRADIENTS:
@@ -124,6 +124,19 @@ OPERATIONS = {
         for change in t.CHANGES:
             t.test_the_copy_follows_the_weight(change)
         t.test_what_does_not_fit_is_refused()
+    """,
+    "split": """
+        import test_tiles as t
+        for case in t.LINEAR:
+            t.test_linear(case, "geglu", torch.float32)
+        for case in t.CONV2D:
+            t.test_conv2d(case, torch.float32)
+        for head_dim in (1, 40, 160):
+            t.test_split_attention(head_dim)
+        t.test_split_attention_of_growing_scores()
+        for value in (float("nan"), float("inf")):
+            t.test_what_is_not_finite_stays_where_it_is_split(value)
+        t.test_exact_numerics_do_not_split()
     """,
     "gradients": """
         import test_linear_backward as t

@@ -23,6 +23,8 @@ LENGTHS = (1, 7, 64, 77, 130, 300)
 
 has_kernel = _library.has_kernel("attention_forward", "cpu")
 needs_kernel = pytest.mark.skipif(not has_kernel, reason=_library.load_cpu_library().detail)
+# What test_tiles.py tests is another kernel, and less exact.
+pytestmark = pytest.mark.usefixtures("exact_numerics")
 BACKENDS = ("reference", "torch", pytest.param("cpu", marks=needs_kernel))
 
 

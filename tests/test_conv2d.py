@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdfast import _library, dispatch, ops, packing
+from sdfast.ops import _tiles
 from sdfast.ops._conv2d_choice import algorithm_for, shape_of
-from sdfast.ops._conv2d_cpu import ALGORITHMS
 from sdfast.ops.conv2d import NormPrologue
 from sdfast.testing import assert_within_budget, relative_error
 
@@ -36,6 +36,7 @@ CASES = (
 ROUNDS = (2, 1400, 20, 20, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
 # Relative, of a layer.
 WINOGRAD_ERROR = {"winograd4x4": 2e-5, "winograd2x2": 2e-6, "winograd4x4_unpacked": 2e-5}
+ALGORITHMS = ("direct", *WINOGRAD_ERROR)  # test_tiles.py has the split one
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("conv2d_kernel", "cpu"), reason=_library.load_cpu_library().detail
 )
@@ -147,17 +148,21 @@ def test_algorithm_of_a_size() -> None:
         shape = shape_of(torch.empty(2, 320, size, size), weight, stride, [1] * 4, upsample, 0)
         return algorithm_for(shape, weight)[0]
 
-    assert algorithm(64) == algorithm(16, upsample=True) == "winograd4x4"
-    assert algorithm(16) == algorithm(8, upsample=True) == "winograd4x4_unpacked"
-    assert algorithm(64, stride=2) == "direct"
-    assert algorithm(4) == "direct"
-    assert algorithm(2, upsample=True) == "direct"
+    upsampled = "split" if _tiles.are_there() else None
+    assert algorithm(64) == "winograd4x4" and algorithm(16, upsample=True) == (upsampled or "winograd4x4")
+    assert algorithm(16) == "winograd4x4_unpacked"
+    assert algorithm(8, upsample=True) == (upsampled or "winograd4x4_unpacked")
+    direct = "split" if _tiles.are_there() else "direct"
+    assert algorithm(64, stride=2) == direct
+    assert algorithm(4) == direct
+    assert algorithm(2, upsample=True) == direct
     for size in ((64, 320, 2, 2), (1, 320, 256, 1)):  # much of the tiles would lie beside the images
-        assert algorithm_for(shape_of(torch.empty(size), weight, 1, [1] * 4, False, 0), weight)[0] == "direct"
+        assert algorithm_for(shape_of(torch.empty(size), weight, 1, [1] * 4, False, 0), weight)[0] == direct
     with dispatch.use_numerics("exact"):
         assert algorithm(64) == algorithm(64, upsample=True) == "direct"
     with dispatch.use_memory("low"):
-        assert algorithm(64) == algorithm(64, upsample=True) == "winograd4x4_unpacked"
+        assert algorithm(64) == "winograd4x4_unpacked"
+        assert algorithm(64, upsample=True) == (upsampled or "winograd4x4_unpacked")
 
 
 def test_norm_prologue_and_statistics() -> None:

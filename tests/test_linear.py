@@ -19,7 +19,7 @@ CROWDED = ((40, 54, 1024), (33, 34, 4096), (20, 1024, 40))  # rows that are a wa
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("linear_rows", "cpu"), reason=_library.load_cpu_library().detail
 )
-pytestmark = needs_kernel
+pytestmark = [needs_kernel, pytest.mark.usefixtures("exact_numerics")]
 
 
 def make(tokens: int, rows: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdfast import ops, packing
 from sdfast.ops.linear import ACTIVATIONS, linear_torch
 
-pytestmark = needs_kernel
+pytestmark = [needs_kernel, pytest.mark.usefixtures("exact_numerics")]
 
 
 def width_of(rows: int, activation: str | None) -> int:

@@ -1,5 +1,5 @@
 """Products on AMX tiles (csrc/cpu_tiles.h): with and without a copy of the weight, few and many tokens, cut K,
-and their gradients (csrc/cpu_tiles_gradient.h).
+and their gradients (csrc/cpu_tiles_gradient.h). fp32 as sums of two bf16, attention too.
 
 test_amx.py runs the same on emulated tiles where the CPU has none.
 """
@@ -15,14 +15,16 @@ from torch import Tensor
 from weight_changes import CHANGES, change_weight
 
 from sdfast import _library, dispatch, ops, packing
+from sdfast.ops.attention import attention_torch
 from sdfast.ops.conv2d import conv2d_torch
 from sdfast.ops.linear import linear_torch
-from sdfast.testing import assert_within_budget
+from sdfast.testing import assert_within_budget, relative_error
 
 pytestmark = pytest.mark.skipif(
     not _library.has_kernel("bf16_tiles", "cpu"), reason="this CPU has no AMX, or its library was not built"
 )
 
+DTYPES = (torch.bfloat16, torch.float32)
 # Tokens, rows, K.
 LINEAR = (
     (16, 64, 32),
@@ -35,6 +37,7 @@ LINEAR = (
     (1031, 40, 96),  # the last block is copied
     (1028, 40, 72),  # all are
     (1030, 70, 3000),  # many, K in two chunks
+    (8230, 128, 40),  # split, a result stored past the caches
 )
 # Images, channels, out_channels, height, width, kernel, stride, whether it upsamples.
 CONV2D = (
@@ -96,34 +99,47 @@ def in_both_ways(run: Callable[[], Tensor], weight: Tensor, kept: bool = True) -
     return results[0]
 
 
+def assert_split(actual: Tensor, exact: Tensor) -> None:
+    """Not as good as fp32, and a tenth or less of what bf16 would lose with the same sums."""
+    assert actual.dtype is torch.float32
+    assert 5e-7 < relative_error(actual, exact) < 1e-5
+    assert float((actual - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "geglu"])
 @pytest.mark.parametrize("case", LINEAR, ids=str)
-def test_linear(case: tuple[int, int, int], activation: str | None) -> None:
+def test_linear(case: tuple[int, int, int], activation: str | None, dtype: torch.dtype) -> None:
     tokens, rows, k = case
     values = (torch.randn(tokens, k), torch.randn(rows, k) / k**0.5, torch.randn(rows))
-    x, weight, bias = (value.bfloat16() for value in values)
-    residual = torch.randn(tokens, rows).bfloat16()
+    x, weight, bias = (value.to(dtype) for value in values)
+    residual = torch.randn(tokens, rows).to(dtype)
     more = {"activation": activation, "residual": residual}
     actual = in_both_ways(lambda: ops.linear(x, weight, bias, **more, backend="cpu"), weight)
     exact = linear_torch(
         x.double(), weight.double(), bias.double(), activation=activation, residual=residual.double()
     )
-    assert_within_budget(actual, linear_torch(x, weight, bias, **more), exact)
+    if dtype is torch.float32:
+        assert_split(actual, exact)
+    else:
+        assert_within_budget(actual, linear_torch(x, weight, bias, **more), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONV2D, ids=str)
-def test_conv2d(case: tuple[int, ...]) -> None:
+def test_conv2d(case: tuple[int, ...], dtype: torch.dtype) -> None:
     images, channels, out_channels, height, width, kernel, stride, upsample = case
     x = torch.randn(images, channels, height, width)
     weight = torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
     values = (x, weight, torch.randn(out_channels), torch.randn(images, out_channels))
-    x, weight, bias, embedding = (value.bfloat16() for value in values)
+    x, weight, bias, embedding = (value.to(dtype) for value in values)
     geometry = (stride, (kernel // 2,) * 4)
     plain = conv2d_torch(x, weight, bias, *geometry, upsample=bool(upsample))
     residual = torch.randn_like(plain).contiguous(memory_format=torch.channels_last)
     more = {"upsample": bool(upsample), "time_embedding": embedding, "residual": residual}
-    with dispatch.use_numerics("exact"):
-        actual = in_both_ways(lambda: ops.conv2d(x, weight, bias, *geometry, **more, backend="cpu"), weight)
+    algorithm = "split" if dtype is torch.float32 else "direct"
+    others = (*geometry, bool(upsample), embedding, residual, algorithm)
+    actual = in_both_ways(lambda: torch.ops.sdfast.conv2d_forward(x, weight, bias, *others), weight)
     eager = conv2d_torch(x, weight, bias, *geometry, **more)
     wide = (x.double(), weight.double(), bias.double())
     exact = conv2d_torch(
@@ -133,7 +149,65 @@ def test_conv2d(case: tuple[int, ...]) -> None:
         time_embedding=embedding.double(),
         residual=residual.double(),
     )
-    assert_within_budget(actual, eager, exact)
+    if dtype is torch.float32:
+        assert_split(actual, exact)
+    else:
+        assert_within_budget(actual, eager, exact)
+
+
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 80, 160])
+def test_split_attention(head_dim: int) -> None:
+    for queries, keys, is_causal in [(7, 130, False), (77, 300, False), (300, 1030, False), (300, 300, True)]:
+        q, k, v = (torch.randn(1, 2, size, head_dim) for size in (queries, keys, keys))
+        v += 1  # or the results would nearly cancel
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(ops.attention(q, k, v, is_causal=is_causal, backend="cpu"))
+        exact = attention_torch(q.double(), k.double(), v.double(), is_causal=is_causal)
+        assert_split(results[0], exact)
+        assert torch.equal(*results)
+
+
+def test_split_attention_of_growing_scores() -> None:
+    """Every block of keys brings a new maximum."""
+    q, k, v = (torch.randn(1, 2, size, 40) for size in (70, 2100, 2100))
+    q[..., 0], k[..., 0] = 1, torch.linspace(-200, 200, 2100)
+    exact = attention_torch(q.double(), k.double(), v.double(), scale=1.0)
+    o = ops.attention(q, k, v, scale=1.0, backend="cpu")
+    assert float((o - exact).abs().max()) < 200 * 2**-14
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_where_it_is_split(value: float) -> None:
+    x, weight = torch.randn(20, 40), torch.randn(70, 40)
+    clean = ops.linear(x, weight, backend="cpu")
+    x[4, 6] = value
+    y = ops.linear(x, weight, backend="cpu")
+    assert not y[4].isfinite().any()
+    assert torch.equal(y[:4], clean[:4]) and torch.equal(y[5:], clean[5:])
+    q, k, v = (torch.randn(1, 1, 200, 40) for _ in range(3))
+    clean = ops.attention(q, k, v, backend="cpu")
+    q[0, 0, 3, 5] = v[0, 0, 7, 9] = value
+    o = ops.attention(q, k, v, backend="cpu")
+    assert not o[0, 0, 3].isfinite().any() and not o[..., 9].isfinite().any()
+    o[0, 0, 3], o[..., 9] = clean[0, 0, 3], clean[..., 9]
+    torch.testing.assert_close(o, clean)  # a tile with a NaN is done again, another maximum subtracted
+
+
+def test_exact_numerics_do_not_split() -> None:
+    x, weight = torch.randn(64, 320), torch.randn(64, 320)
+    q = torch.randn(1, 2, 200, 40)
+    image, kernel = torch.randn(1, 64, 8, 8), torch.randn(64, 64, 1, 1)
+    for run, eager, given in (
+        (ops.linear, linear_torch, (x, weight)),
+        (ops.attention, attention_torch, (q, q, q)),
+        (ops.conv2d, conv2d_torch, (image, kernel)),
+    ):
+        exact = eager(*(t.double() for t in given))
+        with dispatch.use_numerics("exact"):
+            assert_within_budget(run(*given, backend="cpu"), eager(*given), exact)
+        assert_split(run(*given, backend="cpu"), exact)
 
 
 def same_on_threads(run: Callable[[], list[Tensor]]) -> None:
@@ -221,5 +295,9 @@ def test_what_does_not_fit_is_refused() -> None:
     torch.ops.sdfast.linear_packed(x, packed, 96, None, None, 0)
     with pytest.raises(RuntimeError, match="packed: expected pack_tiles of a weight that fits x"):
         torch.ops.sdfast.linear_packed(x, packed, 160, None, None, 0)
-    with pytest.raises(RuntimeError, match="weight: expected bf16"):
-        torch.ops.sdfast.pack_tiles(weight.float()[None, :, None, None], False)
+    with pytest.raises(RuntimeError, match="weight: expected bf16 or fp32"):
+        torch.ops.sdfast.pack_tiles(weight.half()[None, :, None, None], False)
+    with pytest.raises(RuntimeError, match="x: expected fp32"):
+        torch.ops.sdfast.linear_split(x, weight, None, None, 0)
+    with pytest.raises(RuntimeError, match="q: expected fp32"):
+        torch.ops.sdfast.attention_split(*[x[None, None]] * 3, False, 1.0)

@@ -15,7 +15,7 @@ import sdfast
 from sdfast import _library, _tuning_file, dispatch, doctor, ops, packing, tuning
 from sdfast.models import UNet2D
 from sdfast.models.config import config_from_dict
-from sdfast.ops import _conv2d_tuning
+from sdfast.ops import _conv2d_tuning, _tiles
 from sdfast.ops._conv2d_choice import Shape, candidates, shape_of
 
 needs_kernel = pytest.mark.skipif(
@@ -24,6 +24,7 @@ needs_kernel = pytest.mark.skipif(
 pytestmark = [needs_kernel, pytest.mark.usefixtures("tuning_file")]
 
 PADDING = [1, 1, 1, 1]
+SPLIT = ("split",) if _tiles.are_there() else ()
 TIMES = {"direct": 2.0, "torch": 3.0}
 TINY_UNET = {
     "block_out_channels": [32, 64],
@@ -53,7 +54,7 @@ def by(algorithm: str, x: Tensor, weight: Tensor, *, upsample: bool = False) -> 
 def test_the_choice_follows_the_times(upsample: bool) -> None:
     x, weight = call(23 if upsample else 46)
     known = candidates(shape_of(x, weight, 1, PADDING, upsample, 0))
-    assert known == ["direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked", "torch"]
+    assert known == ["direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked", *SPLIT, "torch"]
     for fastest in known:
         plant(x, weight, {"direct": 2.0, "winograd4x4": 3.0} | {fastest: 1.0}, upsample=upsample)
         y = ops.conv2d(x, weight, padding=1, upsample=upsample)
@@ -68,7 +69,7 @@ def test_few_channels_are_left_to_torch_unless_timed(measured: list[Shape]) -> N
     by_torch, direct = (ops.conv2d(x, weight, padding=1, backend=name) for name in ("torch", "cpu"))
     assert not torch.equal(by_torch, direct)
     assert torch.equal(ops.conv2d(x, weight, padding=1), by_torch)
-    plant(x, weight, {"direct": 1.0, "torch": 2.0})
+    plant(x, weight, {"direct": 1.5, "torch": 2.0} | {(*SPLIT, "direct")[0]: 1.0})
     assert torch.equal(ops.conv2d(x, weight, padding=1), direct)
     plant(x, weight, {"direct": 2.0, "torch": 1.0})
     assert torch.equal(ops.conv2d(x, weight, padding=1), by_torch)
@@ -270,7 +271,7 @@ def test_a_candidate_that_is_off_has_no_time(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_conv2d_tuning, "forward", off)
     with pytest.warns(UserWarning, match="winograd4x4 is not used for .*off by 1.0e-03, allowed 5.0e-05"):
         (shape,) = sdfast.tune(convolutions(8))
-    assert set(shape.ms) == {"direct", "torch", "winograd2x2", "winograd4x4_unpacked"}
+    assert set(shape.ms) == {"direct", "torch", "winograd2x2", "winograd4x4_unpacked", *SPLIT}
 
 
 def test_doctor_says_where_the_file_is_and_what_it_holds(

@@ -51,8 +51,10 @@ def _attention_flops(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> 
 FLOPS: dict[str, Callable[..., int]] = {
     "linear_rows": _linear_flops,
     "linear_packed": _packed_linear_flops,
+    "linear_split": _linear_flops,
     "conv2d_kernel": _conv2d_flops,
     "attention_forward": _attention_flops,
+    "attention_split": _attention_flops,
 }
 
 

@@ -58,7 +58,9 @@ def folds(kernel: Sequence[int], stride: int, padding: Sequence[int]) -> bool:
 def candidates(shape: Shape) -> list[str]:
     """What can compute such a convolution; numerics and memory may rule out some. "torch" is its own one."""
     has_winograd = shape.weight[2:] == (3, 3) and shape.stride == 1
-    return ["direct", *([*_ELEMENTS[False], "winograd4x4_unpacked"] if has_winograd else ()), "torch"]
+    winograd = [*_ELEMENTS[False], "winograd4x4_unpacked"] if has_winograd else []
+    split = ["split"] if shape.dtype == "float32" and _tiles.are_there() else []
+    return ["direct", *winograd, *split, "torch"]
 
 
 def needs_copy(algorithm: str) -> bool:
@@ -91,7 +93,7 @@ def algorithm_for(shape: Shape, weight: Tensor, or_torch: bool = True) -> tuple[
     if not or_torch:
         allowed.remove("torch")
     if dispatch.numerics() != "fast":
-        allowed = [name for name in allowed if not name.startswith("winograd")]
+        allowed = [name for name in allowed if not name.startswith("winograd") and name != "split"]
     elif not packing.is_lasting(weight):
         allowed = [name for name in allowed if not needs_copy(name)]
     times = times_of(shape)
@@ -115,13 +117,14 @@ def _by_times(times: tuning.Times, shape: Shape, weight: Tensor) -> tuple[str, f
 
 def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str, float]:
     """F(4x4) where it was measured faster on one machine, with a copy where its memory is well spent."""
+    direct = "split" if "split" in allowed else "direct"
     batch, _, height, width = shape.x
     scale = 2 if shape.upsample else 1
     height, width = scale * height, scale * width
     suits = suits_winograd(weight, batch, height, width) and "winograd4x4_unpacked" in allowed
-    # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast.
-    if not suits or (shape.upsample and _multiplies_pairs(weight.dtype)):
-        return "direct", math.inf
+    # Upsampled, four 2x2 convolutions in pairs of bf16 were measured as fast, split ones faster.
+    if not suits or (shape.upsample and (direct == "split" or _multiplies_pairs(weight.dtype))):
+        return direct, math.inf
     large = "winograd4x4" in allowed and batch * height * width >= _COPY_PIXELS
     if large and packing.affordable(weight, *_copy("winograd4x4", shape), _SAVED_MS):
         return "winograd4x4", _SAVED_MS
@@ -131,10 +134,10 @@ def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str,
 def suits_winograd(weight: Tensor, batch: int, height: int, width: int) -> bool:
     """Whether F(4x4) was measured faster for a y of this size, its transform of the weight included.
 
-    Not where much of the tiles lies beside the image, as of one that is a pixel wide, and not where AMX makes
-    products too fast for Winograd's fp32.
+    Not where much of the tiles lies beside the image, as of one that is a pixel wide, and not in bf16 where
+    AMX makes products too fast for it. Beside split fp32 it is as fast, and rounds less.
     """
-    if _tiles.serve(weight.dtype):
+    if weight.dtype is torch.bfloat16 and _tiles.are_there():
         return False
     least, full = _WINOGRAD_PIXELS_OF_PAIRS if _multiplies_pairs(weight.dtype) else _WINOGRAD_PIXELS
     pixels, tiles = batch * height * width, batch * math.ceil(height / 4) * math.ceil(width / 4)

@@ -15,7 +15,7 @@ from sdfast.ops import _tiles
 from sdfast.ops._conv2d_choice import algorithm_for, folds, kind_of, needs_copy, shape_of
 
 # As csrc/conv2d_cpu.cpp counts them.
-ALGORITHMS = ("direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked")
+ALGORITHMS = ("direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked", "split")
 
 
 def _pack_fake(weight: Tensor, algorithm: int) -> Tensor:
@@ -91,7 +91,9 @@ def forward(
         return cast(Tensor, y.contiguous(memory_format=torch.channels_last))
     if upsample and (algorithm == "winograd4x4_unpacked" or not folds(weight.shape[2:], stride, padding)):
         x, upsample = upsampled(x), False
-    values = _on_tiles(weight, upsample) if algorithm == "direct" else None
+    # The direct one of fp32 is not on tiles.
+    on_tiles = algorithm == ("split" if weight.dtype is torch.float32 else "direct")
+    values = _on_tiles(weight, upsample) if on_tiles else None
     packing.note(weight)
     if values is None:
         values = values_of(weight, algorithm, upsample, worth)

@@ -91,7 +91,7 @@ def _forward_cpu(
     upsample: bool,
     winograd: bool,
 ) -> Tensor:
-    algorithm = "winograd4x4_unpacked" if winograd else "direct"
+    algorithm = "winograd4x4_unpacked" if winograd else "split" if _tiles.split(x.dtype) else "direct"
     few = _tiles.serve(x.dtype) and 4 * x.numel() < _FOLDED_PIXELS * x.shape[1]
     if upsample and (winograd or few):
         x, upsample = upsampled(x), False

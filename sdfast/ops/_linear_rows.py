@@ -32,7 +32,12 @@ rows_op = _library.define_native(
     "linear_rows(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
     _rows_fake,
 )
-# On AMX tiles; see _tiles.py.
+# On AMX tiles; see _tiles.py. fp32 as sums of two bf16, on a weight that lies as it is:
+split_op = _library.define_native(
+    "linear_split(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
+    _rows_fake,
+)
+# and any on a copy for tiles.
 packed_op = _library.define_native(
     "linear_packed(Tensor x, Tensor packed, int weight_rows, Tensor? bias, Tensor? residual, int activation)"
     " -> Tensor",

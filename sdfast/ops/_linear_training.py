@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library
-from sdfast.ops._linear_rows import rows_op, rows_triton_op
+from sdfast.ops import _tiles
+from sdfast.ops._linear_rows import rows_op, rows_triton_op, split_op
 
 
 def _activate_fake(h: Tensor, activation: int) -> Tensor:
@@ -88,7 +89,8 @@ class _Linear(torch.autograd.Function):
         residual: Tensor | None,
         activation: int,
     ) -> Tensor:
-        h = operations.rows(x, weight, bias, residual, 0)
+        splits = operations is CPU and _tiles.split(x.dtype)
+        h = (split_op if splits else operations.rows)(x, weight, bias, residual, 0)
         ctx.save_for_backward(x, weight, h if activation else None)
         ctx.operations, ctx.activation = operations, activation
         return operations.activate(h, activation) if activation else h

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
+from sdfast.ops import _tiles
 from sdfast.ops._checks import NO_KERNEL_YET, autocast_dtype, can_cast, cast_to, check_tensor, widened
 from sdfast.ops._cuda_order import of_attention
 from sdfast.ops._native import empty_by_token, requires_grad, unavailable
@@ -68,6 +69,10 @@ def _backward_fake(
 _forward_op = _library.define_native(
     "attention_forward(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> Tensor", _forward_fake
 )
+# In fp32 on AMX tiles; see _tiles.py.
+_split_op = _library.define_native(
+    "attention_split(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> Tensor", _forward_fake
+)
 _with_lse_op = _library.define_native(
     "attention_with_lse(Tensor q, Tensor k, Tensor v, bool is_causal, float scale) -> (Tensor, Tensor lse)",
     _with_lse_fake,
@@ -100,6 +105,8 @@ _CUDA = _Operations(
 )
 
 
+# Of fewer keys queries are split for too little: 77 were up to a seventh slower, 256 faster.
+_LEAST_SPLIT_KEYS = 128
 _WIDEST_CUDA = 512  # elements of a head
 
 
@@ -138,7 +145,9 @@ def _by_kernels(
         scale = 1 / math.sqrt(q.shape[-1])
     if requires_grad(q, k, v):
         return cast(Tensor, _Attention.apply(operations, q, k, v, is_causal, scale))
-    return operations.forward(q, k, v, is_causal, scale)
+    splits = operations is _CPU and _tiles.split(q.dtype) and k.shape[2] >= _LEAST_SPLIT_KEYS
+    run = _split_op if splits else operations.forward
+    return cast(Tensor, run(q, k, v, is_causal, scale))
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -32,7 +32,7 @@ from sdfast.ops._checks import (
 )
 from sdfast.ops._cuda_order import of_linear
 from sdfast.ops._linear_gate import linear_cuda
-from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op
+from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op, split_op
 from sdfast.ops._linear_training import TRITON, linear_training
 from sdfast.ops._native import requires_grad, unavailable
 
@@ -83,7 +83,7 @@ def linear_cpu(
     """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
     if requires_grad(x, weight, bias, residual):
         return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation))
-    run = rows_op
+    run = split_op if _tiles.split(x.dtype) else rows_op
     if not torch.compiler.is_compiling():
         run = _on_tiles(x, weight, activation) or run
         packing.note(weight)
