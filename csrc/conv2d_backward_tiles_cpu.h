@@ -34,14 +34,15 @@ inline void input_gradient(const Shape& s, const BFloat16* dy, const BFloat16* w
         first.y,     first.x,        last.y - first.y + 1, last.x - first.x + 1};
     const int64_t taps = static_cast<int64_t>(parity.taps.size());
     const int64_t values = (s.out_channels + kStep - 1) / kStep * kStep;  // of a tap
-    gemm::tiles::Rows rows(taps * values, s.channels);
+    gemm::tiles::Rows<BFloat16> rows(taps * values, s.channels);
     for (int64_t t = 0; t < taps; ++t) {
       for (int64_t o = 0; o < s.out_channels; ++o) {
         const int64_t tap = o * s.kernel_height * s.kernel_width + parity.taps[t].index;
         rows[t * values + o] = weight + tap * s.channels;
       }
     }
-    direct::run_phase(turned, phase, dy, gemm::tiles::Columns{rows.get()}, Added<BFloat16>{}, dx);
+    direct::run_phase(turned, phase, dy, gemm::tiles::Columns<BFloat16>{rows.get()},
+                      Added<BFloat16>{}, dx);
   }
 }
 
@@ -59,7 +60,7 @@ struct ParityTaps {
   int64_t height() const { return s.out_height + rows() - 1; }
 
   // For the out_channels of a tap; makes a number of them of that of tap and out_channel.
-  gemm::tiles::StoreRows of(int64_t& token) const {
+  gemm::tiles::StoreRows<BFloat16> of(int64_t& token) const {
     const int64_t tap = token / s.out_channels, y = first_y + tap / columns() * s.stride;
     const int64_t x = first_x + tap % columns() * s.stride;
     token %= s.out_channels;
@@ -82,7 +83,7 @@ inline void weight_gradient(const Shape& s, const ParityTaps& parity, const BFlo
   const gemm::tiles::Taps taps{parity.rows(), parity.columns(), parity.pitch()};
   const gemm::tiles::Product p{s.channels, s.images * parity.height() * parity.pitch()};
   const int64_t k = p.steps() * kStep;
-  gemm::tiles::Rows left(taps.steps(k) * kStep, s.out_channels), right(k, s.channels);
+  gemm::tiles::Rows<BFloat16> left(taps.steps(k) * kStep, s.out_channels), right(k, s.channels);
   for (int64_t image = 0, at = 0; image < s.images; ++image) {
     for (int64_t i = 0; i < parity.height(); ++i) {
       for (int64_t j = 0; j < parity.pitch(); ++j, ++at) {

@@ -74,12 +74,15 @@ bool streams(const T* y, int64_t tokens, int64_t width) {
          simd::is_aligned(y);
 }
 
+// Of a value.
+template <typename T>
+constexpr int64_t kParts = std::is_same_v<T, float> ? 2 : 1;
+
 // What a row of `values` takes in a copy: whole cache lines, an odd number of them, so that rows of
 // a tile do not crowd a set.
 template <typename T>
 int64_t copied_values(int64_t values) {
-  constexpr int64_t kParts = std::is_same_v<T, float> ? 2 : 1;
-  return ((values + kStep - 1) / kStep * kParts | 1) * kStep;
+  return ((values + kStep - 1) / kStep * kParts<T> | 1) * kStep;
 }
 
 // The values of a row, completed with zeros.
@@ -246,7 +249,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
                                                      int64_t steps, const BFloat16* b, float* c,
                                                      bool accumulate) {
   constexpr int64_t kSums = kGroupRows * sizeof(float), kPairs = kPanelRows * 4;
-  constexpr int64_t kParts = kSplit ? 2 : 1;
+  constexpr int64_t kStepParts = kSplit ? 2 : 1;
   // GCC's tile loads do not say that they read memory.
   __asm__ volatile("" ::: "memory");
   if (accumulate) {
@@ -258,8 +261,8 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
   for (int64_t y = 0; y < p.tap_rows; ++y) {
     for (int64_t step = 0; step < steps; ++step) {
       // Neighbouring taps read the same lines, but of one token.
-      const BFloat16* from = first + y * p.tap_row_stride + step * kParts * kStep;
-      const BFloat16* other = second + y * p.tap_row_stride + step * kParts * kStep;
+      const BFloat16* from = first + y * p.tap_row_stride + step * kStepParts * kStep;
+      const BFloat16* other = second + y * p.tap_row_stride + step * kStepParts * kStep;
       for (int64_t x = 0; x < p.tap_columns; ++x) {
         if constexpr (kSplit) {
           amx::multiply_split_step<true>(from, other, apart, kStep, b, b + 2 * kTileRows, kPairs,
@@ -267,7 +270,7 @@ inline __attribute__((noinline)) void multiply_tiles(const Product& p, const BFl
         } else {
           amx::multiply_step<true>(from, other, apart, b, b + 2 * kTileRows, kPairs, kTwo);
         }
-        b += kParts * kPanelStep;
+        b += kStepParts * kPanelStep;
         from += p.tap_stride;
         other += p.tap_stride;
       }

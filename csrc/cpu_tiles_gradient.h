@@ -1,4 +1,5 @@
-// Products of bf16 for training on AMX tiles, whose operands lie with K from row to row.
+// Products for training on AMX tiles, whose operands lie with K from row to row: of bf16, and of
+// fp32 as cpu_tiles.h splits it.
 //
 // Algorithm. A table points to the rows of K, so that pixels, taps and the tokens of a layer are
 // one case; what lies outside an image is a row of zeros. The right operand's panels are pairs of
@@ -18,31 +19,46 @@ namespace sdfast::gemm::tiles {
 
 constexpr int64_t kNearSteps = 10;  // of K: a panel of either operand, both in L1
 
-using Row = const BFloat16*;
+template <typename T>
+using Row = const T*;
 
 // A table of rows of K, a step more than is multiplied: that one is fetched in vain.
+template <typename T>
 class Rows {
  public:
   // All are zeros, of so many values.
   Rows(int64_t count, int64_t values) : zeros_(values), rows_(count + kStep, zeros_.data()) {}
   Rows(const Rows&) = delete;
-  Row& operator[](int64_t index) { return rows_[index]; }
-  const Row* get() const { return rows_.data(); }
+  Row<T>& operator[](int64_t index) { return rows_[index]; }
+  const Row<T>* get() const { return rows_.data(); }
 
  private:
-  std::vector<BFloat16> zeros_;
-  std::vector<Row> rows_;
+  std::vector<T> zeros_;
+  std::vector<Row<T>> rows_;
 };
 
+SDFAST_INLINE void store_pairs(BFloat16* to, const simd::Bits& pairs) {
+  std::memcpy(static_cast<void*>(to), &pairs, sizeof pairs);
+}
+
 // kStep rows, from `column` on kPanelRows values of each, of which `there` exist: pairs of rows by
-// columns.
-inline void pair_rows(const Row* rows, int64_t column, int64_t there, BFloat16* to) {
-  if (there < kPanelRows) std::memset(static_cast<void*>(to), 0, kPanelStep * sizeof *to);
+// columns; of fp32 those of the upper parts, then those of the lower ones.
+template <typename T>
+void pair_rows(const Row<T>* rows, int64_t column, int64_t there, BFloat16* to) {
+  constexpr int64_t kValues = kPanelStep * kParts<T>;
+  if (there < kPanelRows) std::memset(static_cast<void*>(to), 0, kValues * sizeof *to);
   const auto pair = [&](int64_t i, int64_t j, auto lanes) {
     const Vec low = simd::load(rows[i] + column + j, lanes);
     const Vec high = simd::load(rows[i + 1] + column + j, lanes);
-    const Vec both = simd::as_floats(simd::as_bits(low) >> 16 | simd::as_bits(high));
-    std::memcpy(static_cast<void*>(to + i * kPanelRows + 2 * j), &both, sizeof both);
+    BFloat16* at = to + i * kPanelRows + 2 * j;
+    if constexpr (std::is_same_v<T, float>) {
+      const simd::Parts first = simd::split(low), second = simd::split(high);
+      store_pairs(at, simd::widen_bits(first.upper) | simd::widen_bits(second.upper) << 16);
+      store_pairs(at + kPanelStep, simd::widen_bits(first.lower) | simd::widen_bits(second.lower)
+                                                                       << 16);
+    } else {
+      store_pairs(at, simd::as_bits(low) >> 16 | simd::as_bits(high));
+    }
   };
   for (int64_t i = 0; i < kStep; i += 2) {
     if (there < kPanelRows) {
@@ -57,8 +73,9 @@ inline void pair_rows(const Row* rows, int64_t column, int64_t there, BFloat16* 
 }
 
 // The right operand: for each tap the rows of all steps of K.
+template <typename T>
 struct Columns {
-  const Row* rows;
+  const Row<T>* rows;
 
   // As Weight's.
   static const BFloat16* all_packed() { return nullptr; }
@@ -70,7 +87,7 @@ struct Columns {
       if (there <= 0) return;  // nothing reads that panel
       for (int64_t y = 0; y < p.tap_rows; ++y) {
         for (int64_t step = first; step < last; ++step) {
-          for (int64_t x = 0; x < p.tap_columns; ++x, to += kPanelStep) {
+          for (int64_t x = 0; x < p.tap_columns; ++x, to += p.parts() * kPanelStep) {
             const int64_t tap = y * p.tap_columns + x;
             pair_rows(rows + (tap * p.steps() + step) * kStep, column, there, to);
           }
@@ -81,20 +98,25 @@ struct Columns {
 };
 
 // Columns [column, column + there) of a step of rows, at most kPanelRows: each a line of `to`, the
-// next one `apart` values further on.
-inline void copy_lines(const Row* rows, int64_t column, int64_t there, int64_t apart,
-                       BFloat16* to) {
-  alignas(64) BFloat16 pairs[kPanelStep];
+// next one `apart` values further on; a step of lower parts follows one of upper parts.
+template <typename T>
+void copy_lines(const Row<T>* rows, int64_t column, int64_t there, int64_t apart, BFloat16* to) {
+  alignas(64) BFloat16 pairs[kParts<T> * kPanelStep];
   pair_rows(rows, column, there, pairs);
-  for (int64_t half = 0; half < kPanelRows; half += kLanes) {
-    Vec block[kLanes];
+  for (int64_t part = 0; part < kParts<T>; ++part) {
+    for (int64_t half = 0; half < kPanelRows; half += kLanes) {
+      const BFloat16* from = pairs + part * kPanelStep + 2 * half;
+      Vec block[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      std::memcpy(&block[i], pairs + i * 2 * kPanelRows + 2 * half, sizeof(Vec));
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(&block[i], from + i * 2 * kPanelRows, sizeof(Vec));
+      }
+      simd::transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(to + (half + i) * apart + part * kStep, &block[i], sizeof(Vec));
+      }
     }
-    simd::transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) std::memcpy(to + (half + i) * apart, &block[i], sizeof(Vec));
   }
 }
 
@@ -111,21 +133,23 @@ struct Taps {
 
 // c (taps, columns, p.rows) = leftᵀ right, K in p.channels. left: rows of `columns` values,
 // taps.before() of zeros and then K. right: rows of whole steps of K. finish as multiply_weights',
-// token: tap * columns + column.
-template <typename Finish>
-void multiply_taps(Product p, const Taps& taps, const Row* left, int64_t columns, const Row* right,
-                   const Finish& finish) {
+// token: tap * columns + column. fp32 has one tap: a distance would cross steps of parts.
+template <typename T, typename Finish>
+void multiply_taps(Product p, const Taps& taps, const Row<T>* left, int64_t columns,
+                   const Row<T>* right, const Finish& finish) {
   p.overlaps = taps.count() > 1;
   if (p.overlaps) p.chunk_steps = kNearSteps;
-  const int64_t k = p.steps() * kStep, steps = taps.steps(k), apart = (steps | 1) * kStep;
+  if constexpr (std::is_same_v<T, float>) p = p.splits();
+  const int64_t k = p.steps() * kStep, steps = taps.steps(k),
+                apart = (steps * kParts<T> | 1) * kStep;
   const int64_t panels = (columns + kPanelRows - 1) / kPanelRows;
   const Scratch<BFloat16> packed(p.packed()), copies(panels * kPanelRows * apart);
-  pack_all(p, Columns{right}, packed.get());
+  pack_all(p, Columns<T>{right}, packed.get());
   torch::stable::parallel_for(0, panels * steps, kNearSteps, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i / steps * kPanelRows, value = i % steps * kStep;
       copy_lines(left + value, column, std::min(columns - column, kPanelRows), apart,
-                 copies.get() + column * apart + value);
+                 copies.get() + column * apart + value * kParts<T>);
     }
   });
 
@@ -167,23 +191,29 @@ void multiply_taps(Product p, const Taps& taps, const Row* left, int64_t columns
 }
 
 // Rows of a gradient, `stride` values apart.
+template <typename T>
 struct StoreRows {
-  BFloat16* to;
+  T* to;
   int64_t stride;
   bool streamed = false;  // past the caches, in whole lines
 
   void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
     if (streamed) return;
     for (int64_t t = token; t < token + count; ++t) {
-      const BFloat16* out = to + t * stride + row;
-      for (int64_t j = 0; j < rows; j += kStep) simd::prefetch_for_write(out + j);
+      const T* out = to + t * stride + row;
+      constexpr int64_t kLine = 64 / sizeof(T);
+      for (int64_t j = 0; j < rows; j += kLine) simd::prefetch_for_write(out + j);
     }
   }
   void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const Sums& sums) const {
     for (int64_t t = 0; t < count; ++t) {
       const float* from = sums.values + t * sums.stride;
-      BFloat16* out = to + (token + t) * stride + row;
-      if (streamed) {
+      T* out = to + (token + t) * stride + row;
+      if (streamed && std::is_same_v<T, float>) {
+        for (int64_t j = 0; j < rows; j += kLanes) {
+          simd::stream(out + j, simd::load(from + j), simd::FullVector());
+        }
+      } else if (streamed) {
         for (int64_t j = 0; j < rows; j += 2 * kLanes) {
           alignas(64) BFloat16 line[2 * kLanes];
           simd::store(line, simd::load(from + j), simd::FullVector());
@@ -203,9 +233,10 @@ struct StoreRows {
 };
 
 // Whether to stream a weight's gradient of rows of so many values.
-inline bool streams_gradient(const BFloat16* to, int64_t rows, int64_t width) {
-  return rows * width >= simd::kStreamedGradient && width % (2 * kLanes) == 0 &&
-         simd::is_aligned(to);
+template <typename T>
+bool streams_gradient(const T* to, int64_t rows, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return rows * width >= simd::kStreamedGradient && width % kLine == 0 && simd::is_aligned(to);
 }
 
 }  // namespace sdfast::gemm::tiles

@@ -1,6 +1,7 @@
 // linear on CPU for training: the gradients dx = dh W and dW = dhᵀ x, and the activation.
 //
-// Algorithm. The products of cpu_gemm_packing.h, in bf16 on AMX of cpu_tiles_gradient.h, whose
+// Algorithm. The products of cpu_gemm_packing.h, on AMX of cpu_tiles_gradient.h in bf16, and in
+// fp32 where that may be split, whose
 // operands lie as torch keeps them: W by rows for dx, x and dh by tokens for dW. The activation is
 // a pass of its own, because its gradient needs h. Bytes: the operands once a block of rows, the
 // result written. Limit: fused multiply-adds, or TDPBF16PS.
@@ -64,27 +65,40 @@ void weight_gradient(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
 using simd::BFloat16;
 
 // The rows of a matrix, completed to whole steps.
-class MatrixRows : public gemm::tiles::Rows {
+template <typename T>
+class MatrixRows : public gemm::tiles::Rows<T> {
  public:
-  explicit MatrixRows(const Matrix<BFloat16>& m)
-      : Rows((m.rows + gemm::tiles::kStep - 1) / gemm::tiles::kStep * gemm::tiles::kStep,
-             m.columns) {
+  explicit MatrixRows(const Matrix<T>& m)
+      : gemm::tiles::Rows<T>(
+            (m.rows + gemm::tiles::kStep - 1) / gemm::tiles::kStep * gemm::tiles::kStep,
+            m.columns) {
     for (int64_t i = 0; i < m.rows; ++i) (*this)[i] = m.data + i * m.stride;
   }
 };
 
-void input_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& w, BFloat16* dx) {
-  const gemm::tiles::Tokens<BFloat16> tokens{dh.data, dh.rows, dh.stride, dh.columns};
-  const MatrixRows rows(w);
-  gemm::tiles::multiply_weights({w.columns, w.rows}, gemm::tiles::Columns{rows.get()}, tokens,
-                                gemm::tiles::StoreRows{dx, w.columns});
+template <typename T>
+void input_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
+  const gemm::tiles::Tokens<T> tokens{dh.data, dh.rows, dh.stride, dh.columns};
+  const gemm::tiles::Product p{w.columns, w.rows};
+  const MatrixRows<T> rows(w);
+  gemm::tiles::multiply_weights(std::is_same_v<T, float> ? p.splits() : p,
+                                gemm::tiles::Columns<T>{rows.get()}, tokens,
+                                gemm::tiles::StoreRows<T>{dx, w.columns});
 }
 
-void weight_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& x, BFloat16* dw) {
-  const MatrixRows left(dh), right(x);
+template <typename T>
+void weight_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
+  const MatrixRows<T> left(dh), right(x);
   const bool streamed = gemm::tiles::streams_gradient(dw, dh.columns, x.columns);
   gemm::tiles::multiply_taps({x.columns, x.rows}, {}, left.get(), dh.columns, right.get(),
-                             gemm::tiles::StoreRows{dw, x.columns, streamed});
+                             gemm::tiles::StoreRows<T>{dw, x.columns, streamed});
+}
+
+void input_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& w, BFloat16* dx) {
+  input_gradient_in_tiles(dh, w, dx);
+}
+void weight_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& x, BFloat16* dw) {
+  weight_gradient_in_tiles(dh, x, dw);
 }
 #endif
 
@@ -94,34 +108,65 @@ Tensor new_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   return result;
 }
 
+// Calls body with a value of the type of the elements and whether they are split.
+template <typename Body>
+void with_elements(const Tensor& t, bool split, const Body& body) {
+#if defined(SDFAST_TILES)
+  if (split) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "dh: expected fp32");
+    return body(float(), std::true_type());
+  }
+#endif
+  STD_TORCH_CHECK(!split, "dh: is multiplied so only where there is AMX");
+  with_element_type(t.scalar_type(), [&](auto element) { body(element, std::false_type()); });
+}
+
 // dh: (tokens, M). weight: (M, K). Returns dx: (tokens, K).
-Tensor linear_input_gradient(Tensor dh, Tensor weight) {
+Tensor input_gradient_of(const Tensor& dh, const Tensor& weight, bool split) {
   check_matrix(dh, "dh", dh.scalar_type());
   check_matrix(weight, "weight", dh.scalar_type());
   check_shape(weight, "weight", {dh.size(1), weight.size(1)});
   STD_TORCH_CHECK(dh.numel() > 0 && weight.numel() > 0,
                   "dh, weight: expected at least one element");
   Tensor dx = new_matrix(dh.size(0), weight.size(1), dh.scalar_type());
-  with_element_type(dh.scalar_type(), [&](auto element) {
+  with_elements(dh, split, [&](auto element, auto in_tiles) {
     using T = decltype(element);
-    input_gradient(Matrix<T>(dh), Matrix<T>(weight), static_cast<T*>(dx.mutable_data_ptr()));
+    const Matrix<T> left(dh), right(weight);
+    T* to = static_cast<T*>(dx.mutable_data_ptr());
+#if defined(SDFAST_TILES)
+    if constexpr (in_tiles) return input_gradient_in_tiles(left, right, to);
+#endif
+    input_gradient(left, right, to);
   });
   return dx;
 }
+Tensor linear_input_gradient(Tensor dh, Tensor weight) {
+  return input_gradient_of(dh, weight, false);
+}
+Tensor linear_input_gradient_split(Tensor dh, Tensor weight) {
+  return input_gradient_of(dh, weight, true);
+}
 
 // dh: (tokens, M). x: (tokens, K). Returns dW: (M, K).
-Tensor linear_weight_gradient(Tensor dh, Tensor x) {
+Tensor weight_gradient_of(const Tensor& dh, const Tensor& x, bool split) {
   check_matrix(dh, "dh", x.scalar_type());
   check_matrix(x, "x", x.scalar_type());
   check_shape(dh, "dh", {x.size(0), dh.size(1)});
   STD_TORCH_CHECK(dh.numel() > 0 && x.numel() > 0, "dh, x: expected at least one element");
   Tensor dw = new_matrix(dh.size(1), x.size(1), x.scalar_type());
-  with_element_type(x.scalar_type(), [&](auto element) {
+  with_elements(x, split, [&](auto element, auto in_tiles) {
     using T = decltype(element);
-    weight_gradient(Matrix<T>(dh), Matrix<T>(x), static_cast<T*>(dw.mutable_data_ptr()));
+    const Matrix<T> left(dh), right(x);
+    T* to = static_cast<T*>(dw.mutable_data_ptr());
+#if defined(SDFAST_TILES)
+    if constexpr (in_tiles) return weight_gradient_in_tiles(left, right, to);
+#endif
+    weight_gradient(left, right, to);
   });
   return dw;
 }
+Tensor linear_weight_gradient(Tensor dh, Tensor x) { return weight_gradient_of(dh, x, false); }
+Tensor linear_weight_gradient_split(Tensor dh, Tensor x) { return weight_gradient_of(dh, x, true); }
 
 // x: (groups, rows, columns), dense. Returns the sums over rows, (groups, columns).
 Tensor sum_rows(Tensor x) {
@@ -224,6 +269,8 @@ Tensor linear_activation_gradient(Tensor dy, Tensor h, int64_t activation) {
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("linear_input_gradient", TORCH_BOX(&linear_input_gradient));
   m.impl("linear_weight_gradient", TORCH_BOX(&linear_weight_gradient));
+  m.impl("linear_input_gradient_split", TORCH_BOX(&linear_input_gradient_split));
+  m.impl("linear_weight_gradient_split", TORCH_BOX(&linear_weight_gradient_split));
   m.impl("linear_activate", TORCH_BOX(&linear_activate));
   m.impl("linear_activation_gradient", TORCH_BOX(&linear_activation_gradient));
   m.impl("sum_rows", TORCH_BOX(&sum_rows));

@@ -116,7 +116,7 @@ OPERATIONS = {
         for case in t.CONV2D:
             t.test_conv2d(case, bf16)
         for case in t.LINEAR_GRADIENTS:
-            t.test_linear_gradients(case)
+            t.test_linear_gradients(case, bf16)
         for case in t.CONV2D_GRADIENTS:
             t.test_conv2d_gradients(case)
         t.test_few_tokens_keep_no_copy()
@@ -131,6 +131,8 @@ OPERATIONS = {
             t.test_linear(case, "geglu", torch.float32)
         for case in t.CONV2D:
             t.test_conv2d(case, torch.float32)
+        for case in t.LINEAR_GRADIENTS:
+            t.test_linear_gradients(case, torch.float32)
         for head_dim in (1, 40, 160):
             t.test_split_attention(head_dim)
         t.test_split_attention_of_growing_scores()

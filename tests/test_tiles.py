@@ -220,17 +220,24 @@ def same_on_threads(run: Callable[[], list[Tensor]]) -> None:
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LINEAR_GRADIENTS, ids=str)
-def test_linear_gradients(case: tuple[int, int, int]) -> None:
+def test_linear_gradients(case: tuple[int, int, int], dtype: torch.dtype) -> None:
     tokens, rows, k = case
     values = (torch.randn(tokens, k), torch.randn(rows, k) / k**0.5, torch.randn(rows))
-    tensors = [value.bfloat16() for value in values]
-    dy = torch.randn(tokens, rows).bfloat16()
+    tensors = [value.to(dtype) for value in values]
+    dy = torch.randn(tokens, rows).to(dtype)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.linear(x, weight, bias, backend="cpu")
 
-    check_gradients(ours, linear_torch, tensors, dy)
+    if dtype is torch.float32:
+        exact = gradients(linear_torch, [tensor.double() for tensor in tensors], dy.double())
+        for actual, right in zip(gradients(ours, tensors, dy)[:3], exact, strict=False):  # y, dx, dW
+            if min(case) > 1:
+                assert_split(actual, right)
+    else:
+        check_gradients(ours, linear_torch, tensors, dy)
     same_on_threads(lambda: gradients(ours, tensors, dy))
 
 
@@ -254,7 +261,8 @@ def test_conv2d_gradients(case: tuple[int, ...]) -> None:
 
 
 def test_gradients_leave_nothing_unwritten(poisoned_memory: None) -> None:
-    test_linear_gradients(LINEAR_GRADIENTS[1])
+    for dtype in DTYPES:
+        test_linear_gradients(LINEAR_GRADIENTS[1], dtype)
     for case in CONV2D_GRADIENTS[:4]:
         test_conv2d_gradients(case)
 
@@ -299,5 +307,8 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ops.sdfast.pack_tiles(weight.half()[None, :, None, None], False)
     with pytest.raises(RuntimeError, match="x: expected fp32"):
         torch.ops.sdfast.linear_split(x, weight, None, None, 0)
+    for name in ("input", "weight"):
+        with pytest.raises(RuntimeError, match="dh: expected fp32"):
+            getattr(torch.ops.sdfast, f"linear_{name}_gradient_split")(x[:, :32], x[:, :32])
     with pytest.raises(RuntimeError, match="q: expected fp32"):
         torch.ops.sdfast.attention_split(*[x[None, None]] * 3, False, 1.0)

@@ -3,7 +3,7 @@
     h = x Wᵀ + b + residual,  y = act(h)
     dh = dy act'(h),  dx = dh W,  dW = dhᵀ x,  db = Σ dh,  dresidual = dh
 
-The forward's kernel is that of inference, the others are csrc/linear_backward_cpu.cpp, or for Triton
+The forward's kernel is that of inference, the others are those of csrc/linear_backward_cpu.cpp, or for Triton
 linear_backward_triton.py. All read the weight where it lies: no packed copy lasts, which the next step of an
 optimiser would make stale.
 """
@@ -27,13 +27,19 @@ def _activate_fake(h: Tensor, activation: int) -> Tensor:
 
 
 GEGLU = 4  # its place in linear.ACTIVATIONS
-_input_gradient_op = _library.define_native(
-    "linear_input_gradient(Tensor dh, Tensor weight) -> Tensor",
-    lambda dh, weight: dh.new_empty((dh.shape[0], weight.shape[1])),
+_input_gradient_op, _split_input_gradient_op = (
+    _library.define_native(
+        f"linear_input_gradient{split}(Tensor dh, Tensor weight) -> Tensor",
+        lambda dh, weight: dh.new_empty((dh.shape[0], weight.shape[1])),
+    )
+    for split in ("", "_split")
 )
-_weight_gradient_op = _library.define_native(
-    "linear_weight_gradient(Tensor dh, Tensor x) -> Tensor",
-    lambda dh, x: dh.new_empty((dh.shape[1], x.shape[1])),
+_weight_gradient_op, _split_weight_gradient_op = (
+    _library.define_native(
+        f"linear_weight_gradient{split}(Tensor dh, Tensor x) -> Tensor",
+        lambda dh, x: dh.new_empty((dh.shape[1], x.shape[1])),
+    )
+    for split in ("", "_split")
 )
 _activate_op = _library.define_native("linear_activate(Tensor h, int activation) -> Tensor", _activate_fake)
 _activation_gradient_op = _library.define_native(
@@ -58,6 +64,10 @@ class Operations(NamedTuple):
 
 CPU = Operations(
     rows_op, _input_gradient_op, _weight_gradient_op, _activate_op, _activation_gradient_op, _sum_rows_op
+)
+# fp32 on AMX tiles; see _tiles.py.
+_SPLIT = CPU._replace(
+    rows=split_op, input_gradient=_split_input_gradient_op, weight_gradient=_split_weight_gradient_op
 )
 TRITON = Operations(
     rows_triton_op,
@@ -89,8 +99,7 @@ class _Linear(torch.autograd.Function):
         residual: Tensor | None,
         activation: int,
     ) -> Tensor:
-        splits = operations is CPU and _tiles.split(x.dtype)
-        h = (split_op if splits else operations.rows)(x, weight, bias, residual, 0)
+        h = operations.rows(x, weight, bias, residual, 0)
         ctx.save_for_backward(x, weight, h if activation else None)
         ctx.operations, ctx.activation = operations, activation
         return operations.activate(h, activation) if activation else h
@@ -128,5 +137,7 @@ def linear_training(
         residual = residual.reshape(-1, weight.shape[0]).contiguous()
     if bias is not None:
         bias = bias.contiguous()
+    if operations is CPU and _tiles.split(x.dtype):
+        operations = _SPLIT
     y = cast(Tensor, _Linear.apply(operations, tokens, matrix, bias, residual, activation))
     return y.view(*x.shape[:-1], y.shape[-1])
