@@ -61,7 +61,9 @@ struct Attention {
 
   // Keys and values of one head: (keys, steps of D) and (steps of keys, D), or both in tiles.
   int64_t packed_keys() const { return Operand::kDepth * key_steps(sizes.keys) * depth_steps(); }
-  int64_t packed_head() const { return packed_keys() + value_at(2 * key_steps(sizes.keys)); }
+  int64_t packed_head() const {
+    return packed_keys() + value_at(Operand::kDepth * key_steps(sizes.keys));
+  }
   // Where the values of keys from this on begin.
   int64_t value_at(int64_t key) const { return key / Operand::kDepth * kParts * whole(sizes.dim); }
 

@@ -1,11 +1,11 @@
-// Convolution of any kernel and stride as a matrix product, fp32 or pairs of bf16.
+// Convolution of any kernel and stride as a matrix product, fp32, split or not, or pairs of bf16.
 //
 // Algorithm. y's pixels are tokens, taps x channels are K (cpu_weights.h): a channels-last weight
 // is read where it lies, and panels of pixels are gathered into L2, a copy of C values a pixel and
 // tap; zeros stand for what lies outside. A 3x3 convolution after a nearest-2x upsample is four 2x2
 // convolutions, one for each parity of y's rows and columns, whose weights are sums of the 3x3's:
-// 4/9 of the multiplications. With AMX bf16 is multiplied on tiles (cpu_tiles.h). Bytes: x once a
-// tap from cache, W and the residual read, y written. Limit: fused multiply-adds.
+// 4/9 of the multiplications. With AMX bf16 and split fp32 are multiplied on tiles (cpu_tiles.h).
+// Bytes: x once a tap from cache, W and the residual read, y written. Limit: fused multiply-adds.
 #pragma once
 
 #include "conv2d_cpu.h"
@@ -58,7 +58,7 @@ struct Epilogue {
         const Vec value = finished(added, shape, sum, image, pixel, o, lanes);
         T* to = y + pixel * shape.out_channels + o;
         if (streamed) {
-          simd::stream(to, value, lanes);
+          simd::stream_part(to, value, lanes);
         } else {
           simd::store(to, value, lanes);
         }

@@ -82,7 +82,7 @@ SDFAST_INLINE void multiply_step(const void* first, const void* second, int64_t 
 }
 
 // The same of values that are sums of two bf16, whose lower parts lie a_lower and b_lower values
-// behind the upper ones. What two lower parts give, at most 2^-18 of the product, is left out.
+// behind the upper ones. What two lower parts give, at most 2^-16 of the product, is left out.
 template <bool kPassing = false>
 SDFAST_INLINE void multiply_split_step(const simd::BFloat16* first, const simd::BFloat16* second,
                                        int64_t a_stride, int64_t a_lower,

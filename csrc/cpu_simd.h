@@ -151,7 +151,7 @@ SDFAST_INLINE HalfBits narrow_bfloat16(Vec v) {
 }
 
 // v as a sum of two bf16: its upper 8 bits and those after them, each rounded. A relative error of
-// at most 2^-17; NaN where v is not finite.
+// at most 2^-17; NaN where v is not finite, or rounds to what is not in bf16.
 struct Parts {
   HalfBits upper, lower;
 };
@@ -297,6 +297,19 @@ template <typename T, typename Lanes>
 SDFAST_INLINE void stream(T* p, Vec v, Lanes lanes) {
   store(p, v, lanes);
 }
+
+// The same of bf16 too, of which a vector is half a line: the other half must follow before many
+// others do.
+template <typename T, typename Lanes>
+SDFAST_INLINE void stream_part(T* p, Vec v, Lanes lanes) {
+  stream(p, v, lanes);
+}
+#if defined(__AVX512F__)
+SDFAST_INLINE void stream_part(BFloat16* p, Vec v, FullVector) {
+  const HalfBits bits = narrow_bfloat16(v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(bits));
+}
+#endif
 
 // Whether to stream the gradient of a weight, rows of `width` elements: nothing reads it before the
 // optimiser does.

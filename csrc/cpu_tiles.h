@@ -5,12 +5,12 @@
 // a block of them; so sums come out token by token. W is what the tiles want in pairs of K: each
 // panel of 32 of its rows is transposed, once for all calls (pack_all), or once a call: into a
 // scratch that all threads share where tokens are many, else by the thread that multiplies all
-// tokens by it. Sums of two by two tiles
-// stay in tile registers over a chunk of K, whose operands fit in L2. Bytes: x and W read, y
-// written. Limit: TDPBF16PS.
+// tokens by it. Sums of two by two tiles stay in tile registers over a chunk of K, whose operands
+// fit in L2. Bytes: x and W read, y written. Limit: TDPBF16PS.
 // A value of fp32 is split into its upper 8 bits and the 8 after them, each a bf16, and multiplied
-// three times instead of four ("bf16x3"): the relative error of a product is a few 2^-18. Steps of
-// upper and of lower parts alternate, in the copy of the tokens and in the panels of W.
+// three times instead of four ("bf16x3"): a product is off by at most 2^-15, by 2^-18 in the mean,
+// and sums of many by less. Steps of upper and of lower parts alternate, in the copy of the tokens
+// and in the panels of W.
 // Every element is one chain of additions over K in one order: the result does not depend on the
 // number of threads.
 #pragma once
@@ -69,12 +69,12 @@ struct Lines {
 // Whether y is written past the caches: more than L2 holds, in whole lines.
 template <typename T>
 bool streams(const T* y, int64_t tokens, int64_t width) {
-  constexpr int64_t kLeast = 1 << 20;
-  return std::is_same_v<T, float> && tokens * width >= kLeast && width % kLanes == 0 &&
-         simd::is_aligned(y);
+  constexpr int64_t kLeast = 4 << 20, kLine = 64 / sizeof(T);
+  const int64_t bytes = tokens * width * static_cast<int64_t>(sizeof(T));
+  return bytes >= kLeast && width % kLine == 0 && simd::is_aligned(y);
 }
 
-// Of a value.
+// How many bf16 a value is multiplied as.
 template <typename T>
 constexpr int64_t kParts = std::is_same_v<T, float> ? 2 : 1;
 

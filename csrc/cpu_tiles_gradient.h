@@ -190,6 +190,19 @@ void multiply_taps(Product p, const Taps& taps, const Row<T>* left, int64_t colu
   });
 }
 
+// A line past the caches.
+inline void stream_line(const float* from, float* to) {
+  simd::stream(to, simd::load(from), simd::FullVector());
+}
+inline void stream_line(const float* from, BFloat16* to) {
+  alignas(64) BFloat16 line[2 * kLanes];
+  simd::store(line, simd::load(from), simd::FullVector());
+  simd::store(line + kLanes, simd::load(from + kLanes), simd::FullVector());
+  Vec bits;
+  std::memcpy(&bits, line, sizeof bits);
+  simd::stream(reinterpret_cast<float*>(to), bits, simd::FullVector());
+}
+
 // Rows of a gradient, `stride` values apart.
 template <typename T>
 struct StoreRows {
@@ -209,19 +222,8 @@ struct StoreRows {
     for (int64_t t = 0; t < count; ++t) {
       const float* from = sums.values + t * sums.stride;
       T* out = to + (token + t) * stride + row;
-      if (streamed && std::is_same_v<T, float>) {
-        for (int64_t j = 0; j < rows; j += kLanes) {
-          simd::stream(out + j, simd::load(from + j), simd::FullVector());
-        }
-      } else if (streamed) {
-        for (int64_t j = 0; j < rows; j += 2 * kLanes) {
-          alignas(64) BFloat16 line[2 * kLanes];
-          simd::store(line, simd::load(from + j), simd::FullVector());
-          simd::store(line + kLanes, simd::load(from + j + kLanes), simd::FullVector());
-          Vec bits;
-          std::memcpy(&bits, line, sizeof bits);
-          simd::stream(reinterpret_cast<float*>(out + j), bits, simd::FullVector());
-        }
+      if (streamed) {
+        for (int64_t j = 0; j < rows; j += 64 / sizeof(T)) stream_line(from + j, out + j);
       } else {
         simd::for_each_vector(0, rows, [&](int64_t j, auto lanes) {
           simd::store(out + j, simd::load(from + j), lanes);

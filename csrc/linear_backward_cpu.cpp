@@ -1,10 +1,9 @@
 // linear on CPU for training: the gradients dx = dh W and dW = dhᵀ x, and the activation.
 //
-// Algorithm. The products of cpu_gemm_packing.h, on AMX of cpu_tiles_gradient.h in bf16, and in
-// fp32 where that may be split, whose
-// operands lie as torch keeps them: W by rows for dx, x and dh by tokens for dW. The activation is
-// a pass of its own, because its gradient needs h. Bytes: the operands once a block of rows, the
-// result written. Limit: fused multiply-adds, or TDPBF16PS.
+// Algorithm. The products of cpu_gemm_packing.h; on AMX, in bf16 and in fp32 that may be split,
+// those of cpu_tiles_gradient.h. Operands lie as torch keeps them: W by rows for dx, x and dh by
+// tokens for dW. The activation is a pass of its own, because its gradient needs h. Bytes: the
+// operands once a block of rows, the result written. Limit: fused multiply-adds, or TDPBF16PS.
 #include "cpu_gemm_packing.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"

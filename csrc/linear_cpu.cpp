@@ -1,11 +1,11 @@
 // linear on CPU: y = act(x Wᵀ + bias + residual), fp32, bf16 and fp16.
 //
-// Algorithm. cpu_weights.h, of few tokens cpu_few_tokens.h, in bf16 on AMX cpu_tiles.h: W is read
-// where it lies. Some tokens and a group of W's rows at a time the sums are finished: bias and
-// residual added, activated, rounded once. For GEGLU the sums of the value and of its gate meet in
-// L1 and the doubled intermediate is never written. bf16 multiplies pairs with AMX or AVX512-BF16;
-// elsewhere bf16 and fp16 are widened to fp32. Bytes: x, W and the residual read, y written. Limit:
-// fused multiply-adds.
+// Algorithm. cpu_weights.h, of few tokens cpu_few_tokens.h, on AMX in bf16 and in split fp32
+// cpu_tiles.h: W is read where it lies, or in a copy for tiles. Some tokens and a group of W's rows
+// at a time the sums are finished: bias and residual added, activated, rounded once. For GEGLU the
+// sums of the value and of its gate meet in L1 and the doubled intermediate is never written. bf16
+// multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32. Bytes: x,
+// W and the residual read, y written. Limit: fused multiply-adds.
 #include "cpu_few_tokens.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"
@@ -72,7 +72,7 @@ struct Epilogue {
       simd::for_each_of(v, [&](int r, Vec value) {
         T* to = y + (token + r) * width + j;
         if (streamed) {
-          simd::stream(to, value, lanes);
+          simd::stream_part(to, value, lanes);
         } else {
           simd::store(to, value, lanes);
         }

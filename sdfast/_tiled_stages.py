@@ -155,8 +155,8 @@ class AttentionStage:
 
     def choices(self, source_rows: int) -> Iterator[Choice]:
         x = self.source
-        # Keys, values, and both as the kernel multiplies them, in fp32 at most.
-        tokens = 2 * x.nbytes + 2 * x.nbytes * max(1, 4 // x.itemsize)
+        # Keys, values, and both as the kernel multiplies them, in fp32 at most; split ones take five halves.
+        tokens = 2 * x.nbytes + (5 * x.nbytes // 2 if x.itemsize == 4 else 4 * x.nbytes)
         for rows in row_counts(x):
             work = (source_rows + 5 * rows) * x.row_bytes
             # Every call copies keys and values anew.

@@ -77,11 +77,13 @@ _numerics = "fast"
 def use_numerics(name: str) -> Switched:
     """How far kernels may reorder arithmetic.
 
-    "fast", the default, allows Winograd convolutions in fp32 arithmetic, and on CPUs with AMX products of
-    fp32 values as sums of two bf16 ("bf16x3", 16 bits of 24): at most 5e-5 of relative error a layer in
-    inference, 1e-5 in training, for the result and for each gradient. A NaN reaches the whole of its 4x4
-    tile there, and an infinite value may become one. "exact" keeps every kernel within twice eager's error.
-    Process-wide, as `use_backend`; what is in force when the forward runs holds for its gradients.
+    "fast", the default, allows Winograd convolutions in fp32 arithmetic: at most 5e-5 of relative error a
+    layer in inference, 1e-5 in training, for the result and for each gradient, and a NaN reaches the whole
+    of its 4x4 tile. On CPUs with AMX it also allows products of fp32 values as sums of two bf16 ("bf16x3",
+    16 bits of 24): 3e-6 to 1e-5 a layer, in attention more where scores are large, which are off by that
+    much of |q||k|; and what is infinite, or as large as 3.39e38, may become NaN. "exact" keeps every kernel
+    within twice eager's error. Process-wide, as `use_backend`; what is in force when the forward runs holds
+    for its gradients.
 
     Args:
         name: one of `NUMERICS`.

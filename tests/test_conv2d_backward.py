@@ -92,7 +92,7 @@ def check_winograd(case: tuple, upsample: bool) -> None:
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd from one pixel on, on AMX too."""
-    monkeypatch.setattr(_conv2d_choice, "_tiles", types.SimpleNamespace(serve=lambda dtype: False))
+    monkeypatch.setattr(_conv2d_choice, "_tiles", types.SimpleNamespace(are_there=lambda: False))
     for name in ("_WINOGRAD_PIXELS", "_WINOGRAD_PIXELS_OF_PAIRS"):
         monkeypatch.setattr(_conv2d_choice, name, (1, 0))
 

@@ -14,6 +14,8 @@ from sdfast.training.images import CaptionedImage  # noqa: E402
 from sdfast.training.ldm_losses import Denoising  # noqa: E402
 from sdfast.training.ldm_parts import load_parts, texts_of  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("exact_numerics")  # what is wired wrongly would hide in less
+
 
 class Recording:
     """Stands in for the U-Net: keeps what it is called with."""

@@ -20,6 +20,8 @@ from sdfast import lora
 from sdfast.models.checkpoint import CheckpointError
 from sdfast.testing import relative_error
 
+pytestmark = pytest.mark.usefixtures("exact_numerics")  # what is wired wrongly would hide in less
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -16,6 +16,8 @@ from sdfast.models.ldm_keys import current_name
 from sdfast.models.lora_layers import LoraConv2d, adapted
 from sdfast.testing import relative_error
 
+pytestmark = pytest.mark.usefixtures("exact_numerics")  # what is wired wrongly would hide in less
+
 # Every kind of layer, and all that they fuse: activations, GEGLU, residuals, an upsample, tokens of a 1x1.
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "net.0.proj", "net.2", "conv", "conv1", "conv_shortcut", "conv_in",
         "time_emb_proj", "linear_1"]  # fmt: skip

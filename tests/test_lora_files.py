@@ -23,6 +23,8 @@ from sdfast.lora_names import Names
 from sdfast.models.ldm_keys import UNET_PREFIX, ldm_names, unet_mapping
 from sdfast.testing import relative_error
 
+pytestmark = pytest.mark.usefixtures("exact_numerics")  # what is wired wrongly would hide in less
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

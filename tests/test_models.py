@@ -10,6 +10,8 @@ from sdfast import dispatch
 from sdfast.models import AutoencoderKL, UNet2D, UNet2DCondition
 from sdfast.models.config import config_from_dict, config_to_dict
 
+pytestmark = pytest.mark.usefixtures("exact_numerics")  # what is wired wrongly would hide in less
+
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 SDXL_CUT = {  # SDXL as it is but for transformer depths 1, 2, 10 cut to 1, 2, 2

@@ -10,6 +10,8 @@ from sdfast.models import CLIPTextConfig, CLIPTextEncoder
 from sdfast.models.config import config_from_dict, config_to_dict
 from sdfast.models.ldm_keys import current_name
 
+pytestmark = pytest.mark.usefixtures("exact_numerics")  # what is wired wrongly would hide in less
+
 VIT_L = {
     "hidden_size": 768,
     "intermediate_size": 3072,
