@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec, Way, gradients
+from sdfast.bench.case import Case, Spec, Way, gradients, split_limit
 
 # (B, heads, L, S, D): the U-Net at 512x512 with a guided batch of 2, the VAE, and the causal text encoder.
 UNET = tuple(
@@ -70,7 +70,7 @@ def make(setting: Setting, causal: bool, training: bool, dtype: torch.dtype, dev
         "x".join(map(str, setting)), dtype, ways, exact,
         flops=flops // 2 * 7 if training else flops,  # two products forward, five backward
         nbytes=nbytes * (2 if training else 1), part=part, magnitude=None if training else magnitude,
-        training=training, details={"is_causal": causal},
+        limit=split_limit(q), training=training, details={"is_causal": causal},
     )  # fmt: skip
 
 

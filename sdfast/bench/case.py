@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdfast.bench.timing import in_turns, ratio, settled, timed, times
+from sdfast.ops import _tiles
 from sdfast.testing import error_budget, relative_error
 
 Results = Sequence[Tensor]
@@ -23,6 +24,12 @@ def whole(results: Results) -> Results:
 def gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
     """Those of the inputs, where they ask for any; else y."""
     return list(torch.autograd.grad(y, inputs, dy)) if y.requires_grad else [y]
+
+
+def split_limit(factor: Tensor) -> Callable[[float], float] | None:
+    """`Case.limit` of products of such factors: None but where they are multiplied as sums of two bf16."""
+    splits = factor.device.type == "cpu" and _tiles.split(factor.dtype)
+    return (lambda eager_error: 2e-5) if splits else None
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sdfast.ops as ops
-from sdfast.bench.case import Case, Spec, Way, gradients
+from sdfast.bench.case import Case, Spec, Way, gradients, split_limit
 from sdfast.ops.linear import linear_torch
 
 # 64x64 latent, guided batch of 2: tokens and channels of each level ...
@@ -67,7 +67,7 @@ def make(setting: Setting, training: bool, dtype: torch.dtype, device: str) -> C
     return Case(
         f"{tokens}x{k} to {rows}", dtype, ways, exact, flops=2 * tokens * rows * k * (3 if training else 1),
         nbytes=(elements + training * (2 * elements - tokens * width)) * dtype.itemsize, part=part,
-        training=training,
+        limit=split_limit(x), training=training,
         details={"activation": activation or "", "residual": with_residual},
     )  # fmt: skip
 
