@@ -110,7 +110,7 @@ OPERATIONS = {
     """,
     "tiles": """
         import test_tiles as t
-        for case in t.LINEAR:
+        for case in t.LINEAR[:-1]:  # the last one is long
             t.test_linear(case, "geglu", bf16)
             t.test_linear(case, None, bf16)
         for case in t.CONV2D:
@@ -127,7 +127,7 @@ OPERATIONS = {
     """,
     "split": """
         import test_tiles as t
-        for case in t.LINEAR:
+        for case in t.LINEAR[:-1]:
             t.test_linear(case, "geglu", torch.float32)
         for case in t.CONV2D:
             t.test_conv2d(case, torch.float32)

@@ -264,7 +264,7 @@ MEMORY = """
         most(lambda: getattr(tiled_vae, name)(vae, one, memory_bytes=budget))  # loads code, starts threads
         used = most(lambda: getattr(tiled_vae, name)(vae, one, memory_bytes=budget))
         print(name, budget, used)
-        assert used <= budget + 2**22, (name, budget, used)  # Python's and the threads' own
+        assert used <= budget + 2**23, (name, budget, used)  # Python's own, and what huge pages round up
     # Last: what it leaves in pieces would be used first.
     used = most(lambda: getattr(vae, name)(one))
     print(name, "whole", used)
