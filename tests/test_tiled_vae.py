@@ -11,6 +11,7 @@ from tiny_pipelines import sd_pipeline
 from sdfast import StableDiffusion, _tiled_stages, dispatch, packing, tiled_vae
 from sdfast.models import AutoencoderKL
 from sdfast.models.config import config_from_dict
+from sdfast.ops import _tiles
 from sdfast.testing import assert_within_budget, relative_error
 
 VAE = {
@@ -21,6 +22,7 @@ VAE = {
     "norm_num_groups": 16,
 }
 PLENTY = 10**9
+ROUNDING = 3e-5 if _tiles.are_there() else 1e-5  # on AMX fp32 is split: 16 bits of 24
 
 
 def build(**settings):
@@ -103,7 +105,9 @@ def test_topologies_sizes_and_batches_of_diffusers_model(settings, what):
         expected = whole(theirs, what, x)
         actual = getattr(tiled_vae, what)(theirs, x, memory_bytes=PLENTY)
         assert actual.shape == expected.shape
-        assert relative_error(actual, expected) <= 3e-5  # fast numerics: F(4x4) where bands are large enough
+        assert (
+            relative_error(actual, expected) <= ROUNDING
+        )  # fast numerics: F(4x4) where bands are large enough
 
 
 @pytest.mark.parametrize("what", ["decode", "encode"])
@@ -136,10 +140,10 @@ def test_without_kernels(monkeypatch, backend):
 def test_our_models_methods_take_a_budget_of_memory():
     ours, _ = build()
     z, x = example("decode", 2), example("encode", 2)
-    assert relative_error(ours.decode(z, memory_bytes=PLENTY), ours.decode(z)) <= 3e-5
+    assert relative_error(ours.decode(z, memory_bytes=PLENTY), ours.decode(z)) <= ROUNDING
     banded, posterior = ours.encode(x, memory_bytes=PLENTY), ours.encode(x)
-    assert relative_error(banded.mean, posterior.mean) <= 3e-5
-    assert relative_error(banded.logvar, posterior.logvar) <= 3e-5
+    assert relative_error(banded.mean, posterior.mean) <= ROUNDING
+    assert relative_error(banded.logvar, posterior.logvar) <= ROUNDING
 
 
 @torch.inference_mode()
@@ -170,7 +174,7 @@ def test_too_small_a_budget_says_the_least_that_works():
     least = int(str(error.value).split("at least ")[1].split(";")[0])
     with pytest.raises(ValueError, match=f"at least {least}"):
         ours.decode(z, memory_bytes=least - 1)
-    assert relative_error(ours.decode(z, memory_bytes=least), ours.decode(z)) <= 3e-5
+    assert relative_error(ours.decode(z, memory_bytes=least), ours.decode(z)) <= ROUNDING
 
 
 def test_argument_errors():
@@ -217,7 +221,7 @@ def test_pipeline_draws_the_same_picture(tmp_path):
         StableDiffusion.from_pretrained(folder, vae_memory_bytes=PLENTY),
     )
     expected = plain.text_to_image("seven", **settings).images
-    assert relative_error(banded.text_to_image("seven", **settings).images, expected) <= 3e-5
+    assert relative_error(banded.text_to_image("seven", **settings).images, expected) <= ROUNDING
     expected = plain.image_to_image("seven", expected, steps=4, seed=0, output="tensor").images
     start = plain.text_to_image("seven", **settings).images
     assert (

@@ -29,6 +29,7 @@ _pack_op = _library.define_native("pack_tiles(Tensor weight, bool gated) -> Tens
 
 
 def are_there() -> bool:
+    """Whether the CPU has AMX and its library is loaded."""
     return _library.has_kernel("bf16_tiles", "cpu")
 
 
