@@ -1,6 +1,9 @@
 // The tensors of the CUDA kernels of linear's activation, GEGLU alone.
 #include "cuda_tensors.h"
 #include "linear_cuda.cuh"
+#ifndef SDFAST_SIMT
+#include "tile_product_cuda.cuh"
+#endif
 
 namespace sdfast {
 namespace {
@@ -47,7 +50,56 @@ Tensor linear_activation_gradient_cuda(Tensor dy, Tensor h, int64_t activation) 
   return dh;
 }
 
+#ifndef SDFAST_SIMT
+// x: (tokens, K), weight: (M, K), bias: (M), residual: (tokens, M), dense. Returns (tokens, M), of GEGLU M / 2.
+Tensor linear_rows_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                           std::optional<Tensor> residual, int64_t activation) {
+  const Call call(x);
+  const bool gated = activation == kGeglu;
+  STD_TORCH_CHECK(activation == 0 || gated, "activation: expected 0 or 4, GEGLU");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "x, weight: expected matrices");
+  const int64_t tokens = x.size(0), k = x.size(1), rows = weight.size(0);
+  const auto check = [&](const Tensor& t, const char* name, IntHeaderOnlyArrayRef shape) {
+    check_device(t, name);
+    check_shape(t, name, shape);
+    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type(), name,
+                    ": expected dense, in the dtype of x");
+  };
+  check(x, "x", {tokens, k}), check(weight, "weight", {rows, k});
+  if (bias) check(*bias, "bias", {rows});
+  if (residual) check(*residual, "residual", {tokens, rows});
+  constexpr int64_t kLargest = int64_t{1} << 30;
+  STD_TORCH_CHECK(std::max({tokens, k, rows}) < kLargest, "x, weight: a size is out of range");
+  Tensor y = empty({tokens, gated ? rows / 2 : rows}, x.scalar_type());
+  with_element_type(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      Conv2d<T> conv = {};
+      conv.images = conv.height = conv.out_height = conv.phases = 1;
+      conv.taps_y = conv.taps_x = conv.stride = 1;
+      conv.width = conv.out_width = static_cast<int>(tokens);
+      conv.channels = static_cast<int>(k), conv.out_channels = static_cast<int>(rows);
+      conv.x = call.input<T>(x), conv.weight = call.input<T>(weight);
+      conv.bias = bias ? call.input<T>(*bias) : nullptr;
+      conv.residual = residual ? call.input<T>(*residual) : nullptr;
+      conv.y = call.output<T>(y);
+      STD_TORCH_CHECK(suits_tile_product(conv) && rows % (gated ? 16 : 8) == 0,
+                      "x, weight: expected multiples of 8 columns and rows, at multiples of 16 bytes");
+      STD_TORCH_CHECK(has_tile_products<T>(current_device()),
+                      "x: expected a GPU of compute capability 9.0, in a library built for 9.0a");
+      tile_product(conv, gated, current_device(), call.stream());
+    } else {
+      STD_TORCH_CHECK(false, "x: expected bfloat16 or float16");
+    }
+  });
+  return y;
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(sdfast, SDFAST_DISPATCH_KEY, m) {
+#ifndef SDFAST_SIMT
+  m.impl("linear_rows_cuda", TORCH_BOX(&linear_rows_cuda));
+#endif
   m.impl("linear_activate_cuda", TORCH_BOX(&linear_activate_cuda));
   m.impl("linear_activation_gradient_cuda", TORCH_BOX(&linear_activation_gradient_cuda));
 }
