@@ -157,7 +157,7 @@ void run(const Call& call, const Conv2dTensors& tensors, const Tensor& y,
 #ifndef SDFAST_SIMT
     if constexpr (sizeof(T) == 2) {
       if (!statistics && suits_tile_product(conv) && has_tile_products<T>(current_device())) {
-        return tile_product(conv, false, current_device(), call.stream());
+        return tile_product<false>(conv, current_device(), call.stream());
       }
     }
 #endif

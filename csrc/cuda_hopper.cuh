@@ -9,6 +9,7 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda_common.cuh"
@@ -28,14 +29,15 @@ constexpr int kWarpgroup = 128;       // threads that multiply together
 
 // ---- the host's part: what a copy is told of a tensor
 
-// A tensor of up to 4 axes, the innermost first and dense, of 16-bit elements; boxes of it are copied to
-// tiles, with zeros for what lies outside of it. Every `step`-th element along an axis is taken.
+// A tensor of up to 4 axes, the innermost first, of 16-bit elements; boxes of it are copied to tiles, with
+// zeros for what lies outside of it. Every `step`-th element along an axis is taken.
 struct TileSource {
   const void* data;
   int axes;
   int64_t sizes[4];
-  int box[4];  // of elements that are taken; the innermost 64
-  int steps[4];
+  int64_t strides[4];  // in elements, multiples of 8 but for the innermost, which is 1; 0 of a single one
+  int box[4];          // of elements that are taken; the innermost 64
+  int steps[4] = {1, 1, 1, 1};
 };
 
 template <typename T>
@@ -51,10 +53,9 @@ CUtensorMap tensor_map(const TileSource& source) {
   if (!encode) throw std::runtime_error("tensor map: the driver is too old, update it");
   cuuint64_t sizes[4], strides[4];
   cuuint32_t box[4], steps[4];
-  cuuint64_t bytes = sizeof(T);
   for (int axis = 0; axis < source.axes; ++axis) {
     sizes[axis] = source.sizes[axis];
-    strides[axis] = bytes *= source.sizes[axis];
+    if (axis > 0) strides[axis - 1] = std::max<int64_t>(source.strides[axis] * sizeof(T), 16);
     steps[axis] = source.steps[axis];
     box[axis] = source.box[axis] * source.steps[axis];
   }
@@ -206,6 +207,44 @@ __device__ __forceinline__ void multiply(float (&d)[n / 2], uint64_t x, uint64_t
   } else {
     if constexpr (kHalf) SDFAST_WGMMA_256("f16");
     else SDFAST_WGMMA_256("bf16");
+  }
+}
+
+// The same with rows of x in registers, as `multiply` leaves sums of 16 columns, in pairs: of the first row, the
+// second, and again 8 columns on. `is_first` begins new sums.
+#define SDFAST_WGMMA_ROWS(type, n, transposed, names, a0, a1, a2, a3, b, one, ...)               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #one ", 0;\n"                                \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names        \
+               "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, " #transposed ";\n}" \
+               : __VA_ARGS__                                                                     \
+               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(w), "r"(static_cast<int>(!is_first)))
+#define SDFAST_ROWS_64(type, transposed)                                                     \
+  SDFAST_WGMMA_ROWS(type, 64, transposed,                                                    \
+                    SDFAST_FIRST_NAMES SDFAST_NAMES(1) SDFAST_NAMES(2) ", %30, %31", 32, 33, 34, 35, 36, \
+                    37, SDFAST_20(0), SDFAST_FOUR(20), SDFAST_FOUR(24), SDFAST_FOUR(28))
+#define SDFAST_ROWS_40(type, transposed)                                                              \
+  SDFAST_WGMMA_ROWS(type, 40, transposed, SDFAST_FIRST_NAMES SDFAST_NAMES(1), 20, 21, 22, 23, 24, 25, \
+                    SDFAST_20(0))
+
+// w's rows are columns of the sums.
+template <typename T>
+__device__ __forceinline__ void multiply_rows(float (&d)[32], const uint32_t (&x)[4], uint64_t w,
+                                              bool is_first) {
+  if constexpr (std::is_same_v<T, __half>) SDFAST_ROWS_64("f16", 0);
+  else SDFAST_ROWS_64("bf16", 0);
+}
+// w's columns are: of its 16 rows each is one of those that are summed over. The next 16 are 128 further.
+template <typename T, int n>
+__device__ __forceinline__ void multiply_transposed(float (&d)[n / 2], const uint32_t (&x)[4], uint64_t w,
+                                                    bool is_first) {
+  static_assert(n == 40 || n == 64);
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (n == 40) {
+    if constexpr (kHalf) SDFAST_ROWS_40("f16", 1);
+    else SDFAST_ROWS_40("bf16", 1);
+  } else {
+    if constexpr (kHalf) SDFAST_ROWS_64("f16", 1);
+    else SDFAST_ROWS_64("bf16", 1);
   }
 }
 

@@ -1,9 +1,10 @@
-// Products and convolutions on Hopper's own units: 128 pixels (tokens) by 80 to 256 channels of y at a time.
+// Products and convolutions on Hopper's own units: 128 or 256 pixels (tokens) by 80 to 256 channels of y at
+// a time.
 //
 // Algorithm. An implicit GEMM. One thread of a block asks the tensor memory accelerator for tiles: 64
 // channels of a rectangle of pixels, shifted by the kernel's position, zeros beside the image, and the same
 // channels of the rows of the weight. They arrive in a ring in shared memory; two groups of four warps
-// multiply 64 pixels each (wgmma), and say when a tile was read. Where tiles are fewer than
+// multiply a half of the pixels each (wgmma), and say when a tile was read. Where tiles are fewer than
 // multiprocessors K is split among the blocks of a cluster, which add up each other's sums, read from
 // shared memory, in order. Then bias, time embedding and residual, or GEGLU's gate, whose columns lie in
 // the same tile; each result is rounded once. Bytes: x once for each of the kernel's positions and block
@@ -13,19 +14,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <tuple>
 
 #include "conv2d_problem_cuda.cuh"
 #include "cuda_hopper.cuh"
 
 namespace sdfast {
 
-constexpr int kTilePixels = 128, kTileK = 64;                 // K: channels of x a step
+constexpr int kTileK = 64;                                    // channels of x a step
 constexpr int kProductThreads = 2 * kWarpgroup + kWarp;       // two that multiply, a warp that copies
 constexpr int kMostStages = 8, kLeastStages = 3, kMostSplits = 8;
 
 // How a launch divides the work.
 struct TileProductPlan {
-  int columns;                                          // of a tile
+  int tile, pixels, columns;                            // which ProductTile, and its size
   int width_log2, height_log2;                          // of its pixels' rectangle; the rest is images
   int tiles_x, tiles_y, tiles_images, column_blocks;
   int steps_x, steps;                                   // along K: of x, and with those of skip
@@ -35,7 +37,7 @@ struct TileProductPlan {
 
   __host__ __device__ int width() const { return 1 << width_log2; }
   __host__ __device__ int height() const { return 1 << height_log2; }
-  __host__ __device__ int images() const { return kTilePixels >> (width_log2 + height_log2); }
+  __host__ __device__ int images() const { return pixels >> (width_log2 + height_log2); }
   int64_t tiles(int phases) const {
     return int64_t{tiles_x} * tiles_y * tiles_images * column_blocks * phases;
   }
@@ -46,27 +48,31 @@ struct TileProduct {
   CUtensorMap x, skip, weight;
   Conv2d<T> conv;
   TileProductPlan plan;
-  bool gated;  // GEGLU: y has half of out_channels, the values; the others are their gates
 };
 
-// Bytes of one stage, and of the sums of a tile, a row of which is 8 numbers longer than it need be: rows
-// then meet different banks.
-template <int columns>
-constexpr int kStageBytes = (kTilePixels + columns) * kTileRowBytes;
-template <int columns>
-constexpr int kSumsBytes = kTilePixels * (columns + 8) * 4;
+// What a block computes. Of its kPixels a group of four warps has kRows times 64.
+template <int pixels, int columns, int blocks>
+struct ProductTile {
+  static constexpr int kPixels = pixels, kColumns = columns;
+  static constexpr int kBlocks = blocks;  // on a multiprocessor
+  static constexpr int kRows = pixels / 128;
+  static constexpr int kStageBytes = (pixels + columns) * kTileRowBytes;
+  static constexpr int kPitch = columns + 8;  // of sums in shared memory: rows then meet different banks
+  static constexpr int kSumsBytes = pixels * kPitch * 4;
+  static_assert(kSumsBytes <= kLeastStages * kStageBytes);
+};
 
 #if SDFAST_HOPPER
 
 // Which tile a block computes.
-template <typename T>
 struct TilePlace {
   int phase, x, y, image, column;  // of the first pixel and channel
 
+  template <typename T>
   __device__ TilePlace(const TileProduct<T>& call, int columns) {
     const TileProductPlan& plan = call.plan;
     int tile = blockIdx.x / plan.splits;
-    column = tile % plan.column_blocks * (call.gated ? columns / 2 : columns);
+    column = tile % plan.column_blocks * columns;
     tile /= plan.column_blocks;
     phase = tile % call.conv.phases;
     tile /= call.conv.phases;
@@ -78,8 +84,8 @@ struct TilePlace {
 };
 
 // Asks for the tiles of the steps [first, last).
-template <typename T, int columns>
-__device__ void copy_tiles(const TileProduct<T>& call, const TilePlace<T>& place, unsigned char* ring,
+template <typename Tile, bool kGated, typename T>
+__device__ void copy_tiles(const TileProduct<T>& call, const TilePlace& place, unsigned char* ring,
                            uint64_t* full, uint64_t* empty, int first, int last) {
   const Conv2d<T>& conv = call.conv;
   const bool has_skip = call.plan.steps > call.plan.steps_x;
@@ -87,7 +93,7 @@ __device__ void copy_tiles(const TileProduct<T>& call, const TilePlace<T>& place
   if (has_skip) prefetch(call.skip);
   const int x = place.x * conv.stride - conv.left + place.phase % 2;
   const int y = place.y * conv.stride - conv.top + place.phase / 2;
-  const int rows = call.gated ? conv.out_channels / 2 : columns / 2;  // from the first half of w's to the second
+  const int rows = kGated ? conv.out_channels / 2 : Tile::kColumns / 2;  // to the second half of w's
   const int row = place.phase * conv.out_channels + place.column;
   bool of_skip = first >= call.plan.steps_x;
   const int before = of_skip ? first - call.plan.steps_x : first;
@@ -97,14 +103,14 @@ __device__ void copy_tiles(const TileProduct<T>& call, const TilePlace<T>& place
   unsigned parity = 1;  // of a ring that is empty at first
   for (int step = first; step < last; ++step) {
     wait(empty + stage, parity);
-    arrive_for_bytes(full + stage, kStageBytes<columns>);
-    unsigned char* const tile = ring + stage * kStageBytes<columns>;
-    unsigned char* const weights = tile + kTilePixels * kTileRowBytes;
+    arrive_for_bytes(full + stage, Tile::kStageBytes);
+    unsigned char* const tile = ring + stage * Tile::kStageBytes;
+    unsigned char* const weights = tile + Tile::kPixels * kTileRowBytes;
     copy_tile(tile, of_skip ? call.skip : call.x, full + stage, c, x + tap % conv.taps_x,
               y + tap / conv.taps_x, place.image);
     const int w_c = of_skip ? conv.channels + c : c;
     copy_tile(weights, call.weight, full + stage, w_c, tap, row);
-    copy_tile(weights + columns / 2 * kTileRowBytes, call.weight, full + stage, w_c, tap, row + rows);
+    copy_tile(weights + Tile::kColumns / 2 * kTileRowBytes, call.weight, full + stage, w_c, tap, row + rows);
     if (++stage == call.plan.stages) stage = 0, parity ^= 1;
     c += kTileK;
     if (c >= (of_skip ? conv.skip_channels : conv.channels)) c = 0, ++tap;
@@ -112,153 +118,228 @@ __device__ void copy_tiles(const TileProduct<T>& call, const TilePlace<T>& place
   }
 }
 
-// The sums of 64 pixels, in the registers of four warps, when `count` tiles have arrived.
-template <typename T, int columns>
-__device__ __forceinline__ void multiply_tiles(float (&sums)[columns / 2], const unsigned char* ring,
+// The sums of half of the pixels, in the registers of four warps, when `count` tiles have arrived.
+template <typename T, typename Tile>
+__device__ __forceinline__ void multiply_tiles(float (&sums)[Tile::kRows][Tile::kColumns / 2], const unsigned char* ring,
                                                uint64_t* full, uint64_t* empty, int stages, int count) {
   const int group = threadIdx.x / kWarpgroup;
-  const uint64_t x0 = tile_descriptor(ring + group * 64 * kTileRowBytes);
-  const uint64_t w0 = tile_descriptor(ring + kTilePixels * kTileRowBytes);
+  const uint64_t x0 = tile_descriptor(ring + group * Tile::kRows * 64 * kTileRowBytes);
+  const uint64_t w0 = tile_descriptor(ring + Tile::kPixels * kTileRowBytes);
   int stage = 0, before = 0;
   unsigned parity = 0;
   for (int step = 0; step < count; ++step) {
     wait(full + stage, parity);
-    const uint64_t offset = stage * (kStageBytes<columns> >> 4);
-    hold(sums);
+    const uint64_t offset = stage * (Tile::kStageBytes >> 4);
+    constexpr uint64_t kRowsOf64 = 64 * kTileRowBytes >> 4;
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) hold(sums[r]);
     begin_products();
 #pragma unroll
     for (int k = 0; k < kTileK / 16; ++k) {
-      multiply<T, columns>(sums, x0 + offset + 2 * k, w0 + offset + 2 * k);
+#pragma unroll
+      for (int r = 0; r < Tile::kRows; ++r) {
+        multiply<T, Tile::kColumns>(sums[r], x0 + offset + r * kRowsOf64 + 2 * k, w0 + offset + 2 * k);
+      }
     }
     commit_products();
-    hold(sums);
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) hold(sums[r]);
     wait_for_products<1>();
     if (step > 0 && threadIdx.x % kWarp == 0) arrive(empty + before);
     before = stage;
     if (++stage == stages) stage = 0, parity ^= 1;
   }
   wait_for_products<0>();
-  hold(sums);
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; ++r) hold(sums[r]);
 }
 
-// What is added to 8 numbers of y, and where they go.
+// 8 numbers as they lie in memory.
 template <typename T>
-__device__ void finish_vector(const TileProduct<T>& call, float (&h)[8], int image, int o, int64_t at) {
-  const Conv2d<T>& conv = call.conv;
-  float added[8];
-  if (conv.bias) {
-    load(conv.bias + o, added);
+using Eight = Vector<T, 8>;
+
+template <typename T>
+__device__ inline void add(float (&h)[8], const Eight<T>& numbers) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) h[k] += added[k];
-  }
-  if (conv.time_embedding) {
-    load(conv.time_embedding + int64_t{image} * conv.out_channels + o, added);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) h[k] += added[k];
-  }
-  if (conv.residual) {
-    load(conv.residual + at, added);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) h[k] += added[k];
-  }
+  for (int k = 0; k < 8; ++k) h[k] += to_float(numbers.values[k]);
+}
+// Null is zeros.
+template <typename T>
+__device__ inline Eight<T> eight_of(const T* from, int64_t at) {
+  if (from) return *reinterpret_cast<const Eight<T>*>(from + at);
+  const T zero = from_float<T>(0.0f);
+  return {{zero, zero, zero, zero, zero, zero, zero, zero}};
 }
 
-__device__ inline float gelu(float g) { return g * (0.5f + 0.5f * erff(g * 0.70710678f)); }
+// g Phi(g). 2 (1 - Phi(|g|)) = erfc(|g| / sqrt 2) within 1.5e-7: Abramowitz and Stegun, 7.1.26.
+__device__ inline float gelu(float g) {
+  constexpr float kLog2e = 1.4426950f;
+  const float x = fabsf(g) * 0.70710678f;
+  const float t = __fdividef(1.0f, __fmaf_rn(0.3275911f, x, 1.0f));
+  float tail = __fmaf_rn(1.061405429f, t, -1.453152027f);
+  tail = __fmaf_rn(tail, t, 1.421413741f);
+  tail = __fmaf_rn(tail, t, -0.284496736f);
+  tail = __fmaf_rn(tail, t, 0.254829592f);
+  tail *= 0.5f * t * exp2_fast(-kLog2e * x * x);
+  return g * (g < 0.0f ? tail : 1.0f - tail);
+}
 
-// The rows of a tile that this block finishes, from the sums of its cluster.
-template <typename T, int columns>
-__device__ void finish_rows(const TileProduct<T>& call, const TilePlace<T>& place, float* sums, int split) {
-  constexpr int kPitch = columns + 8;
+// GEGLU of a group's sums, each value beside its gate in one thread, stored from registers: that takes less
+// time than rows of 16 bytes do, by way of shared memory.
+template <typename Tile, typename T>
+__device__ __forceinline__ void finish_gated(const TileProduct<T>& call, const TilePlace& place, int first_row,
+                                             const float (&sums)[Tile::kRows][Tile::kColumns / 2]) {
+  constexpr int kGates = Tile::kColumns / 4;  // from a value to its gate
   const Conv2d<T>& conv = call.conv;
-  const TileProductPlan& plan = call.plan;
-  const int rows = kTilePixels / plan.splits;
-  const int out_channels = call.gated ? conv.out_channels / 2 : conv.out_channels;
-  const int vectors = (call.gated ? columns / 2 : columns) / 8;
-  const int scale = conv.phases > 1 ? 2 : 1;
-  for (int i = threadIdx.x; i < rows * vectors; i += kProductThreads) {
-    const int row = split * rows + i / vectors, column = i % vectors * 8, o = place.column + column;
-    const int x = place.x + (row & (plan.width() - 1));
-    const int y = place.y + (row >> plan.width_log2 & (plan.height() - 1));
-    const int image = place.image + (row >> (plan.width_log2 + plan.height_log2));
-    if (x >= conv.out_width || y >= conv.out_height || image >= conv.images || o >= out_channels) continue;
-    float h[8] = {}, gate[8] = {};
-    for (int other = 0; other < plan.splits; ++other) {
-      const float* const from =
-          (plan.splits > 1 ? in_block_of_cluster(sums, other) : sums) + row * kPitch + column;
-      float part[4];
+  const int out_channels = conv.out_channels / 2;
 #pragma unroll
-      for (int k = 0; k < 8; k += 4) {
-        load(from + k, part);
+  for (int j = 0; j < Tile::kColumns / 16; ++j) {
+    const int o = place.column + 8 * j + threadIdx.x % 4 * 2;
+    if (o >= out_channels) continue;
+    float bias[2] = {}, gate_bias[2] = {};
+    if (conv.bias) load(conv.bias + o, bias), load(conv.bias + o + out_channels, gate_bias);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) h[k + n] += part[n];
-        if (!call.gated) continue;
-        load(from + columns / 2 + k, part);
+    for (int r = 0; r < Tile::kRows; ++r) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) gate[k + n] += part[n];
+      for (int lower = 0; lower < 2; ++lower) {
+        const int row = place.x + first_row + r * 64 + lower * 8, i = 4 * j + 2 * lower;
+        if (row >= conv.out_width) continue;
+        const float y[2] = {(sums[r][i] + bias[0]) * gelu(sums[r][i + kGates] + gate_bias[0]),
+                            (sums[r][i + 1] + bias[1]) * gelu(sums[r][i + kGates + 1] + gate_bias[1])};
+        store(conv.y + int64_t{row} * out_channels + o, y);
       }
     }
-    const int64_t pixel =
-        (int64_t{image} * conv.out_height * scale + y * scale + place.phase / 2) * conv.out_width * scale +
-        x * scale + place.phase % 2;
-    finish_vector(call, h, image, o, pixel * conv.out_channels + o);
-    if (call.gated) {
-      finish_vector(call, gate, image, o + out_channels, pixel * conv.out_channels + o + out_channels);
+  }
+}
+
+// The rows of a tile that this block finishes, from the sums of its cluster. A thread has 8 columns of
+// several rows, whose loads it issues together.
+template <typename Tile, typename T>
+__device__ void finish_rows(const TileProduct<T>& call, const TilePlace& place, float* sums, int split) {
+  constexpr int kVectors = Tile::kColumns / 8, kRowsAtOnce = kProductThreads / kVectors;
+  constexpr int kBatch = 4 / Tile::kBlocks;
+  const Conv2d<T>& conv = call.conv;
+  const TileProductPlan& plan = call.plan;
+  const int column = threadIdx.x % kVectors * 8, o = place.column + column;
+  if (static_cast<int>(threadIdx.x) >= kRowsAtOnce * kVectors || o >= conv.out_channels) return;
+  const int rows = Tile::kPixels / plan.splits, last = (split + 1) * rows;
+  const int scale = conv.phases > 1 ? 2 : 1;
+  const Eight<T> bias = eight_of(conv.bias, o);
+  for (int first = split * rows + threadIdx.x / kVectors; first < last; first += kBatch * kRowsAtOnce) {
+    int64_t at[kBatch];  // in y, -1 where there is no pixel
+    Eight<T> time[kBatch], residual[kBatch];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) h[k] *= gelu(gate[k]);
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = first + i * kRowsAtOnce;
+      const int x = place.x + (row & (plan.width() - 1));
+      const int y = place.y + (row >> plan.width_log2 & (plan.height() - 1));
+      const int image = place.image + (row >> (plan.width_log2 + plan.height_log2));
+      at[i] = -1;
+      if (row >= last || x >= conv.out_width || y >= conv.out_height || image >= conv.images) continue;
+      const int64_t pixel = (int64_t{image} * conv.out_height * scale + y * scale + place.phase / 2) *
+                                conv.out_width * scale +
+                            x * scale + place.phase % 2;
+      at[i] = pixel * conv.out_channels + o;
+      time[i] = eight_of(conv.time_embedding, int64_t{image} * conv.out_channels + o);
+      residual[i] = eight_of(conv.residual, at[i]);
     }
-    store(conv.y + pixel * out_channels + o, h);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (at[i] < 0) continue;
+      const int in_tile = (first + i * kRowsAtOnce) * Tile::kPitch + column;
+      float h[8] = {};
+      for (int other = 0; other < plan.splits; ++other) {
+        const float* const from = (plan.splits > 1 ? in_block_of_cluster(sums, other) : sums) + in_tile;
+        float part[4];
+#pragma unroll
+        for (int k = 0; k < 8; k += 4) {
+          load(from + k, part);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) h[k + n] += part[n];
+        }
+      }
+      add(h, bias), add(h, time[i]), add(h, residual[i]);
+      store(conv.y + at[i], h);
+    }
   }
 }
 
 #endif  // SDFAST_HOPPER
 
-// Grid: tiles by splits, those of a tile a cluster.
-template <typename T, int columns, int blocks>
-__global__ void __launch_bounds__(kProductThreads, blocks)
+// Grid: tiles by splits, those of a tile a cluster. kGated is GEGLU: y has half of out_channels, the values;
+// the others are their gates.
+template <typename T, typename Tile, bool kGated>
+__global__ void __launch_bounds__(kProductThreads, Tile::kBlocks)
     tile_product_kernel(const __grid_constant__ TileProduct<T> call) {
 #if SDFAST_HOPPER
+  const TileProductPlan& plan = call.plan;
   SharedMemory shared;
-  unsigned char* const ring = shared.array<unsigned char>(call.plan.stages * kStageBytes<columns>);
+  unsigned char* const ring = shared.array<unsigned char>(plan.stages * Tile::kStageBytes);
   uint64_t* const full = shared.array<uint64_t>(kMostStages);
   uint64_t* const empty = shared.array<uint64_t>(kMostStages);
   float* const results = reinterpret_cast<float*>(ring);  // when the last tile was read
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < call.plan.stages; ++stage) {
+    for (int stage = 0; stage < plan.stages; ++stage) {
       init_barrier(full + stage, 1);
       init_barrier(empty + stage, 2 * kWarpgroup / kWarp);
     }
     show_barriers();
   }
   __syncthreads();
-  const TilePlace<T> place(call, columns);
-  const int split = blockIdx.x % call.plan.splits;
-  const int first = split * call.plan.steps_per_split;
-  const int last = min(first + call.plan.steps_per_split, call.plan.steps);
+  const TilePlace place(call, kGated ? Tile::kColumns / 2 : Tile::kColumns);
+  const int split = blockIdx.x % plan.splits;
+  const int first = split * plan.steps_per_split;
+  const int last = min(first + plan.steps_per_split, plan.steps);
   if (threadIdx.x >= 2 * kWarpgroup) {
-    if (threadIdx.x == 2 * kWarpgroup) copy_tiles<T, columns>(call, place, ring, full, empty, first, last);
+    if (threadIdx.x == 2 * kWarpgroup) copy_tiles<Tile, kGated>(call, place, ring, full, empty, first, last);
+    if constexpr (kGated) return;
     __syncwarp();
     __syncthreads();
   } else {
-    float sums[columns / 2] = {};
-    multiply_tiles<T, columns>(sums, ring, full, empty, call.plan.stages, last - first);
+    float sums[Tile::kRows][Tile::kColumns / 2] = {};
+    multiply_tiles<T, Tile>(sums, ring, full, empty, plan.stages, last - first);
+    const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x % kWarpgroup / kWarp;
+    const int first_row = group * Tile::kRows * 64 + warp * 16 + threadIdx.x % kWarp / 4;
+    if constexpr (kGated) return finish_gated<Tile>(call, place, first_row, sums);
     __syncthreads();  // the other group has read the ring, too
-    const int row = threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4, column = threadIdx.x % 4 * 2;
-    float* const at = results + row * (columns + 8) + column;
 #pragma unroll
-    for (int j = 0; j < columns / 8; ++j) {
-      const float upper[2] = {sums[4 * j], sums[4 * j + 1]}, lower[2] = {sums[4 * j + 2], sums[4 * j + 3]};
-      store(at + 8 * j, upper);
-      store(at + 8 * (columns + 8) + 8 * j, lower);
+    for (int r = 0; r < Tile::kRows; ++r) {
+      const int row = first_row + r * 64;
+      float* const at = results + row * Tile::kPitch + threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns / 8; ++j) {
+        const float upper[2] = {sums[r][4 * j], sums[r][4 * j + 1]};
+        const float lower[2] = {sums[r][4 * j + 2], sums[r][4 * j + 3]};
+        store(at + 8 * j, upper);
+        store(at + 8 * Tile::kPitch + 8 * j, lower);
+      }
     }
   }
-  if (call.plan.splits > 1) cluster_barrier();
+  if (plan.splits > 1) cluster_barrier();
   else __syncthreads();
-  finish_rows<T, columns>(call, place, results, split);
-  if (call.plan.splits > 1) cluster_barrier();  // none leaves while others read its sums
+  finish_rows<Tile>(call, place, results, split);
+  if (plan.splits > 1) cluster_barrier();  // none leaves while others read its sums
 #endif
 }
 
 // ---- the host's part
+
+using ProductTiles = std::tuple<ProductTile<256, 128, 1>, ProductTile<128, 256, 1>, ProductTile<128, 160, 1>,
+                                ProductTile<128, 128, 2>, ProductTile<128, 80, 2>>;
+// What was measured on an H100, in microseconds: a step of a tile, and what comes before and after the steps.
+struct TileTimes {
+  float step, ends;
+};
+constexpr TileTimes kTileTimes[] = {{.637f, 7.6f}, {.637f, 7.6f}, {.427f, 5.4f}, {.405f, 2.9f}, {.376f, 1.8f}};
+constexpr float kMicrosecondsOfSplits = 1.3f;  // for each doubling of their number
+
+template <int index = 0, typename F>
+void with_product_tile(int tile, const F& f) {
+  if constexpr (index < std::tuple_size_v<ProductTiles>) {
+    if (tile == index) return f(std::tuple_element_t<index, ProductTiles>());
+    with_product_tile<index + 1>(tile, f);
+  }
+}
 
 // Whether this library holds the kernel's code for the current device.
 template <typename T>
@@ -266,11 +347,36 @@ bool has_tile_products(const Device& device) {
   if (sizeof(T) != 2 || device.capability != 90) return false;
   static const bool is_there = [] {
     cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, tile_product_kernel<T, 128, 2>);
+    const auto kernel = tile_product_kernel<T, ProductTile<128, 128, 2>, false>;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess) cudaGetLastError();
     return error == cudaSuccess && attributes.ptxVersion == 90;
   }();
   return is_there;
+}
+
+// How many clusters of so many blocks run at once, a block on a multiprocessor: no more than whole ones in
+// each of the GPU's parts.
+inline int clusters_at_once(int blocks, const Device& device) {
+  if (blocks == 1) return device.multiprocessors;
+  static int known[kMostSplits + 1] = {};  // the same values whoever writes them first
+  int& count = known[blocks];
+  if (count > 0) return count;
+  using Tile = std::tuple_element_t<0, ProductTiles>;
+  const auto kernel = tile_product_kernel<__nv_bfloat16, Tile, false>;
+  const int shared_bytes = kLeastStages * Tile::kStageBytes;
+  check_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+              "shared memory");
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(kProductThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster, config.numAttrs = 1;
+  int found = 0;
+  check_error(cudaOccupancyMaxActiveClusters(&found, kernel, &config), "clusters");
+  return count = std::max(found, 1);
 }
 
 // Whether it can compute such a convolution: what copies and stores of 16 bytes need.
@@ -282,23 +388,15 @@ bool suits_tile_product(const Conv2d<T>& conv) {
          is_aligned(conv.bias, 16) && is_aligned(conv.time_embedding, 16);
 }
 
-// Calls f with the number of columns of a tile, and how many blocks of it a multiprocessor holds.
-template <typename F>
-void with_tile_columns(int columns, const F& f) {
-  if (columns == 80) return f(std::integral_constant<int, 80>(), std::integral_constant<int, 2>());
-  if (columns == 128) return f(std::integral_constant<int, 128>(), std::integral_constant<int, 2>());
-  if (columns == 160) return f(std::integral_constant<int, 160>(), std::integral_constant<int, 1>());
-  f(std::integral_constant<int, 256>(), std::integral_constant<int, 1>());
-}
-
 // The rectangle of pixels that leaves the least of the tiles outside of the images.
 template <typename T>
 void plan_rectangle(const Conv2d<T>& conv, TileProductPlan& plan) {
   int64_t fewest = INT64_MAX;
-  for (int width = 7; width >= 0; --width) {
-    for (int height = 7 - width; height >= 0; --height) {
+  const int log2 = plan.pixels == 256 ? 8 : 7;
+  for (int width = log2; width >= 0; --width) {
+    for (int height = log2 - width; height >= 0; --height) {
       const int64_t x = ceil_div(conv.out_width, 1 << width), y = ceil_div(conv.out_height, 1 << height);
-      const int64_t images = ceil_div(conv.images, kTilePixels >> (width + height));
+      const int64_t images = ceil_div(conv.images, plan.pixels >> (width + height));
       if (x * y * images >= fewest) continue;
       fewest = x * y * images;
       plan.width_log2 = width, plan.height_log2 = height;
@@ -308,74 +406,72 @@ void plan_rectangle(const Conv2d<T>& conv, TileProductPlan& plan) {
   }
 }
 
-// The tile and the number of splits for which the busiest multiprocessor has the least to do. In columns and
-// steps: what a block does before its first product and after its last is as long as `kEnds` of them.
+// The tile and the number of splits that are expected to take the least time.
 template <typename T>
-TileProductPlan plan_tile_product(const Conv2d<T>& conv, bool gated, const Device& device) {
-  constexpr double kEnds = 1000, kEndsOfSplit = 500;
+TileProductPlan plan_tile_product(const Conv2d<T>& conv, int most_splits, const Device& device) {
   TileProductPlan plan = {}, best = {};
-  plan_rectangle(conv, plan);
   plan.steps_x = conv.taps() * static_cast<int>(ceil_div(conv.channels, kTileK));
   plan.steps = plan.steps_x + conv.taps() * static_cast<int>(ceil_div(conv.skip_channels, kTileK));
-  double least = INFINITY;
-  for (const int columns : {256, 160, 128, 80}) {
-    const double step = columns == 80 ? 90 : columns == 128 ? 134 : columns;  // narrow ones read more of x
-    plan.columns = columns;
-    plan.column_blocks = static_cast<int>(ceil_div(conv.out_channels, columns));
-    const int64_t tiles = plan.tiles(conv.phases);
-    for (int splits = 1; splits <= kMostSplits; splits *= 2) {
-      plan.steps_per_split = static_cast<int>(ceil_div(plan.steps, splits));
-      plan.splits = splits;
-      if (splits > 1 && plan.steps_per_split * (splits - 1) >= plan.steps) break;  // one would have none
-      const double cost = ceil_div(tiles * splits, device.multiprocessors) *
-                          (plan.steps_per_split * step + kEnds + (splits > 1 ? kEndsOfSplit : 0));
+  float least = INFINITY;
+  for (plan.tile = 0; plan.tile < static_cast<int>(std::tuple_size_v<ProductTiles>); ++plan.tile) {
+    with_product_tile(plan.tile, [&](auto tile) {
+      using Tile = decltype(tile);
+      plan.pixels = Tile::kPixels, plan.columns = Tile::kColumns;
+      plan_rectangle(conv, plan);
+      plan.column_blocks = static_cast<int>(ceil_div(conv.out_channels, Tile::kColumns));
+      const int64_t tiles = plan.tiles(conv.phases);
+      const TileTimes times = kTileTimes[plan.tile];
+      for (int log2 = 0; 1 << log2 <= most_splits; ++log2) {
+        plan.splits = 1 << log2;
+        plan.steps_per_split = static_cast<int>(ceil_div(plan.steps, plan.splits));
+        if (log2 > 0 && plan.steps_per_split * (plan.splits - 1) >= plan.steps) break;  // one would have none
 #ifdef SDFAST_TUNE
-      if (const char* want = std::getenv("SDFAST_TILE")) {
-        if (std::atoi(want) != columns * 10 + splits) continue;
-      }
+        if (const char* want = std::getenv("SDFAST_TILE")) {
+          if (std::atoi(want) != plan.tile * 10 + plan.splits) continue;
+        }
 #endif
-      if (cost >= least) continue;
-      least = cost;
-      best = plan;
-    }
+        const int64_t rounds = ceil_div(tiles, clusters_at_once(plan.splits, device));
+        const float cost =
+            rounds * (plan.steps_per_split * times.step + times.ends + log2 * kMicrosecondsOfSplits);
+        if (cost >= least) continue;
+        least = cost;
+        best = plan;
+        const bool alone = rounds == 1 && plan.splits == 1;
+        const int barriers = static_cast<int>(2 * SharedMemory::bytes<uint64_t>(kMostStages));
+        const int blocks = alone ? 1 : Tile::kBlocks;
+        const int room = static_cast<int>(shared_bytes_of_block(device)) / blocks - 1024 - barriers;
+        best.stages = std::clamp(room / Tile::kStageBytes, kLeastStages, kMostStages);
+        best.shared_bytes = best.stages * Tile::kStageBytes + barriers;
+      }
+    });
   }
 #ifdef SDFAST_TUNE
   if (best.columns == 0) throw std::runtime_error("no such tile");
 #endif
-  with_tile_columns(best.columns, [&](auto width, auto blocks) {
-    constexpr int kColumns = decltype(width)::value;
-    const int64_t all = best.tiles(conv.phases) * best.splits;
-    const int resident = all > device.multiprocessors ? decltype(blocks)::value : 1;
-    const int barriers = static_cast<int>(2 * SharedMemory::bytes<uint64_t>(kMostStages));
-    const int room = static_cast<int>(shared_bytes_of_block(device)) / resident - 1024 - barriers;
-    best.stages = std::max(kLeastStages, std::min(kMostStages, room / kStageBytes<kColumns>));
-    static_assert(kSumsBytes<kColumns> <= kLeastStages * kStageBytes<kColumns>);
-    best.shared_bytes = best.stages * kStageBytes<kColumns> + barriers;
-  });
-  (void)gated;
   return best;
 }
 
-template <typename T>
-void tile_product(const Conv2d<T>& conv, bool gated, const Device& device, cudaStream_t stream) {
+template <bool kGated, typename T>
+void tile_product(const Conv2d<T>& conv, const Device& device, cudaStream_t stream) {
   TileProduct<T> call = {};
-  call.conv = conv, call.gated = gated;
-  call.plan = plan_tile_product(conv, gated, device);
+  call.conv = conv;
+  call.plan = plan_tile_product(conv, kGated ? 1 : kMostSplits, device);
   const TileProductPlan& plan = call.plan;
   const auto images = [&](const T* data, int channels) {
+    const int64_t row = int64_t{conv.width} * channels;
     return tensor_map<T>({data, 4, {channels, conv.width, conv.height, conv.images},
+                          {1, channels, row, row * conv.height},
                           {kTileK, plan.width(), plan.height(), plan.images()},
                           {1, conv.stride, conv.stride, 1}});
   };
   call.x = images(conv.x, conv.channels);
   call.skip = conv.skip ? images(conv.skip, conv.skip_channels) : call.x;
-  call.weight = tensor_map<T>({conv.weight, 3,
-                               {conv.all_channels(), conv.taps(), int64_t{conv.phases} * conv.out_channels, 1},
-                               {kTileK, 1, plan.columns / 2, 1},
-                               {1, 1, 1, 1}});
+  const int64_t all = conv.all_channels();
+  call.weight = tensor_map<T>({conv.weight, 3, {all, conv.taps(), int64_t{conv.phases} * conv.out_channels},
+                               {1, all, all * conv.taps()}, {kTileK, 1, plan.columns / 2}});
   const auto grid = static_cast<unsigned>(plan.tiles(conv.phases) * plan.splits);
-  with_tile_columns(plan.columns, [&](auto columns, auto blocks) {
-    launch(tile_product_kernel<T, decltype(columns)::value, decltype(blocks)::value>,
+  with_product_tile(plan.tile, [&](auto tile) {
+    launch(tile_product_kernel<T, decltype(tile), kGated>,
            {dim3(grid), dim3(kProductThreads), static_cast<size_t>(plan.shared_bytes),
             static_cast<unsigned>(plan.splits)},
            stream, call);

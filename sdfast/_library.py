@@ -226,6 +226,8 @@ def _load_cuda_library() -> LibraryStatus:
         torch.ops.load_library(str(path))
     except OSError as error:
         return LibraryStatus("_C_cuda", False, f"{path.name}: {error.__cause__ or error}")
+    if contents is not None and "90a" in contents.code:
+        _kernels.add(("bf16_tiles", "cuda"))  # on Hopper's own units; see tile_product_cuda.cuh
     return LibraryStatus("_C_cuda", True, f"loaded: {holds}")
 
 

@@ -1,9 +1,9 @@
 """Which backends serve a call on a GPU, best first, where the call names none.
 
 As measured on an H100 in bf16 (benchmarks/bench_gpu_calls.py): each call of Stable Diffusion 1.5, SDXL and
-their VAE, in a CUDA graph, by every backend. Norms are Triton's, and most convolutions; the large plain ones
-are cuDNN's, products cuBLAS's, many keys torch's, GEGLU's gate CUDA C++'s. What nobody measured is torch's:
-other GPUs, fp32, gradients, heads of more than 512. (fp16 is taken to be as fast as bf16.)
+their VAE, in a CUDA graph, by every backend. Convolutions are CUDA C++'s, on Hopper's own units, where the
+library holds them, GEGLU too; norms are Triton's, most products cuBLAS's, many keys torch's. What nobody
+measured is torch's: other GPUs, fp32, gradients, heads of more than 512. (fp16 is taken to be as fast as bf16.)
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdfast import dispatch
+from sdfast import _library, dispatch
 from sdfast.ops import _triton
 from sdfast.ops._native import requires_grad
 
 _TORCH = ("torch",)
 _KERNELS = ("triton", "cuda", "torch")
-# A 3x3 convolution of this many channels and pixels an image is cuDNN's: in 24 of 28 calls as fast or faster,
+_KERNELS_OF_TILES = ("cuda", "triton", "torch")
+# Without tile products a 3x3 convolution of this many channels and pixels an image is cuDNN's: in 24 of 28 calls as fast or faster,
 # up to 1.63 times.
 _LIBRARY_CHANNELS, _LIBRARY_PIXELS = 512, 1024
 # From so many pixels on a convolution of the upsampled image was faster, even with a weight folded anew.
 _FOLDED_PIXELS = 4096
 _FEW_KEYS = 256
+_TILES_HEAD = 64  # csrc/attention_hopper_cuda.cuh
 _NARROW_HEAD, _WIDEST_HEAD = 256, 512  # torch's fused attention ends at 256
 
 
@@ -39,12 +41,26 @@ def _is_hopper(kind: str, index: int | None) -> bool:
 _is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def has_tile_products(x: Tensor, *sizes: int) -> bool:
+    """Whether the CUDA library multiplies on Hopper's own units, for channels and rows of these numbers."""
+    half = x.dtype is torch.bfloat16 or x.dtype is torch.float16
+    whole = all(size % 8 == 0 for size in sizes)
+    return (
+        half
+        and whole
+        and _is_hopper(x.device.type, x.device.index)
+        and _library.has_kernel("bf16_tiles", "cuda")
+    )
+
+
 def of_convolution(
     x: Tensor, weight: Tensor, stride: int, upsample: bool, *others: Tensor
 ) -> tuple[str, ...]:
     """Of `conv2d`; `others` are the tensors it adds."""
     if not _measured(x, weight, *others):
         return _TORCH
+    if not (upsample and dispatch.memory() == "low") and has_tile_products(x, *weight.shape[:2]):
+        return _KERNELS_OF_TILES
     pixels = x.shape[2] * x.shape[3]
     if upsample:  # without copies of weights each call folds
         by_library = pixels < _FOLDED_PIXELS or dispatch.memory() == "low"
@@ -62,6 +78,8 @@ def of_linear(x: Tensor, weight: Tensor, activation: str | None, *others: Tensor
 
 def of_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     """Of `attention`."""
+    if q.shape[3] <= _TILES_HEAD and has_tile_products(q, q.shape[3]) and _measured(q, k, v):
+        return _KERNELS_OF_TILES
     suits = k.shape[2] < _FEW_KEYS or q.shape[3] > _NARROW_HEAD
     return _KERNELS if suits and q.shape[3] <= _WIDEST_HEAD and _measured(q, k, v) else _TORCH
 

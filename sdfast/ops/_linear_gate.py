@@ -1,9 +1,10 @@
-"""GEGLU behind torch's matrix product, by the CUDA kernels of csrc/linear_cuda.cuh.
+"""linear by the CUDA kernels: on Hopper's own units, or GEGLU's gate behind torch's product.
 
-    h = x Wᵀ + b + residual,  y = a · gelu(g), (a, g) = split(h)
+    h = x Wᵀ + b + residual,  y = h, or a · gelu(g), (a, g) = split(h)
 
-The product and its gradients are torch's; the gate and its gradient take one pass each, where torch takes two
-and five.
+On Hopper csrc/tile_product_cuda.cuh computes all of it. Elsewhere, and where gradients are wanted, the product
+and its gradients are torch's; the gate and its gradient (csrc/linear_cuda.cuh) take one pass each, where torch
+takes two and five.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from sdfast import _library
+from sdfast.ops._cuda_order import has_tile_products
+from sdfast.ops._linear_rows import rows_cuda_op
 from sdfast.ops._linear_training import GEGLU
 from sdfast.ops._native import requires_grad
 
@@ -37,6 +40,18 @@ class _Gate(Function):
         return cast(Tensor, _gate_gradient_op(dy.contiguous(), h, GEGLU))
 
 
+def multiplies_tiles(
+    x: Tensor, weight: Tensor, activation: str | None, residual: Tensor | None, *others: Tensor | None
+) -> bool:
+    """Whether such a call can be one of Hopper's own units; `others` may have gradients, too."""
+    if requires_grad(x, weight, residual, *others):
+        return False
+    rows, columns = weight.shape[:2]
+    if activation == "geglu":
+        return residual is None and has_tile_products(x, columns, rows // 2)
+    return activation is None and has_tile_products(x, columns, rows)
+
+
 def linear_cuda(
     x: Tensor,
     weight: Tensor,
@@ -45,7 +60,12 @@ def linear_cuda(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `linear.linear` with "geglu". Its gradient cannot be differentiated again; torch's can."""
+    """As `linear.linear` of what `multiplies_tiles`, or of "geglu": its gradient cannot be differentiated again."""
+    if multiplies_tiles(x, weight, activation, residual, bias):
+        rows = x.reshape(-1, x.shape[-1])
+        added = None if residual is None else residual.reshape(-1, weight.shape[0])
+        y = rows_cuda_op(rows, weight.flatten(1), bias, added, GEGLU if activation else 0)
+        return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
     h = F.linear(x, weight.flatten(1), bias)
     h = h if residual is None else h + residual
     rows = h.reshape(-1, h.shape[-1]).contiguous()

@@ -44,3 +44,5 @@ packed_op = _library.define_native(
     _packed_fake,
 )
 rows_triton_op = _library.define_triton("linear_rows", "sdfast.ops.linear_triton")
+# On Hopper's own units; activation None or, without a residual, "geglu".
+rows_cuda_op = _library.define_cuda("linear_rows")

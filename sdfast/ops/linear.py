@@ -5,7 +5,8 @@
 
 GELU is the exact one, through erf: checkpoints were trained with it and the tanh form moves images.
 
-On CUDA the compiled kernels are GEGLU's gate behind torch's product (`_linear_gate.py`); Triton fuses both.
+On CUDA the compiled kernels take products without another activation on Hopper, elsewhere GEGLU's gate behind
+torch's product (`_linear_gate.py`); Triton fuses all.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ from sdfast.ops._checks import (
     widened,
 )
 from sdfast.ops._cuda_order import of_linear
-from sdfast.ops._linear_gate import linear_cuda
+from sdfast.ops._linear_gate import linear_cuda, multiplies_tiles
 from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op, split_op
 from sdfast.ops._linear_training import TRITON, linear_training
 from sdfast.ops._native import requires_grad, unavailable
 
 # Of fewer tokens the product is as fast on the weight as it lies.
 _LEAST_TOKENS = 16
+_ONLY_ON_HOPPER = (
+    "it takes, beside GEGLU, products without activation and gradient on compute capability 9.0, in bfloat16 or"
+    " float16, of multiples of 8"
+)
 
 
 def linear_torch(
@@ -161,8 +166,11 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _unavailable(activation: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> dict[str, str]:
+def _unavailable(
+    activation: str | None, x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None
+) -> dict[str, str]:
     """Why each backend that cannot take this call cannot."""
+    others = (residual, bias)
     if not x.numel() or not weight.numel() or any(t is not None and t.dtype != x.dtype for t in others):
         reason = "it takes tensors of one dtype that are not empty"
     elif is_autocast(x.device.type):
@@ -171,8 +179,10 @@ def _unavailable(activation: str | None, x: Tensor, weight: Tensor, *others: Ten
         reason = "it reads weights that are plain tensors"
     else:
         reasons = unavailable("linear_rows", "x", x.device.type, x.dtype)
+        if "cuda" not in reasons and multiplies_tiles(x, weight, activation, residual, bias):
+            return reasons
         if activation != "geglu":
-            return {**reasons, "cuda": "it computes GEGLU's gate alone, behind torch's product"}
+            return {**reasons, "cuda": _ONLY_ON_HOPPER}
         reasons.pop("cuda", None)
         of_gate = unavailable("linear_activate", "x", x.device.type, x.dtype)
         return reasons | {name: why for name, why in of_gate.items() if name == "cuda"}
@@ -226,7 +236,7 @@ def linear(
         x, weight, bias = cast_to(dtype, x), cast_to(dtype, weight), cast_to(dtype, bias)
         with torch.autocast(x.device.type, enabled=False):
             return linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
-    reasons = _unavailable(activation, x, weight, bias, residual)
+    reasons = _unavailable(activation, x, weight, residual, bias)
     order = None
     if x.device.type == "cuda" and not dispatch.is_named(backend):
         order = of_linear(x, weight, activation, bias, residual)
