@@ -26,21 +26,29 @@ _ROUND_SECONDS = 0.3  # of calls that follow each other
 class Side(Worker):
     """A side's process, with caches of compiled kernels of its own."""
 
-    def __init__(self, name: str, folder: pathlib.Path, caches: pathlib.Path, dtype: str, tiny: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: pathlib.Path,
+        caches: pathlib.Path,
+        dtype: str,
+        tiny: bool,
+        compile_mode: str = "max-autotune",
+    ) -> None:
         self.name = name
         self.caches = caches / name.replace(" ", "_")
         variables = {
             "TRITON_CACHE_DIR": str(self.caches / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.caches / "inductor"),
         }
-        super().__init__(_Server, (name, folder, dtype, tiny), variables)
+        super().__init__(_Server, (name, folder, dtype, tiny, compile_mode), variables)
 
 
 class _Server:
     """What a side's process can be asked; every answer can be sent."""
 
-    def __init__(self, side: str, folder: pathlib.Path, dtype: str, tiny: bool) -> None:
-        self.side, self.folder = side, folder
+    def __init__(self, side: str, folder: pathlib.Path, dtype: str, tiny: bool, compile_mode: str) -> None:
+        self.side, self.folder, self.compile_mode = side, folder, compile_mode
         self.works = TINY_WORKS if tiny else WORKS
         self.on_gpu = torch.cuda.is_available() and not tiny
         self.device = "cuda" if self.on_gpu else "cpu"
@@ -76,7 +84,7 @@ class _Server:
         """
         self.unload()
         self.settle()
-        self.call = make_call(self.works[work], self.side, self.dtype, self.device)
+        self.call = make_call(self.works[work], self.side, self.dtype, self.device, self.compile_mode)
         self.settle()
         began = time.perf_counter()
         result = self.call.result().float()

@@ -222,14 +222,16 @@ class Call:
     result: Run
 
 
-def make_call(work: Work, side: str, dtype: torch.dtype, device: str) -> Call:
+def make_call(
+    work: Work, side: str, dtype: torch.dtype, device: str, compile_mode: str = "max-autotune"
+) -> Call:
     """Build a side. "reference" is eager in whatever dtype is given, contiguous."""
     ours, channels_last = side in OURS, side not in ("reference", "eager")
     model = make_model(work, ours, dtype, device, channels_last)
     inputs = work.inputs(dtype, device, channels_last)
     backend = OURS.get(side, "torch")
     if work.kind == "train":
-        return _training_call(model, work, inputs, backend, side)
+        return _training_call(model, work, inputs, backend, side, compile_mode)
     direct: Run
     if ours and work.kind == "step":
         added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
@@ -245,7 +247,7 @@ def make_call(work: Work, side: str, dtype: torch.dtype, device: str) -> Call:
         replayed = graphed(function, model)
         run = _in(backend, lambda: replayed(*arguments))
     elif side == "compiled":
-        compiled = torch.compile(function, mode="max-autotune", fullgraph=True)
+        compiled = torch.compile(function, mode=compile_mode, fullgraph=True)
         run = _in(backend, lambda: _marked(compiled, arguments))
     else:
         run = direct
@@ -273,12 +275,17 @@ def _in(backend: str | None, call: Run) -> Run:
 
 
 def _training_call(
-    model: nn.Module, work: Work, inputs: dict[str, Tensor], backend: str | None, side: str
+    model: nn.Module,
+    work: Work,
+    inputs: dict[str, Tensor],
+    backend: str | None,
+    side: str,
+    compile_mode: str,
 ) -> Call:
     """Forward, squared error of a predicted noise, backward, AdamW; one by one unless compiled."""
     function, arguments = plain_forward(model, work), _each_image(inputs, work)
     if side == "compiled":
-        function = torch.compile(function, mode="max-autotune", fullgraph=True)
+        function = torch.compile(function, mode=compile_mode, fullgraph=True)
     # fp32 needs the memory of one image at a time; the mean of their gradients is that of the batch.
     parts = work.images if side == "reference" else 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

@@ -6,7 +6,8 @@
 
 Random weights from a seed, the same on every side. Eager is diffusers in either memory format, or where that
 is not installed our own model under `use_backend("torch")`, as the record says; it is also what
-`torch.compile(mode="max-autotune", fullgraph=True)` compiles, channels_last and with CUDA graphs. Ours is
+`torch.compile(mode="max-autotune", fullgraph=True)` compiles, channels_last and with CUDA graphs
+(`--compile-mode reduce-overhead` has the graphs and fused kernels without an hour of tuning). Ours is
 channels_last and captured by `graphs.graphed`, once as `dispatch.py` chooses, once with every Triton kernel;
 its U-Net has projected text and timestep before the loop. A training step has bf16 weights (under autocast
 torch decides the dtypes and no kernel of ours runs), AdamW, and of ours no graph. All have cudnn.benchmark.
@@ -59,7 +60,7 @@ class Benchmark:
         self.deadline = time.monotonic() + 60 * options.minutes
         caches = options.caches or folder / "caches"
         self.sides = {
-            name: Side(name, folder, caches, options.dtype, options.tiny)
+            name: Side(name, folder, caches, options.dtype, options.tiny, options.compile_mode)
             for name in ("reference", *options.side)
         }
         self.works = TINY_WORKS if options.tiny else WORKS
@@ -255,6 +256,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-minutes", type=float, default=10, help="and to torch.compile (%(default)s)"
     )
+    parser.add_argument("--compile-mode", choices=("max-autotune", "reduce-overhead"), default="max-autotune")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=7, help="of each side (%(default)s)")
@@ -286,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.cuda.empty_cache()
         benchmark.more = {
             "eager_model": "diffusers" if HAS_DIFFUSERS else 'sdfast.models with use_backend("torch")',
-            "triton_kernels": kernels_there(),
+            "compile_mode": options.compile_mode, "triton_kernels": kernels_there(),
             "ceilings": {"copy_gb_per_s": copy, "matrix_tflop_per_s": product},
             "card": card(), "versions": versions(),
             "inductor": {name: value for name, value in os.environ.items() if "INDUCTOR_MAX" in name},

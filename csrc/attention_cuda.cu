@@ -3,9 +3,7 @@
 #include <tuple>
 
 #include "attention_cuda.cuh"
-#ifndef SDFAST_SIMT
 #include "attention_hopper_cuda.cuh"
-#endif
 #include "attention_tensors_cuda.h"
 
 namespace sdfast {
@@ -45,12 +43,10 @@ std::tuple<Tensor, std::optional<Tensor>> attend(const Tensor& q, const Tensor& 
     call.dim = ceil_div(sizes.dim, 8) * 8, call.o_dim = sizes.dim;
     call.factor = static_cast<float>(std::abs(scale) * attention::kLog2E);
     call.negate = scale < 0, call.is_causal = is_causal;
-#ifndef SDFAST_SIMT
     if (attention::suits_hopper(call, device)) {
       return call.dim <= 40 ? attention::attend_on_hopper<T, 40>(call, device, guard.stream())
                             : attention::attend_on_hopper<T, 64>(call, device, guard.stream());
     }
-#endif
     const attention::Plan plan =
         attention::plan(call.all_heads(), call.queries, call.keys, call.dim, is_causal, device);
     call.splits = plan.splits, call.split_keys = plan.split_keys;

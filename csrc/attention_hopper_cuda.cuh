@@ -1,15 +1,14 @@
 // Attention on Hopper's own units, forward, of heads of up to 64 elements, not causal.
 //
-// Algorithm. As attention_cuda.cuh says, by wgmma: four warps keep 64 queries in registers, as the left
-// factor of the scores, and then the weights as that of the products with the values, which are read from
-// shared memory as they lie, row by row. One thread of the block asks the tensor memory accelerator for
-// tiles of 64 keys and values, zeros beyond the last, into a ring; a thread more would cost the others a
-// quarter of their registers. Four such groups fill a multiprocessor, as one block where there are enough of
-// them, else as two: while some multiply, others compute powers of two. Bytes: q, k, v, o once, k and v again
-// from L2 for every block. Limit: powers of two, 16 a clock and multiprocessor.
+// Algorithm. As attention_cuda.cuh says, by wgmma: four warps keep 64 queries in registers, as the
+// left factor of the scores, and then the weights as that of the products with the values, which
+// are read from shared memory as they lie, row by row. One thread of the block asks the tensor
+// memory accelerator for tiles of 64 keys and values, zeros beyond the last, into a ring; a thread
+// more would cost the others a quarter of their registers. Four such groups fill a multiprocessor,
+// as one block where there are enough of them, else as two: while some multiply, others compute
+// powers of two. Bytes: q, k, v, o once, k and v again from L2 for every block. Limit: powers of
+// two, 16 a clock and multiprocessor.
 #pragma once
-
-#include <cstdlib>
 
 #include "attention_parts_cuda.cuh"
 #include "cuda_hopper.cuh"
@@ -22,25 +21,9 @@ constexpr int kKeyTileBytes = kHopperKeys * kTileRowBytes;
 
 template <typename T>
 struct HopperForward {
-  CUtensorMap k, v;  // (dim, keys, heads, batch)
+  TensorMap k, v;  // (dim, keys, heads, batch)
   Forward<T> call;
 };
-
-// Two neighbouring numbers in T, the first in the lower half.
-template <typename T>
-__device__ inline uint32_t pair_of(float first, float second) {
-  const Vector<T, 2> pair{from_float<T>(first), from_float<T>(second)};
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ inline uint32_t two_bf16(float first, float second) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-template <>
-__device__ inline uint32_t pair_of<__nv_bfloat16>(float first, float second) {
-  return two_bf16(first, second);
-}
 
 // So many groups of four warps are a block.
 template <int groups>
@@ -52,6 +35,20 @@ struct HopperBlock {
 };
 
 #if SDFAST_HOPPER
+
+// Two neighbouring numbers, the first in the lower half.
+template <typename T>
+__device__ inline uint32_t pair_of(float first, float second) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&bits, &pair, 4);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&bits, &pair, 4);
+  }
+  return bits;
+}
 
 // A ring of tiles of keys, each followed by the values.
 template <int kStages>
@@ -71,8 +68,8 @@ struct KeyRing {
 
 // 64 queries of four warps. A thread has two rows of every product, 8 apart, and two columns in 8.
 template <int kDim, int kStages, typename T>
-__device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters, int first_query, int batch, int head,
-                             const KeyRing<kStages>& ring) {
+__device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters, int first_query,
+                                             int batch, int head, const KeyRing<kStages>& ring) {
   const Forward<T>& call = parameters.call;
   constexpr int kSteps = (kDim + 15) / 16;  // of the scores' sums
   const int lane = threadIdx.x % kWarp, column = lane % 4 * 2;
@@ -93,41 +90,34 @@ __device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters,
   float o[kDim / 2] = {}, top[2] = {-kInfinity, -kInfinity}, total[2] = {};
   const uint64_t k0 = tile_descriptor(ring.tiles), v0 = tile_descriptor(ring.tiles + kKeyTileBytes);
   const int tiles = (call.keys + kHopperKeys - 1) / kHopperKeys;
-  int stage = 0;
-  unsigned parity = 0;
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (const int next = tile - kHopperLag + kStages;
-        threadIdx.x == 0 && tile >= kHopperLag && next < tiles) {
-      wait(ring.empty + next % kStages, (next / kStages - 1) % 2);
-      ring.copy(parameters, next, batch, head);
-    }
-    __syncwarp();
-    wait(ring.full + stage, parity);
-    const uint64_t offset = stage * (2 * kKeyTileBytes >> 4);
-    float s[kHopperKeys / 2];
-    begin_products();
+  const auto place_of = [](int tile) {
+    return uint64_t(tile % kStages) * (2 * kKeyTileBytes >> 4);
+  };
+  const auto ask_for_scores = [&](int tile, float (&s)[kHopperKeys / 2]) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      multiply_rows<T>(s, q[step], k0 + offset + 2 * step, step == 0);
+      multiply_rows<T>(s, q[step], k0 + place_of(tile) + 2 * step, step == 0);
     }
     commit_products();
-    wait_for_products<0>();
-    hold(s);
+  };
+  uint32_t weights[kHopperKeys / 16][4];
+  float scale[2];  // of what was summed up before
+  const auto weigh = [&](int tile, float (&s)[kHopperKeys / 2]) {
     if ((tile + 1) * kHopperKeys > call.keys) {
 #pragma unroll
       for (int i = 0; i < kHopperKeys / 2; ++i) {
         if (tile * kHopperKeys + i / 4 * 8 + column + i % 2 >= call.keys) s[i] = -kInfinity;
       }
     }
-    uint32_t weights[kHopperKeys / 16][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float highest = top[r];
 #pragma unroll
-      for (int i = 2 * r; i < kHopperKeys / 2; i += 4) highest = fmaxf(highest, fmaxf(s[i], s[i + 1]));
+      for (int i = 2 * r; i < kHopperKeys / 2; i += 4)
+        highest = fmaxf(highest, fmaxf(s[i], s[i + 1]));
       highest = quad_max(highest);
       const float subtracted = highest * call.factor;
-      const float scale = exp2_fast(top[r] * call.factor - subtracted);
+      scale[r] = exp2_fast(top[r] * call.factor - subtracted);
       top[r] = highest;
       float sum = 0;
 #pragma unroll
@@ -135,25 +125,58 @@ __device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters,
         s[i] = exp2_fast(__fmaf_rn(s[i], call.factor, -subtracted));
         s[i + 1] = exp2_fast(__fmaf_rn(s[i + 1], call.factor, -subtracted));
         sum += s[i] + s[i + 1];
-        weights[i / 8][i / 4 % 2 * 2 + r] = pair_of<T>(s[i], s[i + 1]);
       }
-      total[r] = __fmaf_rn(total[r], scale, sum);
-#pragma unroll
-      for (int i = 2 * r; i < kDim / 2; i += 4) o[i] *= scale, o[i + 1] *= scale;
+      total[r] = __fmaf_rn(total[r], scale[r], sum);
     }
-    hold(o);
-    begin_products();
+  };
+  const auto round_weights = [&](const float (&s)[kHopperKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < kHopperKeys / 2; i += 2)
+      weights[i / 8][i / 2 % 4] = pair_of<T>(s[i], s[i + 1]);
+  };
+  const auto add_values = [&](int tile) {
 #pragma unroll
     for (int step = 0; step < kHopperKeys / 16; ++step) {
       constexpr int kRowsOf16 = 16 * kTileRowBytes >> 4;
-      multiply_transposed<T, kDim>(o, weights[step], v0 + offset + step * kRowsOf16, false);
+      multiply_transposed<T, kDim>(o, weights[step], v0 + place_of(tile) + step * kRowsOf16, false);
     }
     commit_products();
+  };
+  float s[kHopperKeys / 2];
+  wait(ring.full, 0);
+  begin_products();
+  ask_for_scores(0, s);
+  wait_for_products<0>();
+  hold(s);
+  weigh(0, s);
+  round_weights(s);
+  for (int tile = 0; tile + 1 < tiles; ++tile) {
+    if (const int later = tile - kHopperLag + kStages;
+        threadIdx.x == 0 && tile >= kHopperLag && later < tiles) {
+      wait(ring.empty + later % kStages, (later / kStages - 1) % 2);
+      ring.copy(parameters, later, batch, head);
+    }
+    __syncwarp();
+    wait(ring.full + (tile + 1) % kStages, (tile + 1) / kStages % 2);
+    hold(o);
+    begin_products();
+    ask_for_scores(tile + 1, s);
+    add_values(tile);
+    wait_for_products<1>();
+    hold(s);
+    weigh(tile + 1, s);
     wait_for_products<0>();
     hold(o);
-    if (lane == 0) arrive(ring.empty + stage);
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (lane == 0) arrive(ring.empty + tile % kStages);
+    round_weights(s);
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) o[i] *= scale[i / 2 % 2];
   }
+  hold(o);
+  begin_products();
+  add_values(tiles - 1);
+  wait_for_products<0>();
+  hold(o);
   T* const to = call.o.of_head(batch, head);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -206,34 +229,28 @@ __global__ void __launch_bounds__(Block::kThreads, 4 / Block::kGroups)
 
 // ---- the host's part
 
-template <typename T, int kDim>
-bool has_hopper_code() {
-  static const bool is_there = [] {
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, attention_hopper_kernel<T, kDim, HopperBlock<4>>);
-    if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && attributes.ptxVersion == 90;
-  }();
-  return is_there;
-}
-
-// Whether it can compute such a call, and is expected to be the fastest: blocks for every multiprocessor.
+// Whether it can compute such a call, and is expected to be the fastest: blocks for every
+// multiprocessor.
 template <typename T>
 bool suits_hopper(const Forward<T>& call, const Device& device) {
   const auto can_copy = [&](const Rows<const T>& rows) {
-    const bool same = (rows.batch_stride == 0 && call.batch > 1) || (rows.head_stride == 0 && call.heads > 1);
+    const bool same =
+        (rows.batch_stride == 0 && call.batch > 1) || (rows.head_stride == 0 && call.heads > 1);
     return !same && (rows.row_stride > 0 || call.keys == 1);
   };
   const int64_t blocks = call.all_heads() * ceil_div(call.queries, HopperBlock<2>::kQueries);
-  return device.capability == 90 && call.dim == call.o_dim && call.dim <= kHopperWidest && !call.is_causal &&
-         !call.negate && call.factor > 0 && blocks >= device.multiprocessors / 2 && can_copy(call.k) && can_copy(call.v) &&
-         (call.dim <= 40 ? has_hopper_code<T, 40>() : has_hopper_code<T, 64>());
+  return device.capability == 90 && call.dim == call.o_dim && call.dim <= kHopperWidest &&
+         !call.is_causal && !call.negate && call.factor > 0 &&
+         blocks >= device.multiprocessors / 2 && can_copy(call.k) && can_copy(call.v) &&
+         has_hopper_code(attention_hopper_kernel<T, 64, HopperBlock<4>>);
 }
 
 template <typename T, int kDim>
 void attend_on_hopper(const Forward<T>& call, const Device& device, cudaStream_t stream) {
   const auto map = [&](const Rows<const T>& rows) {
-    return tensor_map<T>({rows.data, 4, {call.dim, call.keys, call.heads, call.batch},
+    return tensor_map<T>({rows.data,
+                          4,
+                          {call.dim, call.keys, call.heads, call.batch},
                           {1, rows.row_stride, rows.head_stride, rows.batch_stride},
                           {kTileRowBytes / 2, kHopperKeys, 1, 1}});
   };
@@ -242,13 +259,13 @@ void attend_on_hopper(const Forward<T>& call, const Device& device, cudaStream_t
     using Block = decltype(block);
     const int64_t blocks = call.all_heads() * ceil_div(call.queries, Block::kQueries);
     launch(attention_hopper_kernel<T, kDim, Block>,
-           {dim3(static_cast<unsigned>(blocks)), dim3(Block::kThreads), Block::kSharedBytes}, stream, parameters);
+           {dim3(static_cast<unsigned>(blocks)), dim3(Block::kThreads), Block::kSharedBytes},
+           stream, parameters);
   };
-  bool large = call.all_heads() * ceil_div(call.queries, HopperBlock<4>::kQueries) >= device.multiprocessors;
-#ifdef SDFAST_TUNE
-  if (const char* want = std::getenv("SDFAST_ATT")) large = std::atoi(want) == 4;
-#endif
-  large ? run(HopperBlock<4>()) : run(HopperBlock<2>());
+  // As measured on an H100: four groups are faster with narrow heads, where there are blocks
+  // enough.
+  const int64_t blocks = call.all_heads() * ceil_div(call.queries, HopperBlock<4>::kQueries);
+  kDim <= 40 && blocks >= device.multiprocessors ? run(HopperBlock<4>()) : run(HopperBlock<2>());
 }
 
 }  // namespace sdfast::attention

@@ -4,9 +4,7 @@
 
 #include "conv2d_cuda.cuh"
 #include "cuda_tensors.h"
-#ifndef SDFAST_SIMT
 #include "tile_product_cuda.cuh"
-#endif
 
 namespace sdfast {
 namespace {
@@ -154,13 +152,11 @@ void run(const Call& call, const Conv2dTensors& tensors, const Tensor& y,
   with_element_type(tensors.dtype(), [&](auto element) {
     using T = decltype(element);
     const Conv2d<T> conv = tensors.on<T>(call, y);
-#ifndef SDFAST_SIMT
     if constexpr (sizeof(T) == 2) {
       if (!statistics && suits_tile_product(conv) && has_tile_products<T>(current_device())) {
         return tile_product<false>(conv, current_device(), call.stream());
       }
     }
-#endif
     const Conv2dPlan plan = plan_conv2d(conv, current_device());
     STD_TORCH_CHECK(plan.tile >= 0, "weight, stride: no tile of these fits a block");
     STD_TORCH_CHECK(plan.tiles(conv.phases, conv.images) < int64_t{1} << 31, "x: too large");

@@ -1,9 +1,7 @@
 // The tensors of the CUDA kernels of linear's activation, GEGLU alone.
 #include "cuda_tensors.h"
 #include "linear_cuda.cuh"
-#ifndef SDFAST_SIMT
 #include "tile_product_cuda.cuh"
-#endif
 
 namespace sdfast {
 namespace {
@@ -50,7 +48,6 @@ Tensor linear_activation_gradient_cuda(Tensor dy, Tensor h, int64_t activation) 
   return dh;
 }
 
-#ifndef SDFAST_SIMT
 // Dense, at a multiple of 16 bytes; a copy where it is not.
 Tensor aligned(const Tensor& t) {
   if (t.is_contiguous() && is_aligned(t.const_data_ptr(), 16)) return t;
@@ -59,11 +56,11 @@ Tensor aligned(const Tensor& t) {
   return copy;
 }
 
-// act(x weightT + bias + residual) on Hopper's own units. x: (tokens, K), weight: (M, K), bias: (M), residual:
-// (tokens, M), none with GEGLU; bf16 or fp16, K and M multiples of 8, of GEGLU's M of 16. Returns (tokens, M),
-// of GEGLU M / 2.
-Tensor linear_rows_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-                        int64_t activation) {
+// act(x weightT + bias + residual) on Hopper's own units. x: (tokens, K), weight: (M, K), bias:
+// (M), residual: (tokens, M), none with GEGLU; bf16 or fp16, K and M multiples of 8, of GEGLU's M
+// of 16. Returns (tokens, M), of GEGLU M / 2.
+Tensor linear_rows_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual, int64_t activation) {
   const Call call(x);
   const bool gated = activation == kGeglu;
   STD_TORCH_CHECK(activation == 0 || (gated && !residual),
@@ -109,12 +106,9 @@ Tensor linear_rows_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, std
   });
   return y;
 }
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, SDFAST_DISPATCH_KEY, m) {
-#ifndef SDFAST_SIMT
   m.impl("linear_rows_cuda", TORCH_BOX(&linear_rows_cuda));
-#endif
   m.impl("linear_activate_cuda", TORCH_BOX(&linear_activate_cuda));
   m.impl("linear_activation_gradient_cuda", TORCH_BOX(&linear_activation_gradient_cuda));
 }

@@ -8,7 +8,7 @@ import torch
 from guarded import Guards
 from torch import Tensor
 
-from sdfast import ops, packing
+from sdfast import _library, ops, packing
 from sdfast.ops._conv2d_arguments import sides_of
 from sdfast.ops.conv2d import conv2d_torch, group_statistics
 from sdfast.testing import assert_within_budget
@@ -83,7 +83,11 @@ def statistics(
         args = (x, weight, bias + offset, *more)
         named = {**keywords, "stats_groups": groups, "stats_eps": 1e-3}
         y, mean, rstd = run(*args, **named)
-        assert torch.equal(y, run(*args, **keywords))
+        plain = run(*args, **keywords)
+        if _library.has_kernel("bf16_tiles", "cuda"):  # then another kernel may serve it
+            torch.testing.assert_close(y, plain, rtol=2e-2, atol=2e-2)
+        else:
+            assert torch.equal(y, plain)
         eager, exact = (group_statistics(t, groups, 1e-3) for t in (y, y.double()))
         terms = group_statistics(y.double().abs(), groups, 1e-3)[0]  # a mean near zero cancels
         assert_within_budget(mean, eager[0], exact[0], magnitude=terms, what=f"mean of {case}")

@@ -86,6 +86,7 @@ def _functions() -> ctypes.CDLL:
     functions = ctypes.CDLL(str(build()))
     functions.simt_seed.argtypes = (ctypes.c_uint64,)
     functions.simt_device.argtypes = (ctypes.c_int, ctypes.c_int)
+    functions.simt_hopper.argtypes = (ctypes.c_int,)
     return functions
 
 
@@ -116,3 +117,22 @@ def device(capability: int = 90, multiprocessors: int = 132) -> Iterator[None]:
         yield
     finally:
         _functions().simt_device(90, 132)
+
+
+def tiles_copied() -> int:
+    """How many tiles were since this was asked before."""
+    return _functions().simt_tiles_copied()
+
+
+@contextlib.contextmanager
+def hopper(multiprocessors: int = 132) -> Iterator[None]:
+    """Let launchers find the kernels for Hopper's own units, and a GPU that has them, unless there is one."""
+    if torch.cuda.is_available():
+        yield
+        return
+    _functions().simt_hopper(1)
+    try:
+        with device(90, multiprocessors):
+            yield
+    finally:
+        _functions().simt_hopper(0)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdfast import dispatch, ops, use_backend, use_memory
+from sdfast import _library, dispatch, ops, use_backend, use_memory
 from sdfast.ops._cuda_order import of_attention, of_convolution, of_linear, of_norm
 from sdfast.ops._triton import recording
 
 KERNELS = ("triton", "cuda", "torch")
+OF_TILES = ("cuda", "triton", "torch")
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -26,7 +27,13 @@ def convolution(
 
 
 def linear(activation: str | None, **kind: torch.dtype) -> tuple[str, ...]:
-    return of_linear(tensor(2, 64, 32, **kind), tensor(64, 32, **kind), activation)
+    return of_linear(tensor(2, 64, 32, **kind), tensor(64, 32, **kind), activation, None, None)
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA library that was built for 9.0a."""
+    monkeypatch.setattr(_library, "_kernels", {*_library._kernels, ("bf16_tiles", "cuda")})
 
 
 def attention(keys: int, head_dim: int, **kind: torch.dtype) -> tuple[str, ...]:
@@ -51,6 +58,33 @@ def test_on_hopper_half_precision_goes_where_it_was_fastest() -> None:
         assert attention(4096, 40) == attention(77, 520) == ("torch",)
         assert of_norm(tensor(2, 320, 64, 64), None) == KERNELS
         assert attention(77, 40, dtype=torch.float16) == KERNELS
+
+
+@pytest.mark.usefixtures("tiles")
+def test_hoppers_own_units_serve_where_the_library_holds_them() -> None:
+    with recording(90), FakeTensorMode(), torch.no_grad():
+        for channels, size, kernel in ((320, 64, 3), (1280, 16, 3), (960, 64, 1), (512, 128, 3)):
+            assert convolution(channels, size, kernel) == OF_TILES
+        assert convolution(512, 32, upsample=True) == convolution(320, 64, stride=2) == OF_TILES
+        assert convolution(4, 64)[0] == "triton"
+        with use_memory("low"):
+            assert convolution(512, 64, upsample=True) == ("torch",)
+        assert attention(4096, 40) == OF_TILES
+        assert attention(4096, 64) == ("torch",)
+        assert attention(77, 40) == attention(4096, 512) == KERNELS
+        x, weight, bias, residual = tensor(2, 4096, 320), tensor(320, 320), tensor(320), tensor(2, 4096, 320)
+        assert of_linear(x, weight, None, bias, residual) == OF_TILES
+        assert of_linear(x, weight, None, bias, None) == ("torch",)
+        few = tensor(2, 1024, 320)
+        assert of_linear(few, weight, None, bias, few) == ("torch",)
+        wider = tensor(640, 320), None, tensor(640), tensor(2, 4096, 640)
+        assert of_linear(x, *wider) == ("torch",)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_other_gpus_have_no_such_units() -> None:
+    with recording(80), FakeTensorMode(), torch.no_grad():
+        assert convolution(320, 64) == attention(4096, 40) == linear("geglu") == ("torch",)
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), [(80, torch.bfloat16), (90, torch.float32)])

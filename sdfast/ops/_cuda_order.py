@@ -2,8 +2,9 @@
 
 As measured on an H100 in bf16 (benchmarks/bench_gpu_calls.py): each call of Stable Diffusion 1.5, SDXL and
 their VAE, in a CUDA graph, by every backend. Convolutions are CUDA C++'s, on Hopper's own units, where the
-library holds them, GEGLU too; norms are Triton's, most products cuBLAS's, many keys torch's. What nobody
-measured is torch's: other GPUs, fp32, gradients, heads of more than 512. (fp16 is taken to be as fast as bf16.)
+library holds them, and attention of many keys by narrow heads; so is GEGLU. Norms are Triton's, most products
+cuBLAS's, many keys of wider heads torch's. What nobody measured is torch's: other GPUs, fp32, gradients, heads
+of more than 512. (fp16 is taken to be as fast as bf16.)
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from sdfast.ops._native import requires_grad
 _TORCH = ("torch",)
 _KERNELS = ("triton", "cuda", "torch")
 _KERNELS_OF_TILES = ("cuda", "triton", "torch")
-# Without tile products a 3x3 convolution of this many channels and pixels an image is cuDNN's: in 24 of 28 calls as fast or faster,
-# up to 1.63 times.
+# Without tile products a 3x3 convolution of this many channels and pixels an image is cuDNN's: in 24 of 28
+# calls as fast or faster, up to 1.63 times.
 _LIBRARY_CHANNELS, _LIBRARY_PIXELS = 512, 1024
 # From so many pixels on a convolution of the upsampled image was faster, even with a weight folded anew.
 _FOLDED_PIXELS = 4096
 _FEW_KEYS = 256
-_TILES_HEAD = 64  # csrc/attention_hopper_cuda.cuh
+# From so many tokens on, and up to so many rows of the weight, tile products were faster than cuBLAS's and a
+# pass that adds: 13 us beside 10, or 52 beside 46.
+_TILE_TOKENS, _TILE_ROWS = 8192, 320
+# csrc/attention_hopper_cuda.cuh takes wider heads, too, in which cuDNN's is faster: 183 us beside 208.
+_TILES_HEAD = 40
 _NARROW_HEAD, _WIDEST_HEAD = 256, 512  # torch's fused attention ends at 256
 
 
@@ -70,15 +75,22 @@ def of_convolution(
     return _TORCH if by_library else ("triton", "torch")
 
 
-def of_linear(x: Tensor, weight: Tensor, activation: str | None, *others: Tensor | None) -> tuple[str, ...]:
-    """Of `linear`: torch's product, and behind it the gate of CUDA C++, which reads its two halves once."""
-    gated = activation == "geglu" and _measured(x, weight, *others)
-    return ("cuda", "triton", "torch") if gated else _TORCH
+def of_linear(
+    x: Tensor, weight: Tensor, activation: str | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[str, ...]:
+    """Of `linear`: torch's product, but for GEGLU, and what is added to many tokens of few channels."""
+    if not _measured(x, weight, bias, residual):
+        return _TORCH
+    adds = activation is None and residual is not None
+    fits = x.numel() >= _TILE_TOKENS * x.shape[-1] and weight.shape[0] <= _TILE_ROWS
+    by_tiles = adds and fits and has_tile_products(x, *weight.shape[:2])
+    return _KERNELS_OF_TILES if activation == "geglu" or by_tiles else _TORCH
 
 
 def of_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     """Of `attention`."""
-    if q.shape[3] <= _TILES_HEAD and has_tile_products(q, q.shape[3]) and _measured(q, k, v):
+    many = k.shape[2] >= _FEW_KEYS and q.shape[3] <= _TILES_HEAD
+    if many and has_tile_products(q, q.shape[3]) and _measured(q, k, v):
         return _KERNELS_OF_TILES
     suits = k.shape[2] < _FEW_KEYS or q.shape[3] > _NARROW_HEAD
     return _KERNELS if suits and q.shape[3] <= _WIDEST_HEAD and _measured(q, k, v) else _TORCH

@@ -40,8 +40,8 @@ from sdfast.ops._native import requires_grad, unavailable
 # Of fewer tokens the product is as fast on the weight as it lies.
 _LEAST_TOKENS = 16
 _ONLY_ON_HOPPER = (
-    "it takes, beside GEGLU, products without activation and gradient on compute capability 9.0, in bfloat16 or"
-    " float16, of multiples of 8"
+    "it takes, beside GEGLU, products without activation and gradient on compute capability 9.0, in bfloat16"
+    " or float16, of multiples of 8"
 )
 
 

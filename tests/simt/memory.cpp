@@ -298,9 +298,9 @@ void* shared_of_block(void* shared, unsigned block) {
 unsigned cluster_block() { return current->block->rank; }
 
 namespace {
-void mark(SharedRegion& region, const void* address, uint32_t writer) {
+void mark(SharedRegion& region, const void* address, uint32_t writer, uint32_t time = now) {
   const size_t first = (as_bytes(address) - region.begin) / 2;
-  for (size_t i = first; i < first + 8; ++i) region.cells[i] = {writer, now, 0, 0};
+  for (size_t i = first; i < first + 8; ++i) region.cells[i] = {writer, time, 0, 0};
 }
 void arrive(const Copy& copy) {
   if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
@@ -324,6 +324,19 @@ void copy_async(void* shared, const void* global, int bytes, Site site) {
   std::memset(shared, kUnwritten, 16);
   mark(*region, shared, 0);
   current->issued.push_back(copy);
+}
+void awaits_copy(void* to, size_t bytes, Site site) {
+  SharedRegion* const region = shared_at(as_bytes(to), site);
+  if (!region || as_bytes(to) < region->begin ||
+      as_bytes(to) + bytes > region->begin + region->bytes) {
+    fail(site, "a copy to what is not shared memory");
+  }
+  std::memset(to, kUnwritten, bytes);
+  mark(*region, to, 0);
+}
+// As if before the block's first barrier: whoever sees the bytes at all waited for them.
+void written_by_copy(void* to, size_t, Site site) {
+  mark(*shared_at(as_bytes(to), site), to, current->id + 1, 0);
 }
 void commit_copies() {
   const Pause pause;

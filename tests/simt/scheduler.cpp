@@ -206,6 +206,17 @@ void fail(Site site, const char* what) {
   __builtin_unreachable();
 }
 
+void park(std::vector<Fiber*>& waiting, Site site, const char* what) {
+  waiting.push_back(current);
+  current->waits_for = what;
+  current->site = site;
+  leave();
+}
+void wake(std::vector<Fiber*>& waiting) {
+  ready.insert(ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
 bool early() { return seed > 1 && random_order() % 2; }
 
 void block_barrier(Site site) {

@@ -10,6 +10,7 @@
 namespace simt {
 
 struct Fiber;
+struct Units;  // Hopper's own, of a block (hopper.cpp)
 
 // Threads that wait for each other, and where.
 struct Meeting {
@@ -47,6 +48,7 @@ struct Block {
   Meeting barrier, cluster_barrier;
   uint32_t synchronized = 0, cluster_synchronized = 0;
   std::vector<std::unique_ptr<SharedRegion>> regions;
+  std::shared_ptr<Units> units;
   size_t ended = 0;                       // threads
   bool fenced = false, acquired = false;  // see memory.cpp
 };
@@ -96,6 +98,15 @@ void end_of_thread(const Fiber& fiber);
 void end_of_block(const Block& block);
 
 Site line_of(void* call);
+
+// The running thread waits in a list, until all of it are woken.
+void park(std::vector<Fiber*>& waiting, Site site, const char* what);
+void wake(std::vector<Fiber*>& waiting);
+
+// Bytes of shared memory that a copy is under way to, and that it has written, for whoever waited
+// for it.
+void awaits_copy(void* to, size_t bytes, Site site);
+void written_by_copy(void* to, size_t bytes, Site site);
 
 // Checks an access of the running thread; the calls of instrumented code end here.
 void access(const void* address, size_t bytes, bool write, Site site);

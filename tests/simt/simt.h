@@ -24,6 +24,8 @@
 
 #undef __shared__
 #undef __launch_bounds__
+#undef __grid_constant__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #ifndef __forceinline__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -140,6 +142,41 @@ enum class Element { kHalf, kBFloat16, kTf32 };
 void mma(Element element, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site);
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, Site site);
+
+// ---- Hopper's own units (hopper.cpp), as csrc/cuda_hopper.cuh has them
+
+extern bool hopper;  // whether launchers find kernels for them
+
+struct TensorMap {
+  const void* data;
+  int axes;
+  int64_t sizes[4], strides[4];
+  int box[4], steps[4];
+};
+void init_barrier(uint64_t* barrier, unsigned arrivals, Site site = Site::current());
+void arrive(uint64_t* barrier, Site site = Site::current());
+void arrive_for_bytes(uint64_t* barrier, unsigned bytes, Site site = Site::current());
+void wait(uint64_t* barrier, unsigned parity, Site site = Site::current());
+void copy_tile(void* tile, const TensorMap& map, uint64_t* barrier, int c, int x, int y, int image,
+               Site site = Site::current());
+void copy_tile(void* tile, const TensorMap& map, uint64_t* barrier, int c, int tap, int row,
+               Site site = Site::current());
+
+// sums += x wT, or = where is_first: of a warp's 16 rows of x, in registers `rows` or in a tile,
+// and n rows of w, or n columns where it is transposed.
+struct TileFactors {
+  Element element;
+  int n;
+  float* sums;
+  const uint32_t* rows;
+  uint64_t x, w;
+  bool transposed, is_first;
+};
+uint64_t tile_descriptor(const void* tile);  // in units of 16 bytes
+void begin_products();
+void multiply_tiles(const TileFactors& factors, Site site = Site::current());
+void commit_products();
+void wait_for_products(int groups_left, Site site = Site::current());
 
 }  // namespace simt
 

@@ -87,6 +87,21 @@ void grid_sum(const Array<float>& x, Array<float>& partial, Array<unsigned>& cou
          static_cast<planted::GridFault>(fault));
 }
 
+// x: (64, K), w: (80, K) in bf16, a multiple of 64 of them.
+void tile_products(const Bits& x, const Bits& w, Array<float>& y, int fault) {
+  const Lent lent;
+  const int64_t k = x.shape(1);
+  const auto map = [&](const Bits& matrix) {
+    const int rows = static_cast<int>(matrix.shape(0));
+    return sdfast::tensor_map<__nv_bfloat16>(
+        {lent.input<__nv_bfloat16>(matrix), 3, {k, rows, 1}, {1, k, k * rows}, {64, rows, 1}});
+  };
+  const size_t bytes =
+      (64 + 80) * sdfast::kTileRowBytes + 2 * sdfast::SharedMemory::bytes<uint64_t>(1);
+  launch(planted::tile_products, {dim3(1), dim3(sdfast::kWarpgroup), bytes}, nullptr, map(x),
+         map(w), lent.output(y), static_cast<int>(k / 64), static_cast<planted::TileFault>(fault));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(simt_planted, module) {
@@ -101,4 +116,5 @@ PYBIND11_MODULE(simt_planted, module) {
   module.def("copy_with", &copy_with);
   module.def("cluster_sum", &cluster_sum);
   module.def("grid_sum", &grid_sum);
+  module.def("tile_products", &tile_products);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda_common.cuh"
+#include "cuda_hopper.cuh"
 #include "cuda_mma.cuh"
 
 namespace planted {
@@ -151,6 +152,59 @@ __global__ void grid_sum(const float* x, float* partial, unsigned* counter, floa
   float sum = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) sum += partial[b];
   y[0] = sum;
+}
+
+enum class TileFault {
+  kNone,
+  kNoWaitForCopy,
+  kNoWaitForReaders,
+  kNoWaitForProducts,
+  kNoBarrier,  // that anybody initialised
+  kArrivesTwice,
+  kNeverFull,
+};
+
+// y = x wT by four warps, 64 elements of their rows at a time, all in one place. x: (64, K), w:
+// (80, K).
+__global__ void tile_products(TensorMap x, TensorMap w, float* y, int steps, TileFault fault) {
+  constexpr int kRows = 64, kColumns = 80;
+  SharedMemory shared;
+  unsigned char* const tile = shared.array<unsigned char>((kRows + kColumns) * kTileRowBytes);
+  unsigned char* const weights = tile + kRows * kTileRowBytes;
+  uint64_t* const full = shared.array<uint64_t>(1);
+  uint64_t* const empty = shared.array<uint64_t>(1);
+  const int t = threadIdx.x;
+  if (t == 0) {
+    init_barrier(full, 1);
+    if (fault != TileFault::kNoBarrier) init_barrier(empty, 4);
+  }
+  __syncthreads();
+  float sums[kColumns / 2] = {};
+  for (int step = 0; step < steps; ++step) {
+    if (t == 0) {
+      if (fault != TileFault::kNoWaitForReaders) wait(empty, (step + 1) % 2);
+      arrive_for_bytes(full, (kRows + kColumns) * kTileRowBytes + (fault == TileFault::kNeverFull));
+      copy_tile(tile, x, full, 64 * step, 0, 0);
+      copy_tile(weights, w, full, 64 * step, 0, 0);
+    }
+    __syncwarp();
+    if (fault != TileFault::kNoWaitForCopy) wait(full, step % 2);
+    begin_products();
+    for (int k = 0; k < 4; ++k) {
+      sdfast::multiply<__nv_bfloat16, kColumns>(sums, tile_descriptor(tile) + 2 * k,
+                                                tile_descriptor(weights) + 2 * k);
+    }
+    commit_products();
+    if (fault != TileFault::kNoWaitForProducts) wait_for_products<0>();
+    if (t % kWarp == 0) {
+      arrive(empty);
+      if (fault == TileFault::kArrivesTwice) arrive(empty);
+    }
+  }
+  for (int i = 0; i < kColumns / 2; ++i) {
+    const int row = t / kWarp * 16 + t % kWarp / 4 + i / 2 % 2 * 8;
+    y[row * kColumns + i / 4 * 8 + t % 4 * 2 + i % 2] = sums[i];
+  }
 }
 
 }  // namespace planted
