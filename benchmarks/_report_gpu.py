@@ -20,24 +20,43 @@ GOALS = {
 }
 
 
+def _merged(record: Row) -> dict[str, Row]:
+    """By work all sides of a record; of a side that it has twice the later, beside torch.compile."""
+    works: dict[str, Row] = {}
+    for row in record["rows"]:
+        timed = {name: side for name, side in row["sides"].items() if "ms" in side}
+        works.setdefault(row["work"], {}).update(timed)
+    return works
+
+
+def _named(side: str, record: Row) -> str:
+    """A side, torch.compile with its mode."""
+    if side != "compiled":
+        return side
+    return f"torch.compile, {record.get('compile_mode', 'max-autotune')}"
+
+
 def goals_lines(records: Iterable[Row]) -> list[str]:
     """A line for each goal and each record that has its work, or one that says that none has."""
 
-    def ms(row: Row, *sides: str) -> str:
-        times = [row["sides"][side]["ms"] for side in sides if "ms" in row["sides"].get(side, {})]
+    def ms(sides: Row, *names: str) -> str:
+        times = [sides[name]["ms"] for name in names if name in sides]
         return f"{min(times):.2f} ms" if times else "not measured"
+
+    def compiled(record: Row, sides: Row) -> str:
+        mode = f" ({record['compile_mode']})" if "compile_mode" in record and "compiled" in sides else ""
+        return ms(sides, "compiled") + mode
 
     rows = []
     for work, (goal, stretch) in GOALS.items():
         measured = [
-            (record["environment"]["gpu"], ms(row, "compiled"), ms(row, "sdfast", "sdfast triton"))
+            (record["environment"]["gpu"], compiled(record, sides), ms(sides, "sdfast", "sdfast triton"))
             for record in records
-            for row in record["rows"]
-            if row["work"] == work and any("ms" in side for side in row["sides"].values())
+            if (sides := _merged(record).get(work))
         ]
         for cells in measured or [("", "not measured", "not measured")]:
             rows.append((work, *cells, f"{goal} ms", f"{stretch} ms"))
-    head = ("work, bf16", "GPU", "torch.compile, max-autotune", "sdfast", "goal, H200", "stretch, H200")
+    head = ("work, bf16", "GPU", "torch.compile", "sdfast", "goal, H200", "stretch, H200")
     return ["", "## Goals on one GPU", "", *markdown_table(head, rows)]
 
 
@@ -48,18 +67,18 @@ def gpu_readme_lines(records: Iterable[Row]) -> list[str]:
     """
     rows: dict[str, tuple[object, ...]] = {}
     for record in records:
-        for row in record["rows"]:
-            ours = [name for name, side in row["sides"].items() if "ratio" in side]
-            if not ours or row["work"] in rows:
+        for work, sides in _merged(record).items():
+            ours = [name for name, side in sides.items() if "ratio" in side]
+            if not ours or work in rows:
                 continue
-            best = min(ours, key=lambda name: row["sides"][name]["ms"])
-            side = row["sides"][best]
-            beside = row["sides"][side["beside"]]
+            best = min(ours, key=lambda name: sides[name]["ms"])
+            side = sides[best]
+            beside = sides[side["beside"]]
             remarks = [best.removeprefix("sdfast ")] if best != "sdfast" else []
             remarks += ["one sample"] if side["samples"] == 1 else []
             more = f" ({', '.join(remarks)})" if remarks else ""
-            rows[row["work"]] = (
-                row["work"], f"{beside['ms']:.2f} ({side['beside']})", f"{side['ms']:.2f}{more}",
+            rows[work] = (
+                work, f"{beside['ms']:.2f} ({_named(side['beside'], record)})", f"{side['ms']:.2f}{more}",
                 f"**{side['ratio']:.2f}x**", f"{side['peak_bytes'] / beside['peak_bytes']:.2f}x",
                 record["environment"]["commit"],
             )  # fmt: skip
@@ -111,7 +130,8 @@ def gpu_models_lines(record: Row) -> list[str]:
     """A table of all sides, one of what starting costs, what failed, and a profile of ours."""
     lines = [
         card_line(record),
-        f"Eager is {record['eager_model']}; a ratio is of the fastest other side in the same turns."
+        f"Eager is {record['eager_model']}, compiled `{_named('compiled', record)}`;"
+        " a ratio is of the fastest other side in the same turns."
         + "".join(f" {name}={value}." for name, value in record.get("inductor", {}).items()),
         "",
         *markdown_table(

@@ -51,6 +51,21 @@ def _sums(work: str, op: str, rows: list[Row]) -> Iterator[tuple[object, ...]]:
     yield work, f"`{op}`", sum(row["counts"][work] for row in rows), *(f"{ms:.2f}" for ms in sums.values())
 
 
+def tiles_lines(record: Row) -> list[str]:
+    """A line a call: torch's time, and that of the fastest tile of Hopper's own units."""
+
+    def cells(row: Row) -> tuple[object, ...]:
+        ours = {name: ms for name, ms in row["ms"].items() if name.startswith("cuda")}
+        fastest = min(ours, key=lambda name: ours[name])
+        theirs = min(ms for name, ms in row["ms"].items() if name not in ours)
+        us = 1e3 * ours[fastest]
+        return row["call"], f"{1e3 * theirs:.1f}", fastest, f"{us:.1f}", f"{1e3 * theirs / us:.2f}x"
+
+    rows = (cells(row) for row in record["rows"] if any(name.startswith("cuda") for name in row["ms"]))
+    head = ("call", "torch us", "fastest of ours", "us", "ratio")
+    return [card_line(record), record["note"], "", *markdown_table(head, rows)]
+
+
 def checks_lines(record: Row) -> list[str]:
     """A line for each file of tests and each run of compute-sanitizer."""
     rows = (

@@ -17,7 +17,7 @@ from _report_gpu import (  # noqa: E402
     operations_lines,
     traffic_lines,
 )
-from _report_gpu_calls import calls_lines, checks_lines  # noqa: E402
+from _report_gpu_calls import calls_lines, checks_lines, tiles_lines  # noqa: E402
 
 CARD = {
     "card": {"driver_version": "580", "clocks.max.sm": "1980"},
@@ -51,6 +51,36 @@ def test_report_of_goals():
     text = "\n".join(goals_lines([record]))
     assert sum("VAE decode to 512x512" in line for line in text.splitlines()) == 1
     assert "| VAE decode to 512x512 | H200 | 7.00 ms | 4.50 ms | 5 ms | 4 ms |" in text
+
+
+def test_report_of_a_work_measured_beside_eager_and_then_beside_torch_compile():
+    ours = {"ms": 2.0, "ratio": 4.0, "beside": "eager", "peak_bytes": 2, "samples": 5}
+    again = {**ours, "ratio": 1.5, "beside": "compiled"}
+    others = {"ms": 8.0, "peak_bytes": 1}, {"ms": 3.0, "peak_bytes": 4}
+    work = "SD 1.5 U-Net, guided step, 512x512"
+    rows = [
+        {"work": work, "sides": {"eager": others[0], "sdfast": ours}},
+        {"work": work, "sides": {"compiled": others[1], "sdfast": again}},
+        {"work": work, "sides": {}},
+    ]
+    record = {
+        "environment": {"gpu": "H100", "commit": "abc"},
+        "rows": rows,
+        "compile_mode": "reduce-overhead",
+    }
+    assert f"| {work} | H100 | 3.00 ms (reduce-overhead) | 2.00 ms | 4.5 ms | 3.3 ms |" in goals_lines(
+        [record]
+    )
+    line = f"| {work} | 3.00 (torch.compile, reduce-overhead) | 2.00 | **1.50x** | 0.50x | abc |"
+    assert line in gpu_readme_lines([record])
+
+
+def test_report_of_tiles():
+    row = {"call": "linear 8x8 8x8", "ms": {"torch": 0.02, "cuda 80/1": 0.015, "cuda 128/1": 0.01}}
+    text = "\n".join(
+        tiles_lines({**CARD, "note": "How.", "rows": [row, {"call": "other", "ms": {"torch": 1}}]})
+    )
+    assert "| linear 8x8 8x8 | 20.0 | cuda 128/1 | 10.0 | 2.00x |" in text and "other" not in text
 
 
 def test_report_of_models():
