@@ -5,9 +5,9 @@
 // are read from shared memory as they lie, row by row. One thread of the block asks the tensor
 // memory accelerator for tiles of 64 keys and values, zeros beyond the last, into a ring; a thread
 // more would cost the others a quarter of their registers. Four such groups fill a multiprocessor,
-// as one block where there are enough of them, else as two: while some multiply, others compute
-// powers of two. Bytes: q, k, v, o once, k and v again from L2 for every block. Limit: powers of
-// two, 16 a clock and multiprocessor.
+// as one block where heads are narrow and there are enough of them, else as two: while some
+// multiply, others compute powers of two. Bytes: q, k, v, o once, k and v again from L2 for every
+// block. Limit: powers of two, 16 a clock and multiprocessor.
 #pragma once
 
 #include "attention_parts_cuda.cuh"
@@ -35,20 +35,6 @@ struct HopperBlock {
 };
 
 #if SDFAST_HOPPER
-
-// Two neighbouring numbers, the first in the lower half.
-template <typename T>
-__device__ inline uint32_t pair_of(float first, float second) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(first, second);
-    memcpy(&bits, &pair, 4);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-    memcpy(&bits, &pair, 4);
-  }
-  return bits;
-}
 
 // A ring of tiles of keys, each followed by the values.
 template <int kStages>
@@ -116,7 +102,7 @@ __device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters,
       for (int i = 2 * r; i < kHopperKeys / 2; i += 4)
         highest = fmaxf(highest, fmaxf(s[i], s[i + 1]));
       highest = quad_max(highest);
-      const float subtracted = highest * call.factor;
+      const float subtracted = exponent_of(highest, call.factor);
       scale[r] = exp2_fast(top[r] * call.factor - subtracted);
       top[r] = highest;
       float sum = 0;
@@ -132,13 +118,13 @@ __device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters,
   const auto round_weights = [&](const float (&s)[kHopperKeys / 2]) {
 #pragma unroll
     for (int i = 0; i < kHopperKeys / 2; i += 2)
-      weights[i / 8][i / 2 % 4] = pair_of<T>(s[i], s[i + 1]);
+      weights[i / 8][i / 2 % 4] = pack<T>(s[i], s[i + 1]);
   };
   const auto add_values = [&](int tile) {
 #pragma unroll
     for (int step = 0; step < kHopperKeys / 16; ++step) {
       constexpr int kRowsOf16 = 16 * kTileRowBytes >> 4;
-      multiply_transposed<T, kDim>(o, weights[step], v0 + place_of(tile) + step * kRowsOf16, false);
+      multiply_transposed<T, kDim>(o, weights[step], v0 + place_of(tile) + step * kRowsOf16);
     }
     commit_products();
   };
@@ -192,14 +178,14 @@ __device__ __forceinline__ void attend_tiles(const HopperForward<T>& parameters,
     for (int j = 0; j < kDim / 8; ++j) {
       if (8 * j + column >= call.dim) continue;
       *reinterpret_cast<uint32_t*>(to + int64_t{query} * call.o.row_stride + 8 * j + column) =
-          pair_of<T>(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
+          pack<T>(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
     }
   }
 }
 
 #endif  // SDFAST_HOPPER
 
-// Grid: blocks of 128 queries of every head.
+// Grid: blocks of queries of every head.
 template <typename T, int kDim, typename Block>
 __global__ void __launch_bounds__(Block::kThreads, 4 / Block::kGroups)
     attention_hopper_kernel(const __grid_constant__ HopperForward<T> parameters) {
@@ -229,20 +215,20 @@ __global__ void __launch_bounds__(Block::kThreads, 4 / Block::kGroups)
 
 // ---- the host's part
 
-// Whether it can compute such a call, and is expected to be the fastest: blocks for every
-// multiprocessor.
+// Whether it can compute such a call, and is expected to be faster than the others: of fewer blocks
+// they share the keys out.
 template <typename T>
 bool suits_hopper(const Forward<T>& call, const Device& device) {
   const auto can_copy = [&](const Rows<const T>& rows) {
     const bool same =
         (rows.batch_stride == 0 && call.batch > 1) || (rows.head_stride == 0 && call.heads > 1);
-    return !same && (rows.row_stride > 0 || call.keys == 1);
+    return !same && (rows.row_stride >= call.dim || call.keys == 1);
   };
   const int64_t blocks = call.all_heads() * ceil_div(call.queries, HopperBlock<2>::kQueries);
   return device.capability == 90 && call.dim == call.o_dim && call.dim <= kHopperWidest &&
          !call.is_causal && !call.negate && call.factor > 0 &&
          blocks >= device.multiprocessors / 2 && can_copy(call.k) && can_copy(call.v) &&
-         has_hopper_code(attention_hopper_kernel<T, 64, HopperBlock<4>>);
+         has_hopper_code(attention_hopper_kernel<T, 64, HopperBlock<2>>);
 }
 
 template <typename T, int kDim>
@@ -262,10 +248,11 @@ void attend_on_hopper(const Forward<T>& call, const Device& device, cudaStream_t
            {dim3(static_cast<unsigned>(blocks)), dim3(Block::kThreads), Block::kSharedBytes},
            stream, parameters);
   };
-  // As measured on an H100: four groups are faster with narrow heads, where there are blocks
-  // enough.
-  const int64_t blocks = call.all_heads() * ceil_div(call.queries, HopperBlock<4>::kQueries);
-  kDim <= 40 && blocks >= device.multiprocessors ? run(HopperBlock<4>()) : run(HopperBlock<2>());
+  if constexpr (kDim <= 40) {  // as measured on an H100
+    const int64_t blocks = call.all_heads() * ceil_div(call.queries, HopperBlock<4>::kQueries);
+    if (blocks >= device.multiprocessors) return run(HopperBlock<4>());
+  }
+  run(HopperBlock<2>());
 }
 
 }  // namespace sdfast::attention

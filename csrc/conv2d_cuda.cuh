@@ -32,12 +32,9 @@ using ConvTiles = std::tuple<ConvTile<128, 128, 2, 2, 3, 2>,  // registers: 128 
 constexpr float kConvTileShare[] = {1.0f, 0.85f, 0.65f, 0.25f};
 constexpr int kNarrowTile = 3;
 
-template <int index = 0, typename F>
+template <typename F>
 void with_conv_tile(int tile, const F& f) {
-  if constexpr (index < std::tuple_size_v<ConvTiles>) {
-    if (tile == index) return f(std::tuple_element_t<index, ConvTiles>());
-    with_conv_tile<index + 1>(tile, f);
-  }
+  with_element_of<ConvTiles>(tile, f);
 }
 
 // A kernel of one pixel meets all pixels of an image as those of one row.

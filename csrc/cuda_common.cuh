@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace sdfast {
 
@@ -248,6 +249,15 @@ __device__ inline float exp2_fast(float x) {
 
 inline bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Calls f with a value of the tuple's type at an index.
+template <typename Tuple, int first = 0, typename F>
+void with_element_of(int index, const F& f) {
+  if constexpr (first < std::tuple_size_v<Tuple>) {
+    if (index == first) return f(std::tuple_element_t<first, Tuple>());
+    with_element_of<Tuple, first + 1>(index, f);
+  }
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -25,9 +25,7 @@
 
 namespace sdfast {
 
-constexpr int kTileRowBytes = 128;
-constexpr int kTileAlignment =
-    1024;  // of a tile in shared memory: 8 rows, after which the swizzle repeats
+constexpr int kTileRowBytes = 128;  // tiles begin at multiples of 8 of them
 constexpr int kWarpgroup = 128;  // threads that multiply together
 
 // ---- the host's part: what a copy is told of a tensor
@@ -60,14 +58,15 @@ bool has_hopper_code(Kernel) {
 }
 #else
 using TensorMap = CUtensorMap;
-// Whether this library holds a kernel's code for GPUs of 9.0; there may be PTX of older ones alone.
+// Whether this library holds a kernel with its body. Code for 9.0 without the "a", and PTX of older
+// GPUs, have none, which takes next to no registers; these kernels keep sums in 40 and more.
 template <typename Kernel>
 bool has_hopper_code(Kernel kernel) {
   static const bool is_there = [&] {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && attributes.ptxVersion == 90;
+    return error == cudaSuccess && attributes.numRegs >= 40;
   }();
   return is_there;
 }
@@ -135,8 +134,8 @@ void multiply_rows(float (&d)[32], const uint32_t (&x)[4], uint64_t w, bool is_f
   simt::multiply_tiles({kElement<T>, 64, d, x, 0, w, false, is_first});
 }
 template <typename T, int n>
-void multiply_transposed(float (&d)[n / 2], const uint32_t (&x)[4], uint64_t w, bool is_first) {
-  simt::multiply_tiles({kElement<T>, n, d, x, 0, w, true, is_first});
+void multiply_transposed(float (&d)[n / 2], const uint32_t (&x)[4], uint64_t w) {
+  simt::multiply_tiles({kElement<T>, n, d, x, 0, w, true, false});
 }
 #elif SDFAST_HOPPER
 
@@ -322,8 +321,9 @@ __device__ __forceinline__ void multiply_rows(float (&d)[32], const uint32_t (&x
 // further.
 template <typename T, int n>
 __device__ __forceinline__ void multiply_transposed(float (&d)[n / 2], const uint32_t (&x)[4],
-                                                    uint64_t w, bool is_first) {
+                                                    uint64_t w) {
   static_assert(n == 40 || n == 64);
+  constexpr bool is_first = false;
   constexpr bool kHalf = std::is_same_v<T, __half>;
   if constexpr (n == 40) {
     if constexpr (kHalf)

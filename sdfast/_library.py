@@ -227,7 +227,7 @@ def _load_cuda_library() -> LibraryStatus:
     except OSError as error:
         return LibraryStatus("_C_cuda", False, f"{path.name}: {error.__cause__ or error}")
     if contents is not None and "90a" in contents.code:
-        _kernels.add(("bf16_tiles", "cuda"))  # on Hopper's own units; see tile_product_cuda.cuh
+        _kernels.add(("hopper_units", "cuda"))  # kernels for Hopper's own units: cuda_hopper.cuh
     return LibraryStatus("_C_cuda", True, f"loaded: {holds}")
 
 

@@ -33,7 +33,7 @@ def linear(activation: str | None, **kind: torch.dtype) -> tuple[str, ...]:
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA library that was built for 9.0a."""
-    monkeypatch.setattr(_library, "_kernels", {*_library._kernels, ("bf16_tiles", "cuda")})
+    monkeypatch.setattr(_library, "_kernels", {*_library._kernels, ("hopper_units", "cuda")})
 
 
 def attention(keys: int, head_dim: int, **kind: torch.dtype) -> tuple[str, ...]:
@@ -71,6 +71,12 @@ def test_hoppers_own_units_serve_where_the_library_holds_them() -> None:
             assert convolution(512, 64, upsample=True) == ("torch",)
         assert attention(4096, 40) == OF_TILES
         assert attention(4096, 64) == ("torch",)
+        q = tensor(2, 8, 4096, 40)
+        assert of_attention(q, q, q, True) == of_attention(*[tensor(1, 1, 4096, 40)] * 3) == ("torch",)
+        x, weight = tensor(2, 320, 64, 64), tensor(320, 320, 3, 3)
+        assert of_convolution(x, weight, 1, False, plain=False)[0] == "triton"
+        uneven = tensor(1, 12, 64, 64), tensor(64, 24, 3, 3)
+        assert of_convolution(*uneven, 1, False)[0] == "triton"
         assert attention(77, 40) == attention(4096, 512) == KERNELS
         x, weight, bias, residual = tensor(2, 4096, 320), tensor(320, 320), tensor(320), tensor(2, 4096, 320)
         assert of_linear(x, weight, None, bias, residual) == OF_TILES

@@ -14,6 +14,7 @@ from test_attention import check, make_case
 from torch import Tensor
 
 from sdfast import _library, ops
+from sdfast.ops import _linear_gate
 from sdfast.ops.linear import ACTIVATIONS, linear_torch
 from sdfast.testing import assert_within_budget
 
@@ -30,13 +31,16 @@ CASES = (
     ((2, 8, 1, 1, 8, 3, 1, 1), 4),
     ((1, 320, 4, 4, 320, 3, 1, 1), 2),
     ((1, 16, 3, 300, 24, 2, 1, (1, 0, 0, 1)), 8),
+    ((1, 128, 4, 8, 256, 3, 1, 1), 1),  # 256 columns
 )
+# On a GPU the number of multiprocessors is its own: rounds of blocks with 160, 128 and 256 columns.
+LARGE = ((2, 128, 64, 64, 320, 3, 1, 1), (1, 128, 160, 160, 128, 3, 1, 1), (1, 256, 128, 128, 256, 3, 1, 1))
 
 
 @pytest.fixture(autouse=True)
 def hoppers_units(cuda_kernels: str) -> Iterator[None]:
     if cuda_kernels == "cuda" and not (
-        _library.has_kernel("bf16_tiles", "cuda") and torch.cuda.get_device_capability() == (9, 0)
+        _library.has_kernel("hopper_units", "cuda") and torch.cuda.get_device_capability() == (9, 0)
     ):
         pytest.skip("needs a GPU of compute capability 9.0 and a library built for 9.0a")
     with hopper():
@@ -63,7 +67,8 @@ def reordered(seed: int, multiprocessors: int) -> checks.Run:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_convolutions(dtype: torch.dtype, cuda_kernels: str) -> None:
-    for seed, (case, multiprocessors) in enumerate(CASES):
+    large = LARGE if cuda_kernels == "cuda" else ()
+    for seed, (case, multiprocessors) in enumerate((*CASES, *((case, 132) for case in large))):
         args, keywords = checks.make(case, dtype, where=cuda_kernels)
         run, again = (reordered(s, multiprocessors) for s in (seed, seed + 3))
         tiles_copied(cuda_kernels)
@@ -121,7 +126,9 @@ def test_what_copies_cannot_read_goes_another_way(cuda_kernels: str) -> None:
 def test_linear(dtype: torch.dtype, cuda_kernels: str) -> None:
     """Without anything, with bias and residual, with GEGLU; by tiles of each size, and split."""
     op = torch.ops.sdfast.linear_rows_cuda
-    for tokens, k, rows in ((1, 8, 16), (77, 72, 160), (130, 64, 256), (300, 40, 1280), (128, 320, 80)):
+    for tokens, k, rows in (
+        (1, 8, 16), (77, 72, 160), (130, 64, 256), (300, 40, 1280), (128, 320, 80), (128, 1024, 256),
+    ):  # fmt: skip
         x, weight = torch.randn(tokens, k).to(dtype), (torch.randn(rows, k) / k**0.5).to(dtype)
         bias, residual = torch.randn(rows).to(dtype), torch.randn(tokens, rows).to(dtype)
         x, weight, bias, residual = (t.to(cuda_kernels) for t in (x, weight, bias, residual))
@@ -136,6 +143,31 @@ def test_linear(dtype: torch.dtype, cuda_kernels: str) -> None:
                 with hopper(multiprocessors), thread_order(tokens):
                     y = op(x, weight, *given, GEGLU if activation else 0)
                 assert_within_budget(y, eager, exact, what=f"{tokens, k, rows, activation}")
+
+
+def test_linear_is_asked_for_by_the_operation(cuda_kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tokens of several axes, and a weight as a 1x1 convolution keeps it."""
+    monkeypatch.setattr(_linear_gate, "has_hopper_units", lambda x, *sizes: True)
+    shapes = ((2, 9, 24), (16, 24), (2, 9, 16))
+    x, weight, residual = (torch.randn(shape).half().to(cuda_kernels) for shape in shapes)
+    tiles_copied(cuda_kernels)
+    y = ops.linear(x, weight[:, :, None, None], residual=residual, backend="cuda")
+    expected = linear_torch(x.double(), weight.double(), residual=residual.double())
+    torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-2)
+    y = ops.linear(x.transpose(0, 1), weight, activation="geglu", backend="cuda")
+    expected = linear_torch(x.double().transpose(0, 1), weight.double(), activation="geglu")
+    torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-2)
+    assert tiles_copied(cuda_kernels) > 0
+    with pytest.raises(ValueError, match="products without activation"):
+        ops.linear(x, weight, activation="silu", backend="cuda")
+
+
+def test_opcheck(cuda_kernels: str) -> None:
+    shapes = ((9, 24), (16, 24), (9, 16))
+    x, weight, residual = (torch.randn(shape).half().to(cuda_kernels) for shape in shapes)
+    op = torch.ops.sdfast.linear_rows_cuda.default
+    torch.library.opcheck(op, (x, weight, weight[:, 0].contiguous(), residual, 0))
+    torch.library.opcheck(op, (x, weight, None, None, GEGLU))
 
 
 def test_linear_copies_what_is_not_aligned(cuda_kernels: str) -> None:
@@ -171,7 +203,9 @@ def test_attention(dtype: torch.dtype, head_dim: int, cuda_kernels: str) -> None
     """Tiles of keys that are full and that are not, fewer than the ring holds and more."""
     with torch.device(cuda_kernels):
         for seed, (queries, keys) in enumerate(((70, 77), (128, 64), (1, 1), (300, 130), (65, 700))):
-            case = make_case(queries, keys, head_dim, dtype, heads=3)
+            # On a GPU so many that every multiprocessor has a block, of four groups or of two.
+            heads = 3 if cuda_kernels == "cpu" else 140 if queries > 64 else 70
+            case = make_case(queries, keys, head_dim, dtype, heads=heads)
             tiles_copied(cuda_kernels)
             with hopper(1), thread_order(seed):
                 check(case, "cuda")
@@ -181,7 +215,8 @@ def test_attention(dtype: torch.dtype, head_dim: int, cuda_kernels: str) -> None
 def test_attention_returns_lse(cuda_kernels: str) -> None:
     """Base 2, the result's bits the same with it; by blocks of two groups and of four."""
     with torch.device(cuda_kernels):
-        q, k, v = (torch.randn(2, 2, n, 40).half() for n in (300, 90, 90))
+        heads = 2 if cuda_kernels == "cpu" else 40
+        q, k, v = (torch.randn(2, heads, n, 40).half() for n in (300, 90, 90))
         exact = torch.logsumexp(0.3 * q.double() @ k.double().transpose(2, 3), 3) * 1.4426950408889634
         for multiprocessors in (1, 14):
             with hopper(multiprocessors):
@@ -190,6 +225,17 @@ def test_attention_returns_lse(cuda_kernels: str) -> None:
             torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-4)
             expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.3)
             torch.testing.assert_close(o.double(), expected, rtol=5e-3, atol=2e-3)
+
+
+def test_attention_to_keys_that_are_infinitely_far(cuda_kernels: str) -> None:
+    """All of the first tile: what follows decides."""
+    heads = 3 if cuda_kernels == "cpu" else 140
+    q, k, v = (torch.randn(1, heads, n, 16).half().to(cuda_kernels) for n in (70, 100, 100))
+    q[..., 0], k[:, :, :64, 0] = 1.0, -float("inf")
+    with hopper(1):
+        o = ops.attention(q, k, v, backend="cuda")
+    expected = F.scaled_dot_product_attention(q.double(), k[:, :, 64:].double(), v[:, :, 64:].double())
+    torch.testing.assert_close(o.double(), expected, rtol=5e-3, atol=2e-3)
 
 
 def test_attention_of_expanded_keys(cuda_kernels: str) -> None:

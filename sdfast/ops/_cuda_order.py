@@ -1,8 +1,8 @@
 """Which backends serve a call on a GPU, best first, where the call names none.
 
 As measured on an H100 in bf16 (benchmarks/bench_gpu_calls.py): each call of Stable Diffusion 1.5, SDXL and
-their VAE, in a CUDA graph, by every backend. Convolutions are CUDA C++'s, on Hopper's own units, where the
-library holds them, and attention of many keys by narrow heads; so is GEGLU. Norms are Triton's, most products
+their VAE, in a CUDA graph, by every backend. Convolutions are CUDA C++'s, on Hopper's own units where its
+library holds them, and so are many keys of narrow heads; so is GEGLU. Norms are Triton's, most products
 cuBLAS's, many keys of wider heads torch's. What nobody measured is torch's: other GPUs, fp32, gradients, heads
 of more than 512. (fp16 is taken to be as fast as bf16.)
 """
@@ -30,6 +30,8 @@ _FEW_KEYS = 256
 _TILE_TOKENS, _TILE_ROWS = 8192, 320
 # csrc/attention_hopper_cuda.cuh takes wider heads, too, in which cuDNN's is faster: 183 us beside 208.
 _TILES_HEAD = 40
+# With fewer blocks of so many queries it shares the keys out, as the kernels for every GPU do.
+_TILES_QUERIES, _TILES_BLOCKS = 128, 66
 _NARROW_HEAD, _WIDEST_HEAD = 256, 512  # torch's fused attention ends at 256
 
 
@@ -46,25 +48,26 @@ def _is_hopper(kind: str, index: int | None) -> bool:
 _is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def has_tile_products(x: Tensor, *sizes: int) -> bool:
-    """Whether the CUDA library multiplies on Hopper's own units, for channels and rows of these numbers."""
+def has_hopper_units(x: Tensor, *sizes: int) -> bool:
+    """Whether this GPU and the CUDA library have kernels for Hopper's own units that take such channels."""
     half = x.dtype is torch.bfloat16 or x.dtype is torch.float16
     whole = all(size % 8 == 0 for size in sizes)
     return (
         half
         and whole
         and _is_hopper(x.device.type, x.device.index)
-        and _library.has_kernel("bf16_tiles", "cuda")
+        and _library.has_kernel("hopper_units", "cuda")
     )
 
 
 def of_convolution(
-    x: Tensor, weight: Tensor, stride: int, upsample: bool, *others: Tensor
+    x: Tensor, weight: Tensor, stride: int, upsample: bool, *others: Tensor, plain: bool = True
 ) -> tuple[str, ...]:
-    """Of `conv2d`; `others` are the tensors it adds."""
+    """Of `conv2d`; `others` are the tensors it adds. `plain`: it gathers no statistics and is given none."""
     if not _measured(x, weight, *others):
         return _TORCH
-    if not (upsample and dispatch.memory() == "low") and has_tile_products(x, *weight.shape[:2]):
+    folds_anew = upsample and dispatch.memory() == "low"
+    if plain and not folds_anew and has_hopper_units(x, x.shape[1], *weight.shape[:2]):
         return _KERNELS_OF_TILES
     pixels = x.shape[2] * x.shape[3]
     if upsample:  # without copies of weights each call folds
@@ -83,14 +86,15 @@ def of_linear(
         return _TORCH
     adds = activation is None and residual is not None
     fits = x.numel() >= _TILE_TOKENS * x.shape[-1] and weight.shape[0] <= _TILE_ROWS
-    by_tiles = adds and fits and has_tile_products(x, *weight.shape[:2])
+    by_tiles = adds and fits and has_hopper_units(x, *weight.shape[:2])
     return _KERNELS_OF_TILES if activation == "geglu" or by_tiles else _TORCH
 
 
-def of_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
+def of_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> tuple[str, ...]:
     """Of `attention`."""
-    many = k.shape[2] >= _FEW_KEYS and q.shape[3] <= _TILES_HEAD
-    if many and has_tile_products(q, q.shape[3]) and _measured(q, k, v):
+    blocks = q.shape[0] * q.shape[1] * -(-q.shape[2] // _TILES_QUERIES)
+    many = k.shape[2] >= _FEW_KEYS and q.shape[3] <= _TILES_HEAD and blocks >= _TILES_BLOCKS and not is_causal
+    if many and has_hopper_units(q, q.shape[3]) and _measured(q, k, v):
         return _KERNELS_OF_TILES
     suits = k.shape[2] < _FEW_KEYS or q.shape[3] > _NARROW_HEAD
     return _KERNELS if suits and q.shape[3] <= _WIDEST_HEAD and _measured(q, k, v) else _TORCH

@@ -2,9 +2,9 @@
 
     h = x Wᵀ + b + residual,  y = h, or a · gelu(g), (a, g) = split(h)
 
-On Hopper csrc/tile_product_cuda.cuh computes all of it. Elsewhere, and where gradients are wanted, the
-product and its gradients are torch's; the gate and its gradient (csrc/linear_cuda.cuh) take one pass each,
-where torch takes two and five.
+On Hopper csrc/tile_product_cuda.cuh computes all of it, where that was measured to be faster. Else, and where
+gradients are wanted, the product and its gradients are torch's; the gate and its gradient
+(csrc/linear_cuda.cuh) take one pass each, where torch takes two and five.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from sdfast import _library
-from sdfast.ops._cuda_order import has_tile_products
+from sdfast.ops._cuda_order import has_hopper_units
 from sdfast.ops._linear_rows import rows_cuda_op
 from sdfast.ops._linear_training import GEGLU
 from sdfast.ops._native import requires_grad
@@ -51,8 +51,8 @@ def multiplies_tiles(
     rows, columns = weight.shape[:2]
     if activation == "geglu":
         few = columns <= _TILE_COLUMNS or x.numel() <= _TILE_TOKENS * columns
-        return residual is None and few and has_tile_products(x, columns, rows // 2)
-    return activation is None and has_tile_products(x, columns, rows)
+        return residual is None and few and has_hopper_units(x, columns, rows // 2)
+    return activation is None and has_hopper_units(x, columns, rows)
 
 
 def linear_cuda(

@@ -245,7 +245,7 @@ def attention(
     reasons = _unavailable(q, k, v, mask)
     order = None
     if q.device.type == "cuda" and not dispatch.is_named(backend):
-        order = of_attention(q, k, v)
+        order = of_attention(q, k, v, is_causal)
     elif _is_faster_in_torch(q, k, v):
         order = ("torch",)
     serve = dispatch.choose("attention", q.device.type, reasons, backend, order=order)

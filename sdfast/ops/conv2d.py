@@ -278,7 +278,9 @@ def _served(
     order, fused_by = None, None
     if x.device.type == "cuda" or named:  # a CPU's own kernels are `_unfused`'s
         if not named:
-            order = of_convolution(x, weight, call.stride, call.upsample, *call.tensors()[2:])
+            plain = statistics is None and (call.norm is None or call.norm.statistics is None)
+            added = call.tensors()[2:]
+            order = of_convolution(x, weight, call.stride, call.upsample, *added, plain=plain)
         fused_by = dispatch.choose("conv2d", x.device.type, reasons, backend, order=order)
     if fused_by in ("cuda", "triton") and not trains:
         fusing = conv2d_cuda if fused_by == "cuda" else conv2d_triton

@@ -5,8 +5,8 @@
 
 GELU is the exact one, through erf: checkpoints were trained with it and the tanh form moves images.
 
-On CUDA the compiled kernels take products without another activation on Hopper, elsewhere GEGLU's gate behind
-torch's product (`_linear_gate.py`); Triton fuses all.
+On CUDA the compiled kernels take products on Hopper, and everywhere GEGLU's gate behind torch's product
+(`_linear_gate.py`); Triton fuses all.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from sdfast.ops._native import requires_grad, unavailable
 # Of fewer tokens the product is as fast on the weight as it lies.
 _LEAST_TOKENS = 16
 _ONLY_ON_HOPPER = (
-    "it takes, beside GEGLU, products without activation and gradient on compute capability 9.0, in bfloat16"
-    " or float16, of multiples of 8"
+    "it takes, beside GEGLU, products without activation and gradient on compute capability 9.0 in a library"
+    " built for 9.0a, in bfloat16 or float16, of multiples of 8"
 )
 
 
@@ -182,7 +182,7 @@ def _unavailable(
         if "cuda" not in reasons and multiplies_tiles(x, weight, activation, residual, bias):
             return reasons
         if activation != "geglu":
-            return {**reasons, "cuda": _ONLY_ON_HOPPER}
+            return {"cuda": _ONLY_ON_HOPPER, **reasons}
         reasons.pop("cuda", None)
         of_gate = unavailable("linear_activate", "x", x.device.type, x.dtype)
         return reasons | {name: why for name, why in of_gate.items() if name == "cuda"}

@@ -4,7 +4,7 @@
 // A copy arrives when somebody waits for it, or at once, as the seed has it; until then its bytes
 // count as not written. Each warp notes which kilobytes its products read; they are in use until it
 // waited for these products and arrived at some barrier, and a copy onto them before that is a
-// race.
+// race. Sums are complete at once: who reads them before waiting is not found.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -289,6 +289,7 @@ void wait_for_products(int groups_left, Site site) {
   warp_barrier(site);
   if (lane() != 0) return;
   Units& mine = units();
+  mine.of_warp[warp_index()].began = false;
   auto& groups = mine.of_warp[warp_index()].committed;
   while (groups.size() > static_cast<size_t>(groups_left)) {
     for (const uintptr_t granule : groups.front()) mine.reads[granule][warp_index()] = now;
