@@ -26,7 +26,7 @@
 namespace sdfast {
 
 constexpr int kTileRowBytes = 128;  // tiles begin at multiples of 8 of them
-constexpr int kWarpgroup = 128;  // threads that multiply together
+constexpr int kWarpgroup = 128;     // threads that multiply together
 
 // ---- the host's part: what a copy is told of a tensor
 

@@ -3,8 +3,8 @@
 As measured on an H100 in bf16 (benchmarks/bench_gpu_calls.py): each call of Stable Diffusion 1.5, SDXL and
 their VAE, in a CUDA graph, by every backend. Convolutions are CUDA C++'s, on Hopper's own units where its
 library holds them, and so are many keys of narrow heads; so is GEGLU. Norms are Triton's, most products
-cuBLAS's, many keys of wider heads torch's. What nobody measured is torch's: other GPUs, fp32, gradients, heads
-of more than 512. (fp16 is taken to be as fast as bf16.)
+cuBLAS's, many keys of wider heads torch's. What nobody measured is torch's: other GPUs, fp32, gradients,
+heads of more than 512. (fp16 is taken to be as fast as bf16.)
 """
 
 from __future__ import annotations
