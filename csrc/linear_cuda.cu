@@ -1,4 +1,4 @@
-// The tensors of the CUDA kernels of linear's activation, GEGLU alone.
+// The tensors of linear's CUDA kernels: GEGLU's gate, and products on Hopper's own units.
 #include "cuda_tensors.h"
 #include "linear_cuda.cuh"
 #include "tile_product_cuda.cuh"

@@ -84,7 +84,8 @@ def statistics(
         named = {**keywords, "stats_groups": groups, "stats_eps": 1e-3}
         y, mean, rstd = run(*args, **named)
         plain = run(*args, **keywords)
-        if _library.has_kernel("hopper_units", "cuda"):  # then another kernel may serve it
+        half = y.dtype is not torch.float32
+        if half and _library.has_kernel("hopper_units", "cuda"):  # then another kernel may serve it
             torch.testing.assert_close(y, plain, rtol=2e-2, atol=2e-2)
         else:
             assert torch.equal(y, plain)
