@@ -24,7 +24,7 @@ from _report_gpu import (
     operations_lines,
     traffic_lines,
 )
-from _report_gpu_calls import calls_lines, checks_lines, tiles_lines
+from _report_gpu_calls import calls_lines, checks_lines, clocks_lines, tiles_lines
 from _report_kernels import bandwidth_lines, conv2d_lines, group_norm_lines, kernel_summaries, products_lines
 from _report_models import (
     build_lines,
@@ -79,6 +79,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Row], list[str]]]] = {
     "gpu_models-first": ("models, when torch still served what names no backend", gpu_models_lines),
     "calls": ("the models' calls by backend", calls_lines),
     "tiles": ("convolutions and products on Hopper's own units, by tile", tiles_lines),
+    "clocks": ("where the time of a tile goes", clocks_lines),
     "checks": ("tests and compute-sanitizer", checks_lines),
     "build": ("wheels", build_lines),
 }

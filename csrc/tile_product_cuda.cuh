@@ -12,7 +12,7 @@ namespace sdfast {
 using ProductTiles =
     std::tuple<ProductTile<256, 1>, ProductTile<160, 1>, ProductTile<128, 2>, ProductTile<80, 2>>;
 // What was measured on an H100, in microseconds: a step of a tile, and what comes before and after
-// the steps.
+// the steps, when that took several times as long as it should now.
 struct TileTimes {
   float step, ends;
 };
@@ -67,11 +67,12 @@ inline int clusters_at_once(int blocks, const Device& device) {
 // Whether it can compute such a convolution: what copies and stores of 16 bytes need.
 template <typename T>
 bool suits_tile_product(const Conv2d<T>& conv) {
-  return conv.images > 0 && conv.height > 0 && conv.width > 0 && conv.channels > 0 &&
-         conv.out_channels > 0 && conv.channels % 8 == 0 && conv.skip_channels % 8 == 0 &&
-         conv.out_channels % 8 == 0 && !conv.mean && is_aligned(conv.x, 16) &&
-         is_aligned(conv.skip, 16) && is_aligned(conv.weight, 16) && is_aligned(conv.y, 16) &&
-         is_aligned(conv.residual, 16) && is_aligned(conv.bias, 16) &&
+  const int64_t pixels = int64_t{conv.images} * conv.out_height * conv.out_width * conv.phases;
+  return pixels > 0 && pixels < int64_t{1} << 31 && conv.height > 0 && conv.width > 0 &&
+         conv.channels > 0 && conv.out_channels > 0 && conv.channels % 8 == 0 &&
+         conv.skip_channels % 8 == 0 && conv.out_channels % 8 == 0 && !conv.mean &&
+         is_aligned(conv.x, 16) && is_aligned(conv.skip, 16) && is_aligned(conv.weight, 16) &&
+         is_aligned(conv.y, 16) && is_aligned(conv.residual, 16) && is_aligned(conv.bias, 16) &&
          is_aligned(conv.time_embedding, 16);
 }
 
@@ -87,7 +88,7 @@ void plan_rectangle(const Conv2d<T>& conv, TileProductPlan& plan) {
       if (x * y * images >= fewest) continue;
       fewest = x * y * images;
       plan.width_log2 = width, plan.height_log2 = height;
-      plan.tiles_x = static_cast<int>(x), plan.tiles_y = static_cast<int>(y);
+      plan.tiles_x = Divisor(static_cast<int>(x)), plan.tiles_y = Divisor(static_cast<int>(y));
       plan.tiles_images = static_cast<int>(images);
     }
   }
@@ -105,15 +106,15 @@ TileProductPlan plan_tile_product(const Conv2d<T>& conv, int most_splits, const 
     with_product_tile(plan.tile, [&](auto tile) {
       using Tile = decltype(tile);
       plan.columns = Tile::kColumns;
-      plan.column_blocks = static_cast<int>(ceil_div(conv.out_channels, Tile::kColumns));
+      plan.column_blocks = Divisor(static_cast<int>(ceil_div(conv.out_channels, Tile::kColumns)));
       const int64_t tiles = plan.tiles(conv.phases);
       const TileTimes times = kTileTimes[plan.tile];
       for (int log2 = 0; 1 << log2 <= most_splits; ++log2) {
-        plan.splits = 1 << log2;
-        plan.steps_per_split = static_cast<int>(ceil_div(plan.steps, plan.splits));
-        if (log2 > 0 && plan.steps_per_split * (plan.splits - 1) >= plan.steps)
+        plan.splits_log2 = log2;
+        plan.steps_per_split = static_cast<int>(ceil_div(plan.steps, plan.splits()));
+        if (log2 > 0 && plan.steps_per_split * (plan.splits() - 1) >= plan.steps)
           break;  // one would have none
-        const int clusters = clusters_at_once(plan.splits, device);
+        const int clusters = clusters_at_once(plan.splits(), device);
         if (clusters == 0) break;
         const int64_t rounds = ceil_div(tiles, clusters);
         const float cost = rounds * (plan.steps_per_split * times.step + times.ends +
@@ -157,12 +158,12 @@ void tile_product(const Conv2d<T>& conv, const Device& device, cudaStream_t stre
                                {all, conv.taps(), int64_t{conv.phases} * conv.out_channels},
                                {1, all, all * conv.taps()},
                                {kTileK, 1, plan.columns / 2}});
-  const int64_t grid = plan.tiles(conv.phases) * plan.splits;
+  const int64_t grid = plan.tiles(conv.phases) * plan.splits();
   if (grid >= int64_t{1} << 31) throw std::runtime_error("x: too large");
   with_product_tile(plan.tile, [&](auto tile) {
     launch(tile_product_kernel<T, decltype(tile), kGated>,
            {dim3(static_cast<unsigned>(grid)), dim3(kProductThreads),
-            static_cast<size_t>(plan.shared_bytes), static_cast<unsigned>(plan.splits)},
+            static_cast<size_t>(plan.shared_bytes), static_cast<unsigned>(plan.splits())},
            stream, call);
   });
 }

@@ -4,12 +4,13 @@
 // Algorithm. An implicit GEMM. One thread of a block asks the tensor memory accelerator for tiles:
 // 64 channels of a rectangle of pixels, shifted by the kernel's position, zeros beside the image,
 // and the same channels of the rows of the weight. They arrive in a ring in shared memory; two
-// groups of four warps multiply 64 pixels each (wgmma), and say when a tile was read. Where tiles
-// are fewer than multiprocessors K is split among the blocks of a cluster, which add up each
-// other's sums, read from shared memory, in order. Then bias, time embedding and residual, or
-// GEGLU's gate, whose columns lie in the same tile; each result is rounded once. Bytes: x once for
-// each of the kernel's positions and block of channels, from L2; weight once a tile. Limit: the
-// tensor cores.
+// groups of four warps multiply 64 pixels each (wgmma), and say when a tile was read. Sums begin
+// with bias and time embedding. Where tiles are fewer than multiprocessors K is split among the
+// blocks of a cluster, which add up each other's sums, read from shared memory, in order. Then
+// GEGLU's gate, whose columns lie in the same tile, or the residual; each result is rounded once,
+// and stored by way of shared memory, whole lines at a time. Bytes: x once for each of the kernel's
+// positions and block of channels, from L2; weight once a tile. Limit: the tensor cores, of 80
+// columns L2.
 #pragma once
 
 #include "tile_product_finish_cuda.cuh"
@@ -18,42 +19,68 @@ namespace sdfast {
 
 #if SDFAST_HOPPER
 
-// Asks for the tiles of the steps [first, last).
+// Asks for the tiles of a block's steps, one after the other.
 template <typename Tile, bool kGated, typename T>
-__device__ void copy_tiles(const TileProduct<T>& call, const TilePlace& place, unsigned char* ring,
-                           uint64_t* full, uint64_t* empty, int first, int last) {
-  const Conv2d<T>& conv = call.conv;
-  const bool has_skip = call.plan.steps > call.plan.steps_x;
-  prefetch(call.x), prefetch(call.weight);
-  if (has_skip) prefetch(call.skip);
-  const int x = place.x * conv.stride - conv.left + place.phase % 2;
-  const int y = place.y * conv.stride - conv.top + place.phase / 2;
-  const int rows =
-      kGated ? conv.out_channels / 2 : Tile::kColumns / 2;  // to the second half of w's
-  const int row = place.phase * conv.out_channels + place.column;
-  bool of_skip = first >= call.plan.steps_x;
-  const int before = of_skip ? first - call.plan.steps_x : first;
-  int chunks = (of_skip ? conv.skip_channels + kTileK - 1 : conv.channels + kTileK - 1) / kTileK;
-  int tap = before / chunks, c = before % chunks * kTileK;
-  int stage = 0;
-  unsigned parity = 1;  // of a ring that is empty at first
-  for (int step = first; step < last; ++step) {
-    wait(empty + stage, parity);
-    arrive_for_bytes(full + stage, Tile::kStageBytes);
-    unsigned char* const tile = ring + stage * Tile::kStageBytes;
-    unsigned char* const weights = tile + kTilePixels * kTileRowBytes;
-    copy_tile(tile, of_skip ? call.skip : call.x, full + stage, c, x + tap % conv.taps_x,
-              y + tap / conv.taps_x, place.image);
-    const int w_c = of_skip ? conv.channels + c : c;
-    copy_tile(weights, call.weight, full + stage, w_c, tap, row);
-    copy_tile(weights + Tile::kColumns / 2 * kTileRowBytes, call.weight, full + stage, w_c, tap,
-              row + rows);
-    if (++stage == call.plan.stages) stage = 0, parity ^= 1;
-    c += kTileK;
-    if (c >= (of_skip ? conv.skip_channels : conv.channels)) c = 0, ++tap;
-    if (tap == conv.taps()) tap = 0, of_skip = true;
+class TileCopies {
+ public:
+  __device__ TileCopies(const TileProduct<T>& call, const TilePlace& place, unsigned char* ring,
+                        uint64_t* full, uint64_t* empty, int first)
+      : call_(call), image_(place.image), ring_(ring), full_(full), empty_(empty) {
+    const Conv2d<T>& conv = call.conv;
+    x_ = place.x * conv.stride - conv.left + place.phase % 2;
+    y_ = place.y * conv.stride - conv.top + place.phase / 2;
+    row_ = place.phase * conv.out_channels + place.column;
+    if (first == 0) return;
+    of_skip_ = first >= call.plan.steps_x;
+    const int before = of_skip_ ? first - call.plan.steps_x : first;
+    const int chunks = (channels() + kTileK - 1) / kTileK;
+    tap_ = before / chunks, c_ = before % chunks * kTileK;
+    tap_y_ = tap_ / conv.taps_x, tap_x_ = tap_ % conv.taps_x;
   }
-}
+
+  __device__ void ask(int count) {
+    const Conv2d<T>& conv = call_.conv;
+    // To the second half of the weight's rows.
+    const int rows = kGated ? conv.out_channels / 2 : Tile::kColumns / 2;
+    for (; count > 0; --count) {
+      wait(empty_ + stage_, parity_);
+      arrive_for_bytes(full_ + stage_, Tile::kStageBytes);
+      unsigned char* const tile = ring_ + stage_ * Tile::kStageBytes;
+      unsigned char* const weights = tile + kTilePixels * kTileRowBytes;
+      copy_tile(tile, of_skip_ ? call_.skip : call_.x, full_ + stage_, c_, x_ + tap_x_, y_ + tap_y_,
+                image_);
+      const int c = of_skip_ ? conv.channels + c_ : c_;
+      copy_tile(weights, call_.weight, full_ + stage_, c, tap_, row_);
+      copy_tile(weights + Tile::kColumns / 2 * kTileRowBytes, call_.weight, full_ + stage_, c, tap_,
+                row_ + rows);
+      next();
+    }
+  }
+
+ private:
+  __device__ int channels() const {
+    return of_skip_ ? call_.conv.skip_channels : call_.conv.channels;
+  }
+  __device__ void next() {
+    if (++stage_ == call_.plan.stages) stage_ = 0, parity_ ^= 1;
+    c_ += kTileK;
+    if (c_ < channels()) return;
+    c_ = 0, ++tap_;
+    if (++tap_x_ < call_.conv.taps_x) return;
+    tap_x_ = 0;
+    if (++tap_y_ < call_.conv.taps_y) return;
+    tap_y_ = tap_ = 0, of_skip_ = true;
+  }
+
+  const TileProduct<T>& call_;
+  int x_, y_, image_, row_;
+  int c_ = 0, tap_ = 0, tap_x_ = 0, tap_y_ = 0;
+  bool of_skip_ = false;
+  unsigned char* ring_;
+  uint64_t *full_, *empty_;
+  int stage_ = 0;
+  unsigned parity_ = 1;  // of a ring that is empty at first
+};
 
 // The sums of 64 pixels, in the registers of four warps, when `count` tiles have arrived.
 template <typename T, typename Tile>
@@ -93,53 +120,48 @@ template <typename T, typename Tile, bool kGated>
 __global__ void __launch_bounds__(kProductThreads, Tile::kBlocks)
     tile_product_kernel(const __grid_constant__ TileProduct<T> call) {
 #if SDFAST_HOPPER
+  constexpr int kOutColumns = kGated ? Tile::kColumns / 2 : Tile::kColumns;
   const TileProductPlan& plan = call.plan;
   SharedMemory shared;
   unsigned char* const ring = shared.array<unsigned char>(plan.stages * Tile::kStageBytes);
   uint64_t* const full = shared.array<uint64_t>(kMostStages);
   uint64_t* const empty = shared.array<uint64_t>(kMostStages);
-  float* const results = reinterpret_cast<float*>(ring);  // when the last tile was read
-  if (threadIdx.x == 0) {
+  const TilePlace place(call, kOutColumns);
+  const int split = blockIdx.x & (plan.splits() - 1);
+  const int first = split * plan.steps_per_split;
+  const int count = min(plan.steps_per_split, plan.steps - first);
+  const bool multiplies = threadIdx.x < 2 * kWarpgroup, copies = threadIdx.x == 2 * kWarpgroup;
+  TileCopies<Tile, kGated, T> tiles(call, place, ring, full, empty, first);
+  const int ahead = min(count, plan.stages);
+  if (copies) {  // before anything else: the first tiles take a microsecond to arrive
+    prefetch(call.x), prefetch(call.weight);
     for (int stage = 0; stage < plan.stages; ++stage) {
       init_barrier(full + stage, 1);
       init_barrier(empty + stage, 2 * kWarpgroup / kWarp);
     }
     show_barriers();
+    tiles.ask(ahead);
   }
   __syncthreads();
-  const TilePlace place(call, kGated ? Tile::kColumns / 2 : Tile::kColumns);
-  const int split = blockIdx.x % plan.splits;
-  const int first = split * plan.steps_per_split;
-  const int last = min(first + plan.steps_per_split, plan.steps);
-  const bool multiplies = threadIdx.x < 2 * kWarpgroup;
-  const int row = threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4;  // and 8 more
-  float sums[Tile::kColumns / 2] = {};
+  float sums[Tile::kColumns / 2];
   if (multiplies) {
-    multiply_tiles<T, Tile>(sums, ring, full, empty, plan.stages, last - first);
-  } else if (threadIdx.x == 2 * kWarpgroup) {
-    copy_tiles<Tile, kGated>(call, place, ring, full, empty, first, last);
-  }
-  if constexpr (kGated) {
-    if (multiplies) finish_gated<Tile>(call, place, row, sums);
-    return;
+    begin_sums<Tile, kGated>(call, place, split == 0, sums);
+    multiply_tiles<T, Tile>(sums, ring, full, empty, plan.stages, count);
+    if constexpr (kGated) apply_gates(sums);
+  } else if (copies) {
+    tiles.ask(count - ahead);
   }
   __syncthreads();  // both groups have read the ring
-  if (multiplies) {
-    float* const at = results + row * Tile::kPitch + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns / 8; ++j) {
-      const float upper[2] = {sums[4 * j], sums[4 * j + 1]},
-                  lower[2] = {sums[4 * j + 2], sums[4 * j + 3]};
-      store(at + 8 * j, upper);
-      store(at + 8 * Tile::kPitch + 8 * j, lower);
-    }
+  float* const results = reinterpret_cast<float*>(ring);
+  if (multiplies) lay_out<kOutColumns>(results, sums);
+  if (plan.splits_log2 == 0) {
+    __syncwarp();
+    if (multiplies) finish_rows<kOutColumns, false>(call, place, results, 0);
+    return;
   }
-  if (plan.splits > 1)
-    cluster_barrier();
-  else
-    __syncthreads();
-  finish_rows<Tile>(call, place, results, split);
-  if (plan.splits > 1) cluster_barrier();  // none leaves while others read its sums
+  cluster_barrier();
+  if (multiplies) finish_rows<kOutColumns, true>(call, place, results, split);
+  cluster_barrier();  // none leaves while others read its sums
 #endif
 }
 

@@ -14,17 +14,19 @@ constexpr int kMostStages = 8, kLeastStages = 3, kMostSplits = 8;
 struct TileProductPlan {
   int tile, columns;            // which ProductTile, and its channels of y
   int width_log2, height_log2;  // of its pixels' rectangle; the rest is images
-  int tiles_x, tiles_y, tiles_images, column_blocks;
+  Divisor tiles_x, tiles_y, column_blocks;
+  int tiles_images;
   int steps_x, steps;  // along K: of x, and with those of skip
-  int splits, steps_per_split;
+  int splits_log2, steps_per_split;
   int stages;
   int shared_bytes;
 
   __host__ __device__ int width() const { return 1 << width_log2; }
   __host__ __device__ int height() const { return 1 << height_log2; }
   __host__ __device__ int images() const { return kTilePixels >> (width_log2 + height_log2); }
+  __host__ __device__ int splits() const { return 1 << splits_log2; }
   int64_t tiles(int phases) const {
-    return int64_t{tiles_x} * tiles_y * tiles_images * column_blocks * phases;
+    return int64_t{tiles_x.by} * tiles_y.by * tiles_images * column_blocks.by * phases;
   }
 };
 
@@ -35,16 +37,25 @@ struct TileProduct {
   TileProductPlan plan;
 };
 
+// How sums of so many columns lie in shared memory: of a row the first four of every 8 columns, and
+// kHalves further on the other four. Then neither 8 threads that read 16 bytes each of a row meet
+// a bank twice, nor those of 4 rows that write 8.
+template <int columns>
+struct SumsLayout {
+  static constexpr int kVectors = columns / 8;
+  static constexpr int kHalves = (4 * kVectors + 15) / 32 * 32 + 16;
+  static constexpr int kPitch = kHalves + 4 * kVectors + 4;
+  static constexpr int kBytes = kTilePixels * kPitch * 4;
+  static_assert(kHalves >= 4 * kVectors);
+};
+
 // What a block computes: channels of y for kTilePixels pixels.
 template <int columns, int blocks>
 struct ProductTile {
   static constexpr int kColumns = columns;
   static constexpr int kBlocks = blocks;  // on a multiprocessor
   static constexpr int kStageBytes = (kTilePixels + columns) * kTileRowBytes;
-  static constexpr int kPitch =
-      columns + 8;  // of sums in shared memory: rows then meet different banks
-  static constexpr int kSumsBytes = kTilePixels * kPitch * 4;
-  static_assert(kSumsBytes <= kLeastStages * kStageBytes);
+  static_assert(SumsLayout<columns>::kBytes <= kLeastStages * kStageBytes);
 };
 
 #if SDFAST_HOPPER
@@ -56,15 +67,15 @@ struct TilePlace {
   template <typename T>
   __device__ TilePlace(const TileProduct<T>& call, int columns) {
     const TileProductPlan& plan = call.plan;
-    int tile = blockIdx.x / plan.splits;
-    column = tile % plan.column_blocks * columns;
-    tile /= plan.column_blocks;
-    phase = tile % call.conv.phases;
-    tile /= call.conv.phases;
-    x = tile % plan.tiles_x * plan.width();
-    tile /= plan.tiles_x;
-    y = tile % plan.tiles_y * plan.height();
-    image = tile / plan.tiles_y * plan.images();
+    int rest = blockIdx.x >> plan.splits_log2;
+    int tile = plan.column_blocks.divide(rest);
+    column = rest * columns;
+    phase = call.conv.phases == 1 ? 0 : tile % 4;
+    if (call.conv.phases != 1) tile /= 4;
+    int line = plan.tiles_x.divide(tile);
+    x = tile << plan.width_log2;
+    image = plan.tiles_y.divide(line) * plan.images();
+    y = line << plan.height_log2;
   }
 };
 
