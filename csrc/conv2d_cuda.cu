@@ -60,7 +60,11 @@ class Conv2dTensors {
     y_sizes_ = {images_, out_channels_, scale * out_height_, scale * out_width_};
     if (bias) bias_ = flat(*bias, "bias", {out_channels_});
     if (time_embedding) {
-      time_embedding_ = flat(*time_embedding, "time_embedding", {images_, out_channels_});
+      check(*time_embedding, "time_embedding", {images_, out_channels_}, dtype_);
+      // As it lies where it can be: one row may be of all images.
+      time_embedding_ = time_embedding->stride(1) == 1
+                            ? *time_embedding
+                            : in_layout(*time_embedding, Layout::kChannelsFirst);
     }
     if (residual) residual_ = image(*residual, "residual", y_sizes_);
     if (norm.empty()) return;
@@ -94,6 +98,7 @@ class Conv2dTensors {
     conv.x = input<T>(call, x_), conv.skip = input<T>(call, skip_);
     conv.weight = input<T>(call, weight_), conv.bias = input<T>(call, bias_);
     conv.time_embedding = input<T>(call, time_embedding_);
+    conv.time_stride = time_embedding_ && images_ > 1 ? time_embedding_->stride(0) : 0;
     conv.residual = input<T>(call, residual_);
     conv.y = call.output<T>(y);
     conv.mean = input<float>(call, mean_), conv.rstd = input<float>(call, rstd_);

@@ -20,6 +20,7 @@ struct Conv2d {
   int taps_y, taps_x, stride, top, left;
   const T *x, *skip, *weight;  // weight: (phases, out_channels, taps_y, taps_x, all channels)
   const T *bias, *time_embedding, *residual;  // (O), (N, O) and as y; may be null
+  int64_t time_stride;                        // from one row of time_embedding to the next
   T* y;
   // GroupNorm of x and skip: (N, groups), and a weight and bias for every channel; mean may be
   // null.

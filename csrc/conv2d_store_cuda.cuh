@@ -104,7 +104,7 @@ __device__ __forceinline__ float added_to(const Conv2d<T>& call, int image, int 
   if (o >= call.out_channels) return 0;
   float added = call.bias ? to_float(call.bias[o]) : 0;
   if (call.time_embedding) {
-    added += to_float(call.time_embedding[int64_t{image} * call.out_channels + o]);
+    added += to_float(call.time_embedding[image * call.time_stride + o]);
   }
   return added;
 }

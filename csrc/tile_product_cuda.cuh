@@ -11,13 +11,16 @@ namespace sdfast {
 
 using ProductTiles =
     std::tuple<ProductTile<256, 1>, ProductTile<160, 1>, ProductTile<128, 2>, ProductTile<80, 2>>;
-// What was measured on an H100, in microseconds: a step of a tile, and what comes before and after
-// the steps, when that took several times as long as it should now.
+// Fitted to what was measured on an H100, in microseconds: a step of a tile, what comes before and
+// after the steps, and what a split of K adds: a barrier, and others' sums that cross the cluster's
+// slow network.
 struct TileTimes {
   float step, ends;
 };
-constexpr TileTimes kTileTimes[] = {{.634f, 7.9f}, {.428f, 5.5f}, {.422f, 3.1f}, {.379f, 1.8f}};
-constexpr float kMicrosecondsOfSplits = 1.35f;  // for each doubling of their number
+constexpr TileTimes kTileTimes[] = {{.62f, 4.5f}, {.40f, 4.8f}, {.37f, 1.9f}, {.32f, 1.6f}};
+inline float time_of_splits(int splits, int columns) {
+  return splits == 1 ? 0 : 1.75f + .0125f * columns * (splits - 1) / splits;
+}
 
 template <typename F>
 void with_product_tile(int tile, const F& f) {
@@ -73,7 +76,7 @@ bool suits_tile_product(const Conv2d<T>& conv) {
          conv.skip_channels % 8 == 0 && conv.out_channels % 8 == 0 && !conv.mean &&
          is_aligned(conv.x, 16) && is_aligned(conv.skip, 16) && is_aligned(conv.weight, 16) &&
          is_aligned(conv.y, 16) && is_aligned(conv.residual, 16) && is_aligned(conv.bias, 16) &&
-         is_aligned(conv.time_embedding, 16);
+         is_aligned(conv.time_embedding, 16) && conv.time_stride % 8 == 0;
 }
 
 // The rectangle of pixels that leaves the least of the tiles outside of the images.
@@ -118,7 +121,7 @@ TileProductPlan plan_tile_product(const Conv2d<T>& conv, int most_splits, const 
         if (clusters == 0) break;
         const int64_t rounds = ceil_div(tiles, clusters);
         const float cost = rounds * (plan.steps_per_split * times.step + times.ends +
-                                     log2 * kMicrosecondsOfSplits);
+                                     time_of_splits(plan.splits(), Tile::kColumns));
         if (cost >= least) continue;
         least = cost;
         best = plan;

@@ -1,5 +1,5 @@
-// What a tile product's sums begin with, bias and time embedding, and what follows them: GEGLU's
-// gate, those of a cluster added up, the residual; each result is rounded once and stored.
+// What follows the sums of a tile product: GEGLU's gate, those of a cluster added up, bias, time
+// embedding and residual; each result is rounded once and stored.
 #pragma once
 
 #include "tile_product_problem_cuda.cuh"
@@ -40,38 +40,6 @@ __device__ inline int pixel_of_row(const TileProduct<T>& call, const TilePlace& 
 // The first of a thread's two rows of a tile, the second 8 further on.
 __device__ inline int row_of_thread() { return threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4; }
 
-// Bias and time embedding, of the first of a cluster's blocks; elsewhere zeros. They are read while
-// the first tiles are on their way.
-template <typename Tile, bool kGated, typename T>
-__device__ __forceinline__ void begin_sums(const TileProduct<T>& call, const TilePlace& place,
-                                           bool is_first, float (&sums)[Tile::kColumns / 2]) {
-  const Conv2d<T>& conv = call.conv;
-  const int out_channels = kGated ? conv.out_channels / 2 : conv.out_channels;
-  const int o = place.column + threadIdx.x % 4 * 2;
-  const int left = is_first ? out_channels - o : 0;  // channels from here on
-  const int left_of_bias = conv.bias ? left : 0;
-  const int left_of_time = !kGated && conv.time_embedding ? left : 0;
-  const auto time_of = [&](int row) {
-    const int image = place.image + (row >> (call.plan.width_log2 + call.plan.height_log2));
-    return conv.time_embedding + int64_t{min(image, conv.images - 1)} * out_channels + o;
-  };
-  const T* const bias = conv.bias + o;
-  const T* const upper_time = time_of(row_of_thread());
-  const T* const lower_time = time_of(row_of_thread() + 8);
-#pragma unroll
-  for (int j = 0; j < Tile::kColumns / 8; ++j) {
-    const bool is_gate = kGated && j >= Tile::kColumns / 16;
-    const int next = 8 * j - (is_gate ? Tile::kColumns / 2 : 0);
-    float of_both[2] = {}, upper[2] = {}, lower[2] = {};
-    if (next < left_of_bias) load(bias + (is_gate ? out_channels : 0) + next, of_both);
-    if (next < left_of_time) load(upper_time + next, upper), load(lower_time + next, lower);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      sums[4 * j + n] = of_both[n] + upper[n], sums[4 * j + 2 + n] = of_both[n] + lower[n];
-    }
-  }
-}
-
 // g Phi(g). 2 (1 - Phi(|g|)) = erfc(|g| / sqrt 2) within 1.5e-7: Abramowitz and Stegun, 7.1.26.
 __device__ inline float gelu(float g) {
   constexpr float kLog2e = 1.4426950f;
@@ -86,10 +54,23 @@ __device__ inline float gelu(float g) {
 }
 
 // GEGLU: the first half of the sums, of the values, becomes the result.
-template <int count>
-__device__ __forceinline__ void apply_gates(float (&sums)[count]) {
+template <typename T, int count>
+__device__ __forceinline__ void apply_gates(const TileProduct<T>& call, const TilePlace& place,
+                                            float (&sums)[count]) {
+  const int out_channels = call.conv.out_channels / 2;
+  const T* const bias = call.conv.bias;
 #pragma unroll
-  for (int i = 0; i < count / 2; ++i) sums[i] *= gelu(sums[i + count / 2]);
+  for (int j = 0; j < count / 8; ++j) {
+    const int o = place.column + 8 * j + threadIdx.x % 4 * 2;
+    float of_values[2] = {}, of_gates[2] = {};
+    if (bias && o < out_channels)
+      load(bias + o, of_values), load(bias + out_channels + o, of_gates);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& value = sums[4 * j + i];
+      value = (value + of_values[i % 2]) * gelu(sums[4 * j + i + count / 2] + of_gates[i % 2]);
+    }
+  }
 }
 
 // Lays the sums of a warp's 16 pixels out in shared memory, as SumsLayout says.
@@ -108,48 +89,58 @@ __device__ __forceinline__ void lay_out(float* results, const float (&sums)[coun
   }
 }
 
-// 8 sums of a row; of a cluster those of all its blocks, in order.
-template <int columns, bool kSplit>
-__device__ __forceinline__ void sums_of(float (&h)[8], float* from, int blocks) {
+template <typename T>
+__device__ inline void add(float (&h)[8], const Eight<T>& numbers) {
 #pragma unroll
-  for (int k = 0; k < 8; k += 4) {
-    float* const half = from + (k == 0 ? 0 : SumsLayout<columns>::kHalves);
-    float part[4];
-    load(kSplit ? in_block_of_cluster(half, 0) : half, part);
+  for (int k = 0; k < 8; ++k) h[k] += to_float(numbers.values[k]);
+}
+
+// The first of the 8 channels that a thread stores.
+template <int columns>
+__device__ inline int column_of_thread(const TilePlace& place) {
+  return place.column + threadIdx.x % kWarp % SumsLayout<columns>::kVectors * 8;
+}
+
+// Bias and time embedding of 8 channels, none beyond the last. Where a tile has pixels of several
+// images the latter is of each pixel instead.
+template <typename T>
+__device__ __forceinline__ void load_added(const TileProduct<T>& call, const TilePlace& place,
+                                           int o, float (&added)[8]) {
+  const Conv2d<T>& conv = call.conv;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) h[k + n] = part[n];
-    if constexpr (kSplit) {
-      for (int other = 1; other < blocks; ++other) {
-        load(in_block_of_cluster(half, other), part);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) h[k + n] += part[n];
-      }
-    }
+  for (int k = 0; k < 8; ++k) added[k] = 0;
+  if (o >= conv.out_channels) return;
+  if (conv.bias) add(added, *vector_of(conv.bias + o, 0, 0));
+  if (conv.time_embedding && call.plan.images() == 1) {
+    add(added, *vector_of(conv.time_embedding + place.image * conv.time_stride + o, 0, 0));
   }
 }
 
 // What a warp stores of its 16 pixels: all of them, or where K is split this block's share. A
-// thread has 8 channels of every kRows-th; it asks for their residuals together.
+// thread has 8 channels of every kRows-th; it asks for all that it needs of several together.
 template <int columns, bool kSplit, typename T>
 __device__ __forceinline__ void finish_rows(const TileProduct<T>& call, const TilePlace& place,
-                                            float* results, int split) {
+                                            float* results, int split, const float (&added)[8]) {
   using Layout = SumsLayout<columns>;
   constexpr int kVectors = Layout::kVectors, kRows = kWarp / kVectors;
   constexpr int kRounds = (16 + kRows - 1) / kRows, kBatch = kSplit ? 2 : kRounds / 2;
   const Conv2d<T>& conv = call.conv;
-  const int blocks = kSplit ? call.plan.splits() : 1, rows = 16 / blocks;
-  const int out_channels = columns == call.plan.columns ? conv.out_channels : conv.out_channels / 2;
+  const TileProductPlan& plan = call.plan;
+  const int blocks = kSplit ? plan.splits() : 1, rows = 16 / blocks;
+  const int out_channels = columns == plan.columns ? conv.out_channels : conv.out_channels / 2;
   const int lane = threadIdx.x % kWarp, first_row = threadIdx.x / kWarp * 16;
-  const int o = place.column + lane % kVectors * 8;
+  const int o = column_of_thread<columns>(place);
   const bool has_channels = lane < kRows * kVectors && o < out_channels;
   const int pixel_of_lane = pixel_of_row(call, place, first_row + lane % 16);
   float* const from = results + first_row * Layout::kPitch + lane % kVectors * 4;
   const T* const residuals = conv.residual + o;
+  const bool has_times = conv.time_embedding && plan.images() > 1;
   T* const y = conv.y + o;
   const int begin = split * rows, end = begin + rows;
   for (int first = begin; first < end; first += kBatch * kRows) {
     int pixels[kBatch];
     Eight<T> residual[kBatch];
+    float h[kBatch][8];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int row = first + i * kRows + lane / kVectors;
@@ -164,17 +155,36 @@ __device__ __forceinline__ void finish_rows(const TileProduct<T>& call, const Ti
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (pixels[i] < 0) continue;
-      const int row = first + i * kRows + lane / kVectors;
-      float h[8];
-      sums_of<columns, kSplit>(h, from + row * Layout::kPitch, blocks);
-      if (conv.residual) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) h[k] += to_float(residual[i].values[k]);
+      for (int k = 0; k < 8; ++k) h[i][k] = added[k];
+    }
+#pragma unroll(kSplit ? 2 : 1)
+    for (int block = 0; block < blocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = (first + i * kRows + lane / kVectors) % 16;
+#pragma unroll
+        for (int k = 0; k < 8; k += 4) {
+          float* const half = from + row * Layout::kPitch + (k == 0 ? 0 : Layout::kHalves);
+          float part[4];
+          load(block == split ? half : in_block_of_cluster(half, block), part);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) h[i][k + n] += part[n];
+        }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (pixels[i] < 0) continue;
+      if (has_times) {
+        const int row = first_row + first + i * kRows + lane / kVectors;
+        const int image = place.image + (row >> (plan.width_log2 + plan.height_log2));
+        add(h[i], *vector_of(conv.time_embedding + image * conv.time_stride + o, 0, 0));
+      }
+      if (conv.residual) add(h[i], residual[i]);
       Eight<T> rounded;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) rounded.values[k] = from_float<T>(h[k]);
+      for (int k = 0; k < 8; ++k) rounded.values[k] = from_float<T>(h[i][k]);
       *vector_of(y, pixels[i], out_channels) = rounded;
     }
   }

@@ -4,13 +4,12 @@
 // Algorithm. An implicit GEMM. One thread of a block asks the tensor memory accelerator for tiles:
 // 64 channels of a rectangle of pixels, shifted by the kernel's position, zeros beside the image,
 // and the same channels of the rows of the weight. They arrive in a ring in shared memory; two
-// groups of four warps multiply 64 pixels each (wgmma), and say when a tile was read. Sums begin
-// with bias and time embedding. Where tiles are fewer than multiprocessors K is split among the
-// blocks of a cluster, which add up each other's sums, read from shared memory, in order. Then
-// GEGLU's gate, whose columns lie in the same tile, or the residual; each result is rounded once,
-// and stored by way of shared memory, whole lines at a time. Bytes: x once for each of the kernel's
-// positions and block of channels, from L2; weight once a tile. Limit: the tensor cores, of 80
-// columns L2.
+// groups of four warps multiply 64 pixels each (wgmma), and say when a tile was read. Where tiles
+// are fewer than multiprocessors K is split among the blocks of a cluster, which add up each
+// other's sums, read from shared memory, in order. Then bias, time embedding and residual, or
+// GEGLU's gate, whose columns lie in the same tile; each result is rounded once, and stored by way
+// of shared memory, whole lines at a time. Bytes: x once for each of the kernel's positions and
+// block of channels, from L2; weight once a tile. Limit: the tensor cores, of 80 columns L2.
 #pragma once
 
 #include "tile_product_finish_cuda.cuh"
@@ -132,35 +131,35 @@ __global__ void __launch_bounds__(kProductThreads, Tile::kBlocks)
   const int count = min(plan.steps_per_split, plan.steps - first);
   const bool multiplies = threadIdx.x < 2 * kWarpgroup, copies = threadIdx.x == 2 * kWarpgroup;
   TileCopies<Tile, kGated, T> tiles(call, place, ring, full, empty, first);
-  const int ahead = min(count, plan.stages);
-  if (copies) {  // before anything else: the first tiles take a microsecond to arrive
+  if (copies) {  // before anything else: the first tile takes a microsecond to arrive
     prefetch(call.x), prefetch(call.weight);
     for (int stage = 0; stage < plan.stages; ++stage) {
       init_barrier(full + stage, 1);
       init_barrier(empty + stage, 2 * kWarpgroup / kWarp);
     }
     show_barriers();
-    tiles.ask(ahead);
+    tiles.ask(1);
   }
   __syncthreads();
-  float sums[Tile::kColumns / 2];
+  float sums[Tile::kColumns / 2] = {};
+  float added[8] = {};
   if (multiplies) {
-    begin_sums<Tile, kGated>(call, place, split == 0, sums);
+    if constexpr (!kGated) load_added(call, place, column_of_thread<kOutColumns>(place), added);
     multiply_tiles<T, Tile>(sums, ring, full, empty, plan.stages, count);
-    if constexpr (kGated) apply_gates(sums);
+    if constexpr (kGated) apply_gates(call, place, sums);
   } else if (copies) {
-    tiles.ask(count - ahead);
+    tiles.ask(count - 1);
   }
   __syncthreads();  // both groups have read the ring
   float* const results = reinterpret_cast<float*>(ring);
   if (multiplies) lay_out<kOutColumns>(results, sums);
   if (plan.splits_log2 == 0) {
     __syncwarp();
-    if (multiplies) finish_rows<kOutColumns, false>(call, place, results, 0);
+    if (multiplies) finish_rows<kOutColumns, false>(call, place, results, 0, added);
     return;
   }
   cluster_barrier();
-  if (multiplies) finish_rows<kOutColumns, true>(call, place, results, split);
+  if (multiplies) finish_rows<kOutColumns, true>(call, place, results, split, added);
   cluster_barrier();  // none leaves while others read its sums
 #endif
 }

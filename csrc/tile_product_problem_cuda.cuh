@@ -8,7 +8,7 @@ namespace sdfast {
 
 constexpr int kTilePixels = 128, kTileK = 64;            // channels of x a step
 constexpr int kProductThreads = 2 * kWarpgroup + kWarp;  // two that multiply, a warp that copies
-constexpr int kMostStages = 8, kLeastStages = 3, kMostSplits = 8;
+constexpr int kMostStages = 8, kLeastStages = 3, kMostSplits = 4;
 
 // How a launch divides the work.
 struct TileProductPlan {

@@ -81,8 +81,10 @@ def test_hoppers_own_units_serve_where_the_library_holds_them() -> None:
         x, weight, bias, residual = tensor(2, 4096, 320), tensor(320, 320), tensor(320), tensor(2, 4096, 320)
         assert of_linear(x, weight, None, bias, residual) == OF_TILES
         assert of_linear(x, weight, None, bias, None) == ("torch",)
-        few = tensor(2, 1024, 320)
+        few = tensor(2, 512, 320)
         assert of_linear(few, weight, None, bias, few) == ("torch",)
+        one_round = tensor(2, 1024, 640), tensor(640, 640), None, tensor(640), tensor(2, 1024, 640)
+        assert of_linear(*one_round) == OF_TILES
         wider = tensor(640, 320), None, tensor(640), tensor(2, 4096, 640)
         assert of_linear(x, *wider) == ("torch",)
 

@@ -25,9 +25,9 @@ _LIBRARY_CHANNELS, _LIBRARY_PIXELS = 512, 1024
 # From so many pixels on a convolution of the upsampled image was faster, even with a weight folded anew.
 _FOLDED_PIXELS = 4096
 _FEW_KEYS = 256
-# From so many tokens on, and up to so many rows of the weight, tile products were faster than cuBLAS's and a
-# pass that adds: 13 us beside 10, or 52 beside 46.
-_TILE_TOKENS, _TILE_ROWS = 8192, 320
+# From so many tokens on tile products were faster than cuBLAS's and a pass that adds, while a block on every
+# multiprocessor computes all results, or of so many rows of the weight: 7 us beside 14, or 50 beside 46.
+_TILE_TOKENS, _TILE_RESULTS, _TILE_ROWS = 2048, 128 * 160 * 132, 320
 # csrc/attention_hopper_cuda.cuh takes wider heads, too, in which cuDNN's is faster: 183 us beside 208.
 _TILES_HEAD = 40
 # With fewer blocks of so many queries it shares the keys out, as the kernels for every GPU do.
@@ -85,7 +85,8 @@ def of_linear(
     if not _measured(x, weight, bias, residual):
         return _TORCH
     adds = activation is None and residual is not None
-    fits = x.numel() >= _TILE_TOKENS * x.shape[-1] and weight.shape[0] <= _TILE_ROWS
+    tokens, rows = x.numel() // max(x.shape[-1], 1), weight.shape[0]
+    fits = tokens >= _TILE_TOKENS and (rows <= _TILE_ROWS or tokens * rows <= _TILE_RESULTS)
     by_tiles = adds and fits and has_hopper_units(x, *weight.shape[:2])
     return _KERNELS_OF_TILES if activation == "geglu" or by_tiles else _TORCH
 
