@@ -70,11 +70,11 @@ def clocks_lines(record: Row) -> list[str]:
     """A line a call: its time, and when its blocks came to each place, in clocks."""
     places = list(record["rows"][0]["clocks"])
     rows = (
-        (row["call"], f"{row['columns']}/{row['splits']}", row["steps"], row["blocks"], f"{row['us']:.2f}")
+        (row["call"], row["commit"], f"{row['columns']}/{row['splits']}", row["steps"], f"{row['us']:.2f}")
         + tuple(row["clocks"][place] for place in places)
         for row in record["rows"]
     )
-    head = ("call", "columns/splits", "steps", "blocks", "us", *(place.replace("_", " ") for place in places))
+    head = ("call", "commit", "columns/splits", "steps", "us", *(place.replace("_", " ") for place in places))
     return [record["note"], "", *markdown_table(head, rows)]
 
 
