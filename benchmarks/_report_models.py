@@ -13,9 +13,6 @@ Row = dict[str, Any]
 TITLES = {
     "eager": "eager",
     "eager-contiguous": "eager, contiguous",
-    "sdfast_low": "sdfast, memory low",
-    "inductor": "inductor",
-    "inductor_autotune": "inductor, autotuned",
     "compile": "torch.compile",
     "compile-autotune": "torch.compile, autotuned",
     "diffusers-tiling": "diffusers, tiled",

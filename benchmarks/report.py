@@ -163,7 +163,7 @@ def readme_block(records: dict[str, Row]) -> list[str]:
         record, machine = _model_rows(records, device), machines[device]
         lines += [
             "",
-            f"Measured on {machine['date'][:10]} at commit {machine['commit']} on {_cpu(device, record)},"
+            f"Measured on {machine['date'][:10]} at commit {machine['commit']} on {_cpu(record)},"
             " beside eager torch in its faster memory format:",
             "",
             *models_table(record, records.get(f"{device}/peers.json")),
@@ -171,7 +171,7 @@ def readme_block(records: dict[str, Row]) -> list[str]:
     for device in devices:  # the last on which kernels were measured
         if kernels := kernel_summaries(records, device):
             head = ("kernel beside eager", "dtype", "shapes", "slowest", "median", "fastest")
-            where = f"Its kernels on {_cpu(device, records[f'{device}/models.json'])}:"
+            where = f"Its kernels on {_cpu(records[f'{device}/models.json'])}:"
             lines += ["", *([where, ""] if len(devices) > 1 else []), *markdown_table(head, kernels)]
             break
     for name, record in records.items():
@@ -187,14 +187,12 @@ def readme_block(records: dict[str, Row]) -> list[str]:
     return [*lines[1:]]
 
 
-def _cpu(device: str, record: Row) -> str:
-    """CPU, threads and torch of a record; of an older one only the folder tells the CPU's family."""
+def _cpu(record: Row) -> str:
+    """CPU, threads and torch of a record."""
     machine = record["environment"]
-    family = re.search(r"-amd(\d+)$", device)
-    name = machine["cpu"]
-    if family and "family" not in name:
-        name = f"{name} (family {family[1]})"
-    return f"{name}, {machine['threads']} threads ({_capability(machine)}), torch {machine['torch']}"
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads ({_capability(machine)}), torch {machine['torch']}"
+    )
 
 
 def _capability(machine: Row) -> str:
@@ -203,9 +201,9 @@ def _capability(machine: Row) -> str:
 
 
 def read_records(results: Path) -> dict[str, Row]:
-    """Every record by device and kind. What `sdfast bench` recorded replaces what was recorded before it.
+    """Every record by device and kind, of what was measured again the later.
 
-    Its file is bench.json, or for some of its parts, measured again later, bench-PARTS.json.
+    The file of `sdfast bench` is bench.json, of some of its parts, measured again later, bench-PARTS.json.
     """
     records: dict[str, Row] = {}
     benches: list[tuple[Path, Row]] = []

@@ -22,9 +22,8 @@ using simd::Vecs;
 
 constexpr int64_t kChain = 64;  // steps: a longer chain of additions rounds too much
 
-// Whether AMX multiplies. Its tiles are whole: rows, D and steps are completed with zeros.
-template <typename Operand>
-constexpr bool kInTiles = gemm::kTileRows<Operand> > gemm::kRows;
+// AMX's tiles are whole: rows, D and steps are completed with zeros.
+using gemm::kInTiles;
 template <typename Operand>
 constexpr int64_t whole(int64_t size) {
   return kInTiles<Operand> ? simd::round_up(size) : size;

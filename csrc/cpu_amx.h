@@ -2,14 +2,12 @@
 //
 // Algorithm. A tile register holds 16 rows of 64 bytes. Two of a (16 rows of 16 pairs) meet two of
 // b (16 steps of 16 columns; a packed panel is laid out so already) in four of c (16 rows of 16
-// columns, fp32): four products a step of K for four loads. What is left of K is completed with
-// zeros. Limit: TDPBF16PS, one in 16 cycles: 16 x 16 x 32 multiply-adds. Its sums are rounded in
-// another order than VDPBF16PS's, so that which rows are served here must depend on the shape
-// alone.
+// columns, fp32): four products a step of K for four loads. Limit: TDPBF16PS, one in 16 cycles: 16
+// x 16 x 32 multiply-adds. Its sums are rounded in another order than VDPBF16PS's, so that which
+// rows are served here must depend on the shape alone.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu_simd.h"
 
@@ -130,54 +128,11 @@ SDFAST_INLINE void store_sums(float* c, int64_t stride, bool two) {
   _tile_stored(3, below + 64, stride);
 }
 
-// c (kR, kColumns) (+)= a b; as gemm::multiply_tile, whose operands are pairs here. kR: 16 or 32.
-template <int kR>
-__attribute__((noinline)) void multiply_tile(int64_t steps, const void* a, int64_t lda,
-                                             const void* b, float* c, bool accumulate) {
-  static_assert(kR == kTileRows || kR == 2 * kTileRows);
-  struct alignas(4) Pair {
-    char bytes[4];
-  };
-  const Pair *rows = static_cast<const Pair*>(a), *columns = static_cast<const Pair*>(b);
-  Pair last_rows[kR][kTileSteps], last_columns[kTileSteps][kColumns];
-  const int64_t left = steps % kTileSteps, whole = steps - left;
-  if (left > 0) {
-    std::memset(last_rows, 0, sizeof last_rows);
-    std::memset(last_columns, 0, sizeof last_columns);
-    for (int r = 0; r < kR; ++r) {
-      std::memcpy(last_rows[r], rows + r * lda + whole, left * sizeof(Pair));
-    }
-    std::memcpy(last_columns, columns + whole * kColumns, left * kColumns * sizeof(Pair));
-  }
-  // GCC's tile loads do not say that they read memory.
-  __asm__ volatile("" ::"r"(last_rows), "r"(last_columns) : "memory");
-  constexpr int64_t kStride = kColumns * sizeof(float);
-  const auto step_of = [](const Pair* a, int64_t a_stride, const Pair* b) {
-    multiply_step(a, a + kTileRows * a_stride, a_stride * sizeof(Pair), b, b + kTileColumns,
-                  kStride, kR > kTileRows);
-  };
-  if (accumulate) {
-    load_sums(c, kStride, kR > kTileRows);
-  } else {
-    zero_sums();
-  }
-  for (int64_t step = 0; step < whole; step += kTileSteps) {
-    step_of(rows + step, lda, columns + step * kColumns);
-  }
-  if (left > 0) step_of(last_rows[0], kTileSteps, last_columns[0]);
-  store_sums(c, kStride, kR > kTileRows);
-  __asm__ volatile("" ::: "memory");
-}
-
 #else
 constexpr bool kAvailable = false;
 constexpr int kTileRows = 16;
 
 using Tiles = NoTiles;
-
-template <int kR>
-void multiply_tile(int64_t steps, const void* a, int64_t lda, const void* b, float* c,
-                   bool accumulate);
 #endif
 
 }  // namespace sdfast::amx

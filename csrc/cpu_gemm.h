@@ -149,27 +149,16 @@ constexpr int64_t scratch_stride(int64_t steps) {
   return crowds(steps * sizeof(Operand)) ? steps + kLanes : steps;
 }
 
-// Rows of a whole tile: those of the micro-kernel, or two of AMX.
+// Whether AMX can multiply such operands.
 template <typename Operand>
-constexpr int kTileRows = amx::kAvailable && Operand::kDepth == 2 ? 2 * amx::kTileRows : kRows;
+constexpr bool kInTiles = amx::kAvailable && Operand::kDepth == 2;
 
 // What a thread holds while it multiplies.
 template <typename Operand>
-using Tiles = std::conditional_t<(kTileRows<Operand> > kRows), amx::Tiles, amx::NoTiles>;
+using Tiles = std::conditional_t<kInTiles<Operand>, amx::Tiles, amx::NoTiles>;
 
 // A multiple of kRows, for `rows` rows of which any may be missing at the end.
 constexpr int64_t padded_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
-
-// multiply_tile, or AMX's for more rows than the registers hold sums of.
-template <int kR, typename Operand>
-void multiply_any_tile(int64_t steps, const Operand* a, int64_t lda, const Operand* b, float* c,
-                       bool accumulate, Fetch fetch = {}) {
-  if constexpr (kR > kRows) {
-    amx::multiply_tile<kR>(steps, a, lda, b, c, accumulate);
-  } else {
-    multiply_tile<kR>(steps, a, lda, b, c, accumulate, fetch);
-  }
-}
 
 // Rows of memory that are read next, from far: each is fetched during one of the last calls of the
 // micro-kernel before.

@@ -1,5 +1,5 @@
-// What this machine multiplies at most: the micro-kernel of cpu_gemm.h on operands that stay in L1,
-// on all threads. Benchmarks state their rates as shares of it.
+// What this machine multiplies at most: the micro-kernel of cpu_gemm.h, or the step of cpu_amx.h,
+// on operands that stay in L1, on all threads. Benchmarks state their rates as shares of it.
 #include <vector>
 
 #include "cpu_gemm.h"
@@ -8,20 +8,39 @@
 namespace sdfast {
 namespace {
 
+constexpr int64_t kSteps = 128;
+
+template <typename Operand>
+void multiply_rows(int64_t rows, const Operand* a, const Operand* b, float* c) {
+#if defined(SDFAST_TILES)
+  if constexpr (gemm::kInTiles<Operand>) {
+    constexpr int64_t kStride = gemm::kColumns * sizeof(float);
+    amx::zero_sums();
+    for (int64_t step = 0; step < kSteps; step += amx::kTileSteps) {
+      const Operand *rows_of_step = a + step, *columns = b + step * gemm::kColumns;
+      amx::multiply_step(rows_of_step, rows_of_step + rows / 2 * kSteps, kSteps * sizeof(Operand),
+                         columns, columns + amx::kTileColumns, kStride, true);
+    }
+    return amx::store_sums(c, kStride, true);
+  }
+#endif
+  gemm::multiply_tile<gemm::kRows>(kSteps, a, kSteps, b, c, false);
+}
+
 // Returns the floating point operations done, a multiplication and an addition for each product.
 template <typename Operand>
 int64_t multiply_in_l1(int64_t repetitions) {
-  constexpr int64_t kSteps = 128, kR = gemm::kTileRows<Operand>;
+  constexpr int64_t kRows = gemm::kInTiles<Operand> ? 32 : gemm::kRows;
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const gemm::Tiles<Operand> tiles;
-    const std::vector<Operand> a(kR * kSteps), b(kSteps * gemm::kColumns);
-    std::vector<float> c(kR * gemm::kColumns);
+    const std::vector<Operand> a(kRows * kSteps), b(kSteps * gemm::kColumns);
+    std::vector<float> c(kRows * gemm::kColumns);
     for (int64_t i = begin * repetitions; i < end * repetitions; ++i) {
-      gemm::multiply_any_tile<kR>(kSteps, a.data(), kSteps, b.data(), c.data(), false);
+      multiply_rows(kRows, a.data(), b.data(), c.data());
     }
   });
-  return 2 * threads * repetitions * kR * gemm::kColumns * kSteps * Operand::kDepth;
+  return 2 * threads * repetitions * kRows * gemm::kColumns * kSteps * Operand::kDepth;
 }
 
 // pairs: bf16 where this library multiplies it in pairs.

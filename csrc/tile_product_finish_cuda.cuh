@@ -11,6 +11,10 @@ namespace sdfast {
 // 8 numbers as they lie in memory.
 template <typename T>
 using Eight = Vector<T, 8>;
+template <typename T>
+__device__ inline const Eight<T>& eight_at(const T* from) {
+  return *reinterpret_cast<const Eight<T>*>(from);
+}
 // Those of a pixel; counted in bytes, so that it takes one instruction to find them.
 template <typename T>
 __device__ inline const Eight<T>* vector_of(const T* image, int pixel, int channels) {
@@ -110,9 +114,9 @@ __device__ __forceinline__ void load_added(const TileProduct<T>& call, const Til
 #pragma unroll
   for (int k = 0; k < 8; ++k) added[k] = 0;
   if (o >= conv.out_channels) return;
-  if (conv.bias) add(added, *vector_of(conv.bias + o, 0, 0));
+  if (conv.bias) add(added, eight_at(conv.bias + o));
   if (conv.time_embedding && call.plan.images() == 1) {
-    add(added, *vector_of(conv.time_embedding + place.image * conv.time_stride + o, 0, 0));
+    add(added, eight_at(conv.time_embedding + place.image * conv.time_stride + o));
   }
 }
 
@@ -179,7 +183,7 @@ __device__ __forceinline__ void finish_rows(const TileProduct<T>& call, const Ti
       if (has_times) {
         const int row = first_row + first + i * kRows + lane / kVectors;
         const int image = place.image + (row >> (plan.width_log2 + plan.height_log2));
-        add(h[i], *vector_of(conv.time_embedding + image * conv.time_stride + o, 0, 0));
+        add(h[i], eight_at(conv.time_embedding + image * conv.time_stride + o));
       }
       if (conv.residual) add(h[i], residual[i]);
       Eight<T> rounded;
