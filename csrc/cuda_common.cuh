@@ -268,19 +268,28 @@ struct Divisor {
   int by = 1, shift = 0;
   uint32_t factor = 1;
 
-  Divisor() = default;
-  explicit Divisor(int by) : by(by) {
+  constexpr Divisor() = default;
+  constexpr explicit Divisor(int by) : by(by) {
     while (int64_t{1} << shift < by) ++shift;
     factor = static_cast<uint32_t>((((uint64_t{1} << shift) - by) << 32) / by + 1);
   }
   // n / by, of 0 <= n < 2^31; n becomes the remainder.
-  __device__ int divide(int& n) const {
+  __host__ __device__ constexpr int divide(int& n) const {
     const uint32_t high = static_cast<uint32_t>(uint64_t{static_cast<uint32_t>(n)} * factor >> 32);
     const int quotient = static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
     n -= quotient * by;
     return quotient;
   }
 };
+constexpr bool divides(int by) {
+  for (const int n : {0, by - 1, by, 0x7ffffffe, 0x7fffffff}) {
+    int rest = n;
+    if (Divisor(by).divide(rest) != n / by || rest != n % by) return false;
+  }
+  return true;
+}
+static_assert(divides(1) && divides(2) && divides(3) && divides(7) && divides(132) &&
+              divides(65535) && divides(65537) && divides(0x40000001) && divides(0x7fffffff));
 
 // ---- reductions, in an order that does not depend on the schedule
 

@@ -11,15 +11,21 @@ namespace {
 constexpr int64_t kSteps = 128;
 
 template <typename Operand>
-void multiply_rows(int64_t rows, const Operand* a, const Operand* b, float* c) {
+constexpr int64_t kRows = gemm::kInTiles<Operand> ? 2 * amx::kTileRows : gemm::kRows;
+
+template <typename Operand>
+void multiply_rows(const Operand* a, const Operand* b, float* c) {
 #if defined(SDFAST_TILES)
   if constexpr (gemm::kInTiles<Operand>) {
     constexpr int64_t kStride = gemm::kColumns * sizeof(float);
+    // GCC's tile loads do not say that they read memory.
+    __asm__ volatile("" ::"r"(a), "r"(b) : "memory");
     amx::zero_sums();
     for (int64_t step = 0; step < kSteps; step += amx::kTileSteps) {
       const Operand *rows_of_step = a + step, *columns = b + step * gemm::kColumns;
-      amx::multiply_step(rows_of_step, rows_of_step + rows / 2 * kSteps, kSteps * sizeof(Operand),
-                         columns, columns + amx::kTileColumns, kStride, true);
+      amx::multiply_step(rows_of_step, rows_of_step + amx::kTileRows * kSteps,
+                         kSteps * sizeof(Operand), columns, columns + amx::kTileColumns, kStride,
+                         true);
     }
     return amx::store_sums(c, kStride, true);
   }
@@ -30,17 +36,16 @@ void multiply_rows(int64_t rows, const Operand* a, const Operand* b, float* c) {
 // Returns the floating point operations done, a multiplication and an addition for each product.
 template <typename Operand>
 int64_t multiply_in_l1(int64_t repetitions) {
-  constexpr int64_t kRows = gemm::kInTiles<Operand> ? 32 : gemm::kRows;
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const gemm::Tiles<Operand> tiles;
-    const std::vector<Operand> a(kRows * kSteps), b(kSteps * gemm::kColumns);
-    std::vector<float> c(kRows * gemm::kColumns);
+    const std::vector<Operand> a(kRows<Operand> * kSteps), b(kSteps * gemm::kColumns);
+    std::vector<float> c(kRows<Operand> * gemm::kColumns);
     for (int64_t i = begin * repetitions; i < end * repetitions; ++i) {
-      multiply_rows(kRows, a.data(), b.data(), c.data());
+      multiply_rows(a.data(), b.data(), c.data());
     }
   });
-  return 2 * threads * repetitions * kRows * gemm::kColumns * kSteps * Operand::kDepth;
+  return 2 * threads * repetitions * kRows<Operand> * gemm::kColumns * kSteps * Operand::kDepth;
 }
 
 // pairs: bf16 where this library multiplies it in pairs.

@@ -11,15 +11,19 @@ namespace sdfast {
 
 using ProductTiles =
     std::tuple<ProductTile<256, 1>, ProductTile<160, 1>, ProductTile<128, 2>, ProductTile<80, 2>>;
-// Fitted to what was measured on an H100, in microseconds: a step of a tile, what comes before and
-// after the steps, and what a split of K adds: a barrier, and others' sums that cross the cluster's
+// Fitted to what was measured on an H100, in microseconds, so that the tile and splits that come
+// out are the fastest or nearly so: a step of a tile, what comes before and after the steps, and
+// what splits of K add: steps take longer, then come a barrier and others' sums by the cluster's
 // slow network.
 struct TileTimes {
   float step, ends;
 };
-constexpr TileTimes kTileTimes[] = {{.62f, 4.5f}, {.40f, 4.8f}, {.37f, 1.9f}, {.32f, 1.6f}};
-inline float time_of_splits(int splits, int columns) {
-  return splits == 1 ? 0 : 1.75f + .0125f * columns * (splits - 1) / splits;
+constexpr TileTimes kTileTimes[] = {{.528f, 4.67f}, {.445f, 4.73f}, {.329f, 2.36f}, {.294f, 1.29f}};
+inline float time_of_tile(const TileTimes& times, int columns, int splits, int steps) {
+  if (splits == 1) return steps * times.step + times.ends;
+  constexpr float kLongerSteps = 1.23f, kBarrier = 1.42f, kColumn = .0078f;
+  return steps * times.step * kLongerSteps + times.ends + kBarrier +
+         kColumn * columns * (splits - 1) / splits;
 }
 
 template <typename F>
@@ -120,8 +124,8 @@ TileProductPlan plan_tile_product(const Conv2d<T>& conv, int most_splits, const 
         const int clusters = clusters_at_once(plan.splits(), device);
         if (clusters == 0) break;
         const int64_t rounds = ceil_div(tiles, clusters);
-        const float cost = rounds * (plan.steps_per_split * times.step + times.ends +
-                                     time_of_splits(plan.splits(), Tile::kColumns));
+        const float cost =
+            rounds * time_of_tile(times, Tile::kColumns, plan.splits(), plan.steps_per_split);
         if (cost >= least) continue;
         least = cost;
         best = plan;

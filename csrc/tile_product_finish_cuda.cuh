@@ -171,7 +171,8 @@ __device__ __forceinline__ void finish_rows(const TileProduct<T>& call, const Ti
         for (int k = 0; k < 8; k += 4) {
           float* const half = from + row * Layout::kPitch + (k == 0 ? 0 : Layout::kHalves);
           float part[4];
-          load(block == split ? half : in_block_of_cluster(half, block), part);
+          const bool is_own = block == split || pixels[i] < 0;  // or not wanted
+          load(is_own ? half : in_block_of_cluster(half, block), part);
 #pragma unroll
           for (int n = 0; n < 4; ++n) h[i][k + n] += part[n];
         }

@@ -6,9 +6,9 @@
 // and the same channels of the rows of the weight. They arrive in a ring in shared memory; two
 // groups of four warps multiply 64 pixels each (wgmma), and say when a tile was read. Where tiles
 // are fewer than multiprocessors K is split among the blocks of a cluster, which add up each
-// other's sums, read from shared memory, in order. Then bias, time embedding and residual, or
-// GEGLU's gate, whose columns lie in the same tile; each result is rounded once, and stored by way
-// of shared memory, whole lines at a time. Bytes: x once for each of the kernel's positions and
+// other's sums, read from shared memory, in order, to bias and time embedding; then the residual.
+// Or GEGLU's gate, whose columns lie in the same tile. Each result is rounded once, and stored by
+// way of shared memory, whole lines at a time. Bytes: x once for each of the kernel's positions and
 // block of channels, from L2; weight once a tile. Limit: the tensor cores, of 80 columns L2.
 #pragma once
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kProductThreads, Tile::kBlocks)
   const int count = min(plan.steps_per_split, plan.steps - first);
   const bool multiplies = threadIdx.x < 2 * kWarpgroup, copies = threadIdx.x == 2 * kWarpgroup;
   TileCopies<Tile, kGated, T> tiles(call, place, ring, full, empty, first);
-  if (copies) {  // before anything else: the first tile takes a microsecond to arrive
+  if (copies) {  // before all others wait: the first tile takes a microsecond to arrive
     prefetch(call.x), prefetch(call.weight);
     for (int stage = 0; stage < plan.stages; ++stage) {
       init_barrier(full + stage, 1);

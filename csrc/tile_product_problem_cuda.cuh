@@ -44,9 +44,9 @@ template <int columns>
 struct SumsLayout {
   static constexpr int kVectors = columns / 8;
   static constexpr int kHalves = (4 * kVectors + 15) / 32 * 32 + 16;
-  static constexpr int kPitch = kHalves + 4 * kVectors + 4;
+  static constexpr int kPitch = kHalves + 4 * kVectors + (kVectors % 2 ? 8 : 4);
   static constexpr int kBytes = kTilePixels * kPitch * 4;
-  static_assert(kHalves >= 4 * kVectors);
+  static_assert(kHalves >= 4 * kVectors && kPitch % 8 == 4);
 };
 
 // What a block computes: channels of y for kTilePixels pixels.

@@ -116,10 +116,11 @@ def layouts_and_strides(run: Run, case: Case, dtype: torch.dtype, where: str) ->
         "time_embedding": keywords["time_embedding"].t().contiguous().t(),
     }
     assert torch.equal(run(*args, **strided), expected)
-    row = keywords["time_embedding"][:1]
-    wide = torch.full((batch, 2 * row.shape[1] + 8), float("nan"), dtype=dtype, device=where)
-    wide[:, : row.shape[1]] = row
-    for time in (row.expand(batch, -1), wide[:, : row.shape[1]]):  # one row of all images, rows further apart
+    rows = keywords["time_embedding"]
+    channels = rows.shape[1]
+    wide = torch.full((batch, 2 * channels + 8), float("nan"), dtype=dtype, device=where)
+    wide[:, :channels] = rows
+    for time in (rows[:1].expand(batch, -1), wide[:, :channels]):  # one row of all images, rows further apart
         y, dense = (run(*args, **{**keywords, "time_embedding": t}) for t in (time, time.contiguous()))
         assert torch.equal(y, dense)
 

@@ -104,7 +104,19 @@ def test_two_sources(dtype: torch.dtype, cuda_kernels: str) -> None:
 
 
 def test_layouts_and_strides(cuda_kernels: str) -> None:
-    checks.layouts_and_strides(cuda, (2, 48, 6, 5, 40, 3, 1, 1), torch.bfloat16, cuda_kernels)
+    """Two images in a tile, and an image in several."""
+    for case in ((2, 48, 6, 5, 40, 3, 1, 1), (2, 24, 13, 11, 136, 3, 1, 1)):
+        checks.layouts_and_strides(cuda, case, torch.bfloat16, cuda_kernels)
+
+
+def test_rows_of_time_that_are_not_aligned_go_another_way(cuda_kernels: str) -> None:
+    args, keywords = checks.make((2, 48, 6, 5, 40, 3, 1, 1), torch.bfloat16, where=cuda_kernels)
+    wide = torch.randn(2, 81).to(args[0])
+    for time in (wide[:, :40], wide.flatten()[1:81].view(2, 40)):
+        tiles_copied(cuda_kernels)
+        more = {**keywords, "time_embedding": time}
+        assert_within_budget(cuda(*args, **more), *checks.references(args, more), what=str(time.stride()))
+        assert cuda_kernels == "cuda" or tiles_copied(cuda_kernels) == 0
 
 
 def test_what_copies_cannot_read_goes_another_way(cuda_kernels: str) -> None:

@@ -26,7 +26,7 @@ _LIBRARY_CHANNELS, _LIBRARY_PIXELS = 512, 1024
 _FOLDED_PIXELS = 4096
 _FEW_KEYS = 256
 # From so many tokens on tile products were faster than cuBLAS's and a pass that adds, while a block on every
-# multiprocessor computes all results, or of so many rows of the weight: 7 us beside 14, or 50 beside 46.
+# multiprocessor computes all results, or of so many rows of the weight: 7 us beside 14.
 _TILE_TOKENS, _TILE_RESULTS, _TILE_ROWS = 2048, 128 * 160 * 132, 320
 # csrc/attention_hopper_cuda.cuh takes wider heads, too, in which cuDNN's is faster: 183 us beside 208.
 _TILES_HEAD = 40
@@ -81,7 +81,7 @@ def of_convolution(
 def of_linear(
     x: Tensor, weight: Tensor, activation: str | None, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[str, ...]:
-    """Of `linear`: torch's product, but for GEGLU, and what is added to many tokens of few channels."""
+    """Of `linear`: torch's product, but for GEGLU, and residuals of many tokens while results are few."""
     if not _measured(x, weight, bias, residual):
         return _TORCH
     adds = activation is None and residual is not None
