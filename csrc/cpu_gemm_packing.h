@@ -13,7 +13,7 @@
 
 namespace sdfast::gemm {
 
-constexpr int64_t kShortChain = 64;
+constexpr int64_t kMostChain = 128, kPackedSteps = 640;
 constexpr int64_t kGroupRows = 4 * kRows;  // of a, whole vectors
 
 // Rows and columns of c, and the values of K. Whether a is multiplied where it lies, or packed.
@@ -33,7 +33,7 @@ struct Blocking {
   template <typename Operand>
   static Blocking of(const Shape& shape, int64_t threads) {
     const int64_t all = steps_of(Operand::kDepth, shape.dim);
-    const int64_t parts = std::max<int64_t>(1, (all + kPartSteps - 1) / kPartSteps);
+    const int64_t parts = std::max<int64_t>(1, (all + kPackedSteps - 1) / kPackedSteps);
     const int64_t steps = std::max<int64_t>(1, (all + parts - 1) / parts);
     const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
     const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
@@ -41,7 +41,7 @@ struct Blocking {
     const int64_t least = (tiles + most_tiles - 1) / most_tiles;
     const int64_t blocks =
         least <= threads ? least : std::min((least + threads - 1) / threads * threads, tiles);
-    const int64_t enough = (shape.in_place ? 4 : 2) * threads;
+    const int64_t enough = (shape.in_place ? 4 : 1) * threads;
     const int64_t splits = std::clamp((enough + blocks - 1) / blocks, int64_t{1}, shape.panels());
     return {tiles, blocks, steps, threads == 1 ? 1 : splits};
   }
@@ -131,6 +131,20 @@ void multiply_rows(const StepRows<Operand>& a, int64_t row, int64_t, int64_t ste
   multiply_tile<kRows, Operand, true>(count, from, kGroupRows, b, c, accumulate);
 }
 
+template<class O> int64_t chain_of(const Rows<O>&,int64_t){return kMostChain;}
+template<class O> int64_t chain_of(const StepRows<O>&,int64_t steps){return steps<=kMostChain?kMostChain:kMostChain/2;}
+// Fetches what multiply_rows will read.
+template <typename Operand>
+void fetch_rows(const Rows<Operand>& a, int64_t row, int64_t step, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(Operand);
+  for (int64_t r = 0; r < kRows; ++r) {
+    const Operand* from = a.data + (row + r) * a.stride + step;
+    for (int64_t i = 0; i < count; i += kLine) simd::prefetch(from + i);
+  }
+}
+template <typename Operand>
+void fetch_rows(const StepRows<Operand>&, int64_t, int64_t, int64_t) {}
+
 // c = a b. rows_of(begin, count, value, values, scratch) gives Rows or StepRows of a, of the values
 // of K from `value` on; scratch holds `count` rows, rounded up to whole groups, of these values'
 // steps and kLanes more. panels.pack(column, value, values, to) writes the steps of the panel of b
@@ -153,7 +167,7 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
   share(cut.blocks * cut.splits, [&](const auto& next) {
     const Scratch<float> c(sums_size * (parts > 1 ? most_panels : 1));
     const Scratch<Operand> rows_scratch(scratch_rows * (cut.steps + kLanes));
-    const Scratch<Operand> b(kShortChain * kColumns);
+    const Scratch<Operand> b(kMostChain * kColumns);
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item / cut.splits, split = item % cut.splits;
       const int64_t first = cut.first_row(block);
@@ -166,30 +180,34 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
         const int64_t steps = std::min(cut.steps, all_steps - step);
         const auto a =
             rows_of(first, rows, step * kDepth, values_of(step, steps), rows_scratch.get());
+        const int64_t longest = chain_of(a, steps);
         for (int64_t p = panel_begin; p < panel_end; ++p) {
           float* sums = c.get() + (parts > 1 ? p - panel_begin : 0) * sums_size;
-          for (int64_t done = 0; done < steps; done += kShortChain) {
-            const int64_t from = step + done, chain = std::min(kShortChain, steps - done);
+          for (int64_t done = 0; done < steps; done += longest) {
+            const int64_t from = step + done, chain = std::min(longest, steps - done);
             panels.pack(p * kColumns, from * kDepth, values_of(from, chain), b.get());
             // The next chain is this panel's, or the first of the next panel.
             const bool last = done + chain == steps;
             const int64_t next_panel = last ? p + 1 : p, next_done = last ? 0 : done + chain;
             const int64_t next_chain =
-                next_panel < panel_end ? std::min(kShortChain, steps - next_done) : 0;
+                next_panel < panel_end ? std::min(longest, steps - next_done) : 0;
+            const bool finishes = last && part + 1 == parts;
             for (int64_t tile = 0; tile < tiles; ++tile) {
               const int64_t fetched = tile * next_chain / tiles;
               const int64_t to_fetch = (tile + 1) * next_chain / tiles - fetched;
               const int64_t ahead = step + next_done + fetched;
               panels.fetch(next_panel * kColumns, ahead * kDepth, values_of(ahead, to_fetch));
-              const int64_t row = tile * kRows;
-              multiply_rows(a, row, std::min<int64_t>(kRows, rows - row), done, chain, b.get(),
-                            sums + row * kColumns, part > 0 || done > 0);
+              if (p == panel_begin) fetch_rows(a, (tile + 1) * kRows, done, chain);
+              const int64_t row = tile * kRows, row_count = std::min<int64_t>(kRows, rows - row);
+              float* to = sums + row * kColumns;
+              multiply_rows(a, row, row_count, done, chain, b.get(), to, part > 0 || done > 0);
+              if (finishes) finish(first + row, row_count, p * kColumns, to);
             }
           }
-          if (part + 1 == parts) finish(first, rows, p * kColumns, sums);
         }
       }
     }
+    simd::finish_streams();
   });
 }
 
@@ -202,10 +220,14 @@ auto store_to(T* y, int64_t columns, bool streamed = false) {
       simd::for_each_vector(column, end, [&](int64_t j, auto lanes) {
         const Vec sum = simd::load(c + r * kColumns + (j - column));
         T* to = y + (begin + r) * columns + j;
-        streamed ? simd::stream(to, sum, lanes) : simd::store(to, sum, lanes);
+        if (streamed) {
+          simd::stream(to, sum, lanes);
+        } else {
+          simd::store(to, sum, lanes);
+          simd::prefetch_for_write(to + kRows * columns);  // of the next tile
+        }
       });
     }
-    if (streamed) simd::finish_streams();
   };
 }
 

@@ -327,8 +327,15 @@ SDFAST_INLINE void finish_streams() {
 }
 
 // Hints; an address outside the array does no harm.
-SDFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-SDFAST_INLINE void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1); }
+// GCC 12 takes a function that only prefetches for a pure one and drops calls of it; not with an asm.
+SDFAST_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p);
+  __asm__ volatile("");
+}
+SDFAST_INLINE void prefetch_for_write(const void* p) {
+  __builtin_prefetch(p, 1);
+  __asm__ volatile("");
+}
 
 #if defined(__AVX512F__)
 // low and high as one table of 32, read at the low five bits of each index.

@@ -1,8 +1,9 @@
 // What this machine multiplies at most: the micro-kernel of cpu_gemm.h, or the step of cpu_amx.h,
 // on operands that stay in L1, on all threads. Benchmarks state their rates as shares of it.
-#include <vector>
+#include <algorithm>
 
 #include "cpu_gemm.h"
+#include "cpu_scratch.h"
 #include "tensor_checks.h"
 
 namespace sdfast {
@@ -39,10 +40,13 @@ int64_t multiply_in_l1(int64_t repetitions) {
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const gemm::Tiles<Operand> tiles;
-    const std::vector<Operand> a(kRows<Operand> * kSteps), b(kSteps * gemm::kColumns);
-    std::vector<float> c(kRows<Operand> * gemm::kColumns);
+    constexpr int64_t kASize = kRows<Operand> * kSteps, kBSize = kSteps * gemm::kColumns;
+    const Scratch<Operand> a(kASize), b(kBSize);
+    const Scratch<float> c(kRows<Operand> * gemm::kColumns);
+    std::fill_n(a.get(), kASize, Operand{});
+    std::fill_n(b.get(), kBSize, Operand{});
     for (int64_t i = begin * repetitions; i < end * repetitions; ++i) {
-      multiply_rows(a.data(), b.data(), c.data());
+      multiply_rows(a.get(), b.get(), c.get());
     }
   });
   return 2 * threads * repetitions * kRows<Operand> * gemm::kColumns * kSteps * Operand::kDepth;
