@@ -4,9 +4,10 @@
 //   dg = Gᵀ [Σ over tiles of (A dy Aᵀ) ⊙ (Bᵀ d B)] G.
 // (1) A round of tiles of dy and of x is transformed into 36 numbers a channel. (2) For each of the
 // 36 a matrix product over the tiles, out_channels x channels. (3) 36 sums become 3x3 weights. A
-// quarter of the direct algorithm's multiplications. Threads take blocks of out_channels and panels
-// of channels through (2) and (3) in L2. Bytes: both transforms once a block from L3, dW once a
-// round. Limit: fused multiply-adds. Chains of additions end with the round.
+// quarter of the direct algorithm's multiplications. Threads take a strip of out_channels and a
+// panel of channels through (2) and (3), a few rows at a time in L1 and L2. Bytes: both transforms
+// from L3, dy's once a panel and x's once a strip; dW once a round. Limit: fused multiply-adds.
+// Chains of additions end with the round.
 #pragma once
 
 #include "conv2d_winograd_unpacked_cpu.h"
@@ -16,6 +17,8 @@ namespace sdfast::conv2d::winograd {
 constexpr int64_t kRoundTiles = 128;         // one chain of additions
 constexpr int64_t kGroup = 4 * gemm::kRows;  // out_channels whose transforms lie side by side
 static_assert(kGroup % simd::kLanes == 0);
+// Of groups, whose weights' pages a thread visits again for the next panel: few enough for the TLB.
+constexpr int64_t kStripGroups = 8;
 
 // out = Gᵀ m.
 SDFAST_INLINE void transform_gradient(const Vec (&m)[kPatch], Vec (&out)[kSide]) {
@@ -107,6 +110,9 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   const int64_t channels = simd::round_up(s.channels);
   const int64_t groups = (s.out_channels + kGroup - 1) / kGroup;
   const int64_t panels = (s.channels + kColumns - 1) / kColumns;
+  const int64_t enough = (4 * torch::stable::get_num_threads() + panels - 1) / panels;
+  const int64_t least = (groups + kStripGroups - 1) / kStripGroups;
+  const int64_t strips = std::clamp(enough, least, std::max(least, groups));
   const bool streamed =
       tiling.count <= round && simd::streams_gradient(dw, s.out_channels, kTaps * s.channels);
   // Points in other cache sets.
@@ -122,26 +128,28 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
         transform_result_tile(s, dy, at, tiles, dy_stride, dy_points.get() + t * kGroup);
       }
     });
-    torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kSums = kGroup * kColumns;
-      const Scratch<float> sums(kPoints * kSums);
-      const Scratch<gemm::Float32> panel(tiles * kColumns);
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t group = item % groups, column = item / groups * kColumns;
-        const int64_t rows = std::min(kGroup, s.out_channels - group * kGroup);
+    gemm::share(strips * panels, [&](const auto& next) {
+      constexpr int64_t kSumsStride = gemm::kRows * kColumns + simd::kLanes;
+      const Scratch<float> sums(kPoints * kSumsStride);
+      const Scratch<gemm::Float32> panel(kPoints * tiles * kColumns);
+      for (int64_t item; (item = next()) >= 0;) {
+        const int64_t strip = item / panels, column = item % panels * kColumns;
         for (int64_t p = 0; p < kPoints; ++p) {
           gemm::copy_panel(x_points.get() + p * x_stride + column, channels, tiles,
-                           channels - column, panel.get());
-          const float* a = dy_points.get() + p * dy_stride + group * kGroup * tiles;
-          for (int64_t row = 0; row < rows; row += gemm::kRows) {  // the last may be padding
-            gemm::multiply_tile<gemm::kRows, gemm::Float32, true>(
-                tiles, reinterpret_cast<const gemm::Float32*>(a + row), kGroup, panel.get(),
-                sums.get() + p * kSums + row * kColumns, false);
-          }
+                           channels - column, panel.get() + p * tiles * kColumns);
         }
-        for (int64_t row = 0; row < rows; ++row) {
-          finish_weights(sums.get() + row * kColumns, kSums, column, s.channels, first > 0,
-                         streamed, dw + (group * kGroup + row) * kTaps * s.channels);
+        const int64_t end = std::min((strip + 1) * groups / strips * kGroup, s.out_channels);
+        for (int64_t o = strip * groups / strips * kGroup; o < end; o += gemm::kRows) {
+          const float* a = dy_points.get() + o / kGroup * kGroup * tiles + o % kGroup;
+          for (int64_t p = 0; p < kPoints; ++p) {  // of the last rows some may be padding
+            gemm::multiply_tile<gemm::kRows, gemm::Float32, true>(
+                tiles, reinterpret_cast<const gemm::Float32*>(a + p * dy_stride), kGroup,
+                panel.get() + p * tiles * kColumns, sums.get() + p * kSumsStride, false);
+          }
+          for (int64_t row = 0; row < std::min<int64_t>(gemm::kRows, end - o); ++row) {
+            finish_weights(sums.get() + row * kColumns, kSumsStride, column, s.channels, first > 0,
+                           streamed, dw + (o + row) * kTaps * s.channels);
+          }
         }
       }
       if (streamed) simd::finish_streams();

@@ -221,6 +221,9 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
     row += count;
   };
   while (row + kRows <= rows) tile(std::integral_constant<int, kRows>());
+  if constexpr (kRows > 8) {
+    if (row + 8 <= rows) tile(std::integral_constant<int, 8>());
+  }
   for (; row + 4 <= rows;) tile(std::integral_constant<int, 4>());
   for (; row < rows;) tile(std::integral_constant<int, 1>());
 }

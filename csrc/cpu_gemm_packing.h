@@ -13,7 +13,10 @@
 
 namespace sdfast::gemm {
 
-constexpr int64_t kMostChain = 128, kPackedSteps = 640;
+constexpr int64_t kLongChain = 128, kShortChain = 64;       // steps that are packed at a time
+constexpr int64_t kPackedPanels = 4, kFewRows = 4 * kRows;  // panels, of up to so many rows
+constexpr int64_t kPackedSize = std::max(kLongChain, kPackedPanels* kShortChain) * kColumns;
+constexpr int64_t kPartOfPacked = 640;     // steps: rows of a and all panels' sums stay in L2
 constexpr int64_t kGroupRows = 4 * kRows;  // of a, whole vectors
 
 // Rows and columns of c, and the values of K. Whether a is multiplied where it lies, or packed.
@@ -33,7 +36,7 @@ struct Blocking {
   template <typename Operand>
   static Blocking of(const Shape& shape, int64_t threads) {
     const int64_t all = steps_of(Operand::kDepth, shape.dim);
-    const int64_t parts = std::max<int64_t>(1, (all + kPackedSteps - 1) / kPackedSteps);
+    const int64_t parts = std::max<int64_t>(1, (all + kPartOfPacked - 1) / kPartOfPacked);
     const int64_t steps = std::max<int64_t>(1, (all + parts - 1) / parts);
     const int64_t fit = kBlockBytes / (steps * static_cast<int64_t>(sizeof(Operand)));
     const int64_t most_tiles = std::clamp<int64_t>(fit / kRows, 1, 64);
@@ -131,8 +134,21 @@ void multiply_rows(const StepRows<Operand>& a, int64_t row, int64_t, int64_t ste
   multiply_tile<kRows, Operand, true>(count, from, kGroupRows, b, c, accumulate);
 }
 
-template<class O> int64_t chain_of(const Rows<O>&,int64_t){return kMostChain;}
-template<class O> int64_t chain_of(const StepRows<O>&,int64_t steps){return steps<=kMostChain?kMostChain:kMostChain/2;}
+// What is packed at a time: panels of b, and steps of them.
+struct Chunk {
+  int64_t panels, steps;
+};
+// Of few rows the reading of b takes longer than the products: wider pieces of its rows.
+template <typename Operand>
+Chunk chunk_of(const Rows<Operand>&, bool few_rows, int64_t) {
+  return few_rows ? Chunk{kPackedPanels, kShortChain} : Chunk{1, kLongChain};
+}
+// In L1 these rows lie beside as many of four tiles.
+template <typename Operand>
+Chunk chunk_of(const StepRows<Operand>&, bool, int64_t steps) {
+  return {1, steps <= kLongChain ? kLongChain : kShortChain};
+}
+
 // Fetches what multiply_rows will read.
 template <typename Operand>
 void fetch_rows(const Rows<Operand>& a, int64_t row, int64_t step, int64_t count) {
@@ -145,66 +161,104 @@ void fetch_rows(const Rows<Operand>& a, int64_t row, int64_t step, int64_t count
 template <typename Operand>
 void fetch_rows(const StepRows<Operand>&, int64_t, int64_t, int64_t) {}
 
+// One block of rows of a by panels [begin, end) of b, over one part of K.
+struct Part {
+  int64_t first_row, rows, begin, end;
+  int64_t step, steps, dim;  // of K; all of its values
+  bool begins, ends;         // the sums
+  bool few_rows;             // in all blocks
+  // How many values the steps from `at` on hold.
+  template <typename Operand>
+  int64_t values(int64_t at, int64_t count) const {
+    return std::min(count * Operand::kDepth, dim - at * Operand::kDepth);
+  }
+};
+
+// sums_of(panel): (rows, kColumns). b: scratch for a chunk.
+template <typename Operand, typename RowsOfA, typename Panels, typename SumsOf, typename Finish>
+void multiply_part(const Part& part, const RowsOfA& a, const Panels& panels, Operand* b,
+                   const SumsOf& sums_of, const Finish& finish) {
+  constexpr int64_t kDepth = Operand::kDepth;
+  const int64_t tiles = (part.rows + kRows - 1) / kRows;
+  const Chunk most = chunk_of(a, part.few_rows, part.steps);
+  for (int64_t p = part.begin; p < part.end; p += most.panels) {
+    const int64_t width = std::min(most.panels, part.end - p);
+    for (int64_t done = 0; done < part.steps; done += most.steps) {
+      const int64_t from = part.step + done, steps = std::min(most.steps, part.steps - done);
+      const auto packed = [&](int64_t i) { return b + i * most.steps * kColumns; };
+      for (int64_t i = 0; i < width; ++i) {
+        panels.pack((p + i) * kColumns, from * kDepth, part.values<Operand>(from, steps),
+                    packed(i));
+      }
+      // The next chunk is of the same panels, or the first of the next ones.
+      const bool last = done + steps == part.steps;
+      const int64_t next = last ? p + most.panels : p, next_done = last ? 0 : done + steps;
+      const int64_t next_width = std::min(most.panels, part.end - next);
+      const int64_t next_steps = next_width > 0 ? std::min(most.steps, part.steps - next_done) : 0;
+      const int64_t turns = width * tiles;
+      int64_t turn = 0, fetched = 0;
+      for (int64_t panel = p; panel < p + width; ++panel) {
+        float* sums = sums_of(panel);
+        const Operand* columns = packed(panel - p);
+        for (int64_t row = 0; row < part.rows; row += kRows) {
+          const int64_t to_fetch = ++turn * next_steps / turns - fetched;
+          const int64_t ahead = part.step + next_done + fetched;
+          const int64_t values = part.values<Operand>(ahead, to_fetch);
+          for (int64_t i = 0; i < next_width; ++i) {
+            panels.fetch((next + i) * kColumns, ahead * kDepth, values);
+          }
+          fetched += to_fetch;
+          if (panel == part.begin) fetch_rows(a, row + kRows, done, steps);
+          const int64_t rows = std::min<int64_t>(kRows, part.rows - row);
+          float* to = sums + row * kColumns;
+          multiply_rows(a, row, rows, done, steps, columns, to, !part.begins || done > 0);
+          if (part.ends && last) finish(part.first_row + row, rows, panel * kColumns, to);
+        }
+      }
+    }
+  }
+}
+
 // c = a b. rows_of(begin, count, value, values, scratch) gives Rows or StepRows of a, of the values
 // of K from `value` on; scratch holds `count` rows, rounded up to whole groups, of these values'
 // steps and kLanes more. panels.pack(column, value, values, to) writes the steps of the panel of b
 // that begins with this column, panels.fetch(column, value, values) fetches what that will read.
-// finish(begin, count, column, c) takes c: (count, kColumns), columns from `column` on. Pieces of K
-// begin with a whole step.
+// finish(begin, count, column, c) takes c: (count, kColumns), columns from `column` on, of at most
+// kRows rows. Pieces of K begin with a whole step.
 template <typename Operand, typename RowsOf, typename Panels, typename Finish>
 void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& panels,
                       const Finish& finish) {
-  constexpr int64_t kDepth = Operand::kDepth;
   const Blocking cut = Blocking::of<Operand>(shape, torch::stable::get_num_threads());
   const int64_t count = shape.panels(), most_panels = (count + cut.splits - 1) / cut.splits;
-  const int64_t all_steps = steps_of(kDepth, shape.dim);
+  const int64_t all_steps = steps_of(Operand::kDepth, shape.dim);
   const int64_t parts = (all_steps + cut.steps - 1) / cut.steps;
   const int64_t sums_size = cut.most_rows() * kColumns;
   const int64_t scratch_rows = (cut.most_rows() + kGroupRows - 1) / kGroupRows * kGroupRows;
-  const auto values_of = [&](int64_t step, int64_t steps) {
-    return std::min(steps * kDepth, shape.dim - step * kDepth);
-  };
+  // Sums of all panels where they wait for the next part, else of those packed together.
+  const int64_t kept = parts > 1 ? most_panels : kPackedPanels;
   share(cut.blocks * cut.splits, [&](const auto& next) {
-    const Scratch<float> c(sums_size * (parts > 1 ? most_panels : 1));
+    const Scratch<float> c(sums_size * kept);
     const Scratch<Operand> rows_scratch(scratch_rows * (cut.steps + kLanes));
-    const Scratch<Operand> b(kMostChain * kColumns);
+    const Scratch<Operand> b(kPackedSize);
     for (int64_t item; (item = next()) >= 0;) {
       const int64_t block = item / cut.splits, split = item % cut.splits;
-      const int64_t first = cut.first_row(block);
-      const int64_t rows = std::min(cut.first_row(block + 1), shape.rows) - first;
-      const int64_t tiles = (rows + kRows - 1) / kRows;
-      const int64_t panel_begin = split * count / cut.splits;
-      const int64_t panel_end = (split + 1) * count / cut.splits;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t step = part * cut.steps;
-        const int64_t steps = std::min(cut.steps, all_steps - step);
-        const auto a =
-            rows_of(first, rows, step * kDepth, values_of(step, steps), rows_scratch.get());
-        const int64_t longest = chain_of(a, steps);
-        for (int64_t p = panel_begin; p < panel_end; ++p) {
-          float* sums = c.get() + (parts > 1 ? p - panel_begin : 0) * sums_size;
-          for (int64_t done = 0; done < steps; done += longest) {
-            const int64_t from = step + done, chain = std::min(longest, steps - done);
-            panels.pack(p * kColumns, from * kDepth, values_of(from, chain), b.get());
-            // The next chain is this panel's, or the first of the next panel.
-            const bool last = done + chain == steps;
-            const int64_t next_panel = last ? p + 1 : p, next_done = last ? 0 : done + chain;
-            const int64_t next_chain =
-                next_panel < panel_end ? std::min(longest, steps - next_done) : 0;
-            const bool finishes = last && part + 1 == parts;
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-              const int64_t fetched = tile * next_chain / tiles;
-              const int64_t to_fetch = (tile + 1) * next_chain / tiles - fetched;
-              const int64_t ahead = step + next_done + fetched;
-              panels.fetch(next_panel * kColumns, ahead * kDepth, values_of(ahead, to_fetch));
-              if (p == panel_begin) fetch_rows(a, (tile + 1) * kRows, done, chain);
-              const int64_t row = tile * kRows, row_count = std::min<int64_t>(kRows, rows - row);
-              float* to = sums + row * kColumns;
-              multiply_rows(a, row, row_count, done, chain, b.get(), to, part > 0 || done > 0);
-              if (finishes) finish(first + row, row_count, p * kColumns, to);
-            }
-          }
-        }
+      Part part;
+      part.dim = shape.dim;
+      part.few_rows = shape.rows <= kFewRows;
+      part.first_row = cut.first_row(block);
+      part.rows = std::min(cut.first_row(block + 1), shape.rows) - part.first_row;
+      part.begin = split * count / cut.splits;
+      part.end = (split + 1) * count / cut.splits;
+      for (part.step = 0; part.step < all_steps; part.step += cut.steps) {
+        part.steps = std::min(cut.steps, all_steps - part.step);
+        part.begins = part.step == 0;
+        part.ends = part.step + part.steps == all_steps;
+        const auto a = rows_of(part.first_row, part.rows, part.step * Operand::kDepth,
+                               part.values<Operand>(part.step, part.steps), rows_scratch.get());
+        const auto sums_of = [&](int64_t panel) {
+          return c.get() + (panel - part.begin) % kept * sums_size;
+        };
+        multiply_part(part, a, panels, b.get(), sums_of, finish);
       }
     }
     simd::finish_streams();

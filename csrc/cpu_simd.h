@@ -327,7 +327,8 @@ SDFAST_INLINE void finish_streams() {
 }
 
 // Hints; an address outside the array does no harm.
-// GCC 12 takes a function that only prefetches for a pure one and drops calls of it; not with an asm.
+// GCC 12 takes a function that only prefetches for a pure one and drops calls of it; not with an
+// asm.
 SDFAST_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p);
   __asm__ volatile("");
