@@ -18,7 +18,7 @@ namespace sdfast::conv2d::winograd {
 constexpr int kTile = F4x4Of3x3::kTile, kPatch = F4x4Of3x3::kPatch, kPoints = F4x4Of3x3::kPoints;
 constexpr int kSide = 3, kTaps = kSide * kSide;
 constexpr int64_t kPartChannels = 32;  // one chain of additions
-constexpr int64_t kFewTiles = 64;      // up to which it was measured faster not to pack the weight
+constexpr int64_t kFewTiles = 128;     // up to which it was measured faster not to pack the weight
 constexpr int64_t kBlockTiles = 72;    // whole tiles of the micro-kernel
 // From one point of a part of the weight to the next, in other cache sets.
 constexpr int64_t kWeightStride = kPartChannels * gemm::kColumns + simd::kLanes;

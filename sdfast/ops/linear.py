@@ -145,9 +145,9 @@ def _rows(
 def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Gradients of so little that Python decides, and in bf16 those of small weights.
 
-    Measured, forward and backward: fp32 is faster here from about 2^22 products on, fp16 many times faster
-    than torch's. bf16 is as fp32 on AMX; in pairs from 2^20 weights on, or where GEGLU is fused; widened to
-    fp32 it was not.
+    Measured, forward and backward: fp32 is faster here from about 2^19.6 products on, fp16 many times faster
+    than torch's. bf16 is as fp32 on AMX; in pairs from 2^20 weights and 2^22 products on, or where GEGLU is
+    fused; widened to fp32 it was not.
     """
     if not requires_grad(x, weight, *others):
         return False
@@ -155,7 +155,7 @@ def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *othe
     for_torch = small or not _library.has_kernel("bf16_pairs", "cpu")
     if x.dtype == torch.bfloat16 and for_torch and not _tiles.serve(x.dtype):
         return True
-    return x.numel() * weight.shape[0] < 2**22
+    return x.numel() * weight.shape[0] < (2**22 if x.dtype == torch.bfloat16 else 3 * 2**18)
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {
