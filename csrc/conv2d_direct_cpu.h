@@ -90,7 +90,7 @@ struct Pixels {
       const int64_t channel = piece.begin % shape.channels;
       const int64_t channels = std::min(shape.channels - channel, piece.count);
       gemm::pack_columns<T>([&](int64_t i) { return under(token + i, tap) + channel; }, count,
-                            channels, 0, to);
+                            channels, to);
       to += gemm::steps_of(Operand::kDepth, channels) * gemm::kColumns;
       piece = {piece.begin + channels, piece.count - channels};
     }

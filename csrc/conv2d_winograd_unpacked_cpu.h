@@ -18,7 +18,6 @@ namespace sdfast::conv2d::winograd {
 constexpr int kTile = F4x4Of3x3::kTile, kPatch = F4x4Of3x3::kPatch, kPoints = F4x4Of3x3::kPoints;
 constexpr int kSide = 3, kTaps = kSide * kSide;
 constexpr int64_t kPartChannels = 32;  // one chain of additions
-constexpr int64_t kFewTiles = 128;     // up to which it was measured faster not to pack the weight
 constexpr int64_t kBlockTiles = 72;    // whole tiles of the micro-kernel
 // From one point of a part of the weight to the next, in other cache sets.
 constexpr int64_t kWeightStride = kPartChannels * gemm::kColumns + simd::kLanes;
@@ -56,6 +55,8 @@ SDFAST_INLINE void transform_weights(const Load& load, const Keep& keep) {
 // from `column` on. W: (out_channels, 3, 3, channels).
 template <typename T>
 struct Weight {
+  // Up to which it was measured faster not to pack the weight.
+  static constexpr int64_t kFewTiles = 64;
   const T* data;
   int64_t out_channels, channels;
 
@@ -107,6 +108,7 @@ struct Weight {
 // As Weight, of the convolution that gives dx from dy: turned, its channels exchanged.
 template <typename T>
 struct TurnedWeight {
+  static constexpr int64_t kFewTiles = 128;
   const T* data;
   int64_t out_channels, channels;
 
@@ -213,7 +215,7 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
 template <typename T, typename PackWeight>
 void run_unpacked(const Shape& s, const T* x, const PackWeight& pack_weight, const Added<T>& added,
                   T* y) {
-  const bool few = Tiling(s, phases_of(s).front(), kTile).count <= kFewTiles;
+  const bool few = Tiling(s, phases_of(s).front(), kTile).count <= PackWeight::kFewTiles;
   if (few) return run_packing(s, x, pack_weight, added, y);
   const int64_t panels = (s.out_channels + gemm::kColumns - 1) / gemm::kColumns;
   const int64_t parts = (s.channels + kPartChannels - 1) / kPartChannels;

@@ -46,9 +46,11 @@ SDFAST_INLINE Vec load_steps(BFloat16Pair, const simd::BFloat16* row, int64_t st
 #endif
 
 // `count` rows of `dim` values into columns: (steps, kColumns) operands. row_of(i) points to row i;
-// columns beyond `count` repeat the last row. What lies `ahead` values further on is fetched.
+// columns beyond `count` repeat the last row.
 template <typename T, typename Operand, typename RowOf>
-void pack_columns(const RowOf& row_of, int64_t count, int64_t dim, int64_t ahead, Operand* to) {
+void pack_columns(const RowOf& row_of, int64_t count, int64_t dim, Operand* to) {
+  constexpr int64_t kAhead =
+      64;  // values that are fetched: so many rows the hardware does not follow
   const int64_t steps = steps_of(Operand::kDepth, dim);
   for (int64_t first = 0; first < kColumns; first += kLanes) {
     const T* row[kLanes];
@@ -58,7 +60,7 @@ void pack_columns(const RowOf& row_of, int64_t count, int64_t dim, int64_t ahead
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         block[i] = load_steps(Operand(), row[i], step, dim);
-        simd::prefetch(row[i] + step * Operand::kDepth + ahead);
+        simd::prefetch(row[i] + step * Operand::kDepth + kAhead);
       }
       simd::transpose(block);
       const int64_t there = std::min<int64_t>(kLanes, steps - step);
@@ -125,12 +127,13 @@ struct Cut {
     const int64_t most = std::max<int64_t>(1, kPackedBytes / panel_bytes);
     const int64_t blocks = (panels + most - 1) / most;
     const int64_t even = std::min((blocks + threads - 1) / threads * threads, panels);
-    return {even, threads == 1 ? 1 : std::clamp<int64_t>(4 * threads / even, 1, p.groups())};
+    return {even, threads == 1 ? 1 : std::clamp<int64_t>(2 * threads / even, 1, p.groups())};
   }
 };
 
 // weight: (rows, dim), contiguous, twice the rows where gated. pack(token, count, piece, to) packs
 // tokens into columns. finish(token, count, row, rows, sums) takes Sums of rows [row, row + rows).
+// finish.fetch(token, count, row, rows) fetches what that will write to.
 template <typename Operand, typename T, typename Pack, typename Finish>
 void multiply_weights(const Product& p, const T* weight, const Pack& pack, const Finish& finish) {
   constexpr int64_t kSums = kGroup * kColumns;
@@ -178,17 +181,19 @@ void multiply_weights(const Product& p, const T* weight, const Pack& pack, const
                                      p.dim * sizeof(T), (end - first) * calls_of(rows, steps));
           }
           for (int64_t panel = first; panel < end; ++panel) {
+            const int64_t token = panel * kColumns;
+            const int64_t count = std::min<int64_t>(kColumns, p.tokens - token);
+            if (part + 1 == parts) finish.fetch(token, count, row, rows);
             for (int64_t half = 0; half < halves; ++half) {
-              multiply_panel(
-                  rows, steps, a[half], packed.get() + (panel - first) * steps * kColumns,
-                  sums_of(panel, half), part > 0, next_group[half], p.tokens - panel * kColumns);
+              multiply_panel(rows, steps, a[half],
+                             packed.get() + (panel - first) * steps * kColumns,
+                             sums_of(panel, half), part > 0, next_group[half], count);
               if (part + 1 == parts) {
                 transpose_sums(sums_of(panel, half), rows, transposed.get() + half * kSums, kGroup);
               }
             }
             if (part + 1 == parts) {
-              const int64_t token = panel * kColumns;
-              finish(token, std::min<int64_t>(kColumns, p.tokens - token), row, rows,
+              finish(token, count, row, rows,
                      Sums{transposed.get(), transposed.get() + kSums, kGroup});
             }
           }

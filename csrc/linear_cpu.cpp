@@ -148,7 +148,7 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
         [&](int64_t token, int64_t count, Piece piece, Operand* to) {
           const T* from = x + token * stride + piece.begin;
           gemm::pack_columns<T>([&](int64_t i) { return from + i * stride; }, count, piece.count,
-                                gemm::kColumns * stride, to);
+                                to);
         },
         epilogue);
   }
