@@ -112,7 +112,7 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   const int64_t panels = (s.channels + kColumns - 1) / kColumns;
   const int64_t enough = (4 * torch::stable::get_num_threads() + panels - 1) / panels;
   const int64_t least = (groups + kStripGroups - 1) / kStripGroups;
-  const int64_t strips = std::clamp(enough, least, std::max(least, groups));
+  const int64_t strips = std::clamp(enough, least, groups);
   const bool streamed =
       tiling.count <= round && simd::streams_gradient(dw, s.out_channels, kTaps * s.channels);
   // Points in other cache sets.

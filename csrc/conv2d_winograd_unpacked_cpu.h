@@ -207,6 +207,7 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
                                  sums.get() + r * gemm::kColumns, sums_stride, added, y);
         }
       }
+      simd::finish_streams();
     });
   }
 }

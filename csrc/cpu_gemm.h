@@ -36,7 +36,7 @@ constexpr int kRows = 4;
 #endif
 constexpr int64_t kBlockBytes = 768 << 10;  // of a
 constexpr int64_t kChain = 128;             // steps: a longer chain of additions rounds too much
-constexpr int64_t kPartSteps = 1280;        // a panel of b beside them
+constexpr int64_t kPartSteps = 1280;        // of a packed panel of tokens
 
 // What one step multiplies: an fp32, or two bf16 that lie side by side along K.
 struct Float32 {
@@ -233,6 +233,16 @@ void multiply_panel(int64_t rows, int64_t steps, const Rows<Operand>& a, const O
                     float* c, bool accumulate) {
   Ahead nothing;
   multiply_panel(rows, steps, a, panel, c, accumulate, nothing);
+}
+
+// Into how many each of `blocks` is split, for at least so many items a thread and as many for
+// each.
+inline int64_t even_splits(int64_t blocks, int64_t items) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1) return 1;
+  int64_t splits = (items * threads + blocks - 1) / blocks;
+  while (blocks * splits % threads != 0) ++splits;
+  return splits;
 }
 
 // Calls work(next) on every thread; next() gives items 0, 1, ..., each once, and -1 after the

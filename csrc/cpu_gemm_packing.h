@@ -13,10 +13,11 @@
 
 namespace sdfast::gemm {
 
-constexpr int64_t kLongChain = 128, kShortChain = 64;       // steps that are packed at a time
-constexpr int64_t kPackedPanels = 4, kFewRows = 4 * kRows;  // panels, of up to so many rows
-constexpr int64_t kPackedSize = std::max(kLongChain, kPackedPanels* kShortChain) * kColumns;
-constexpr int64_t kPartOfPacked = 640;     // steps: rows of a and all panels' sums stay in L2
+constexpr int64_t kShortChain = 64;
+// Panels that are packed together, of up to so many rows.
+constexpr int64_t kPackedPanels = 4, kFewPackedRows = 4 * kRows;
+constexpr int64_t kPackedSize = kColumns * std::max(kChain, kPackedPanels* kShortChain);
+constexpr int64_t kPartOfPacked = 640;     // steps, whose sums of most panels stay in L2 beside a
 constexpr int64_t kGroupRows = 4 * kRows;  // of a, whole vectors
 
 // Rows and columns of c, and the values of K. Whether a is multiplied where it lies, or packed.
@@ -27,9 +28,9 @@ struct Shape {
 };
 
 // How a product is cut: rows in the fewest blocks that fit in L2, for each block packs all of b; K
-// in parts that depend on the shape alone; columns in `splits` where there are too few blocks to
-// keep all threads busy to the end. Each split packs its block's rows, unless they are used in
-// place.
+// in parts that depend on the shape alone; columns in `splits` where there are too few blocks for
+// all threads. Each split packs its block's rows; where they are used in place there are more, so
+// that a thread that is held up takes fewer.
 struct Blocking {
   int64_t tiles, blocks, steps, splits;
 
@@ -44,9 +45,8 @@ struct Blocking {
     const int64_t least = (tiles + most_tiles - 1) / most_tiles;
     const int64_t blocks =
         least <= threads ? least : std::min((least + threads - 1) / threads * threads, tiles);
-    const int64_t enough = (shape.in_place ? 4 : 1) * threads;
-    const int64_t splits = std::clamp((enough + blocks - 1) / blocks, int64_t{1}, shape.panels());
-    return {tiles, blocks, steps, threads == 1 ? 1 : splits};
+    const int64_t splits = std::min(even_splits(blocks, shape.in_place ? 4 : 1), shape.panels());
+    return {tiles, blocks, steps, splits};
   }
   int64_t first_row(int64_t block) const { return block * tiles / blocks * kRows; }
   int64_t most_rows() const { return (tiles + blocks - 1) / blocks * kRows; }
@@ -134,19 +134,21 @@ void multiply_rows(const StepRows<Operand>& a, int64_t row, int64_t, int64_t ste
   multiply_tile<kRows, Operand, true>(count, from, kGroupRows, b, c, accumulate);
 }
 
-// What is packed at a time: panels of b, and steps of them.
+// What is packed at a time: panels of b, and steps of them, which are one chain of additions and so
+// a function of the shape alone.
 struct Chunk {
   int64_t panels, steps;
 };
 // Of few rows the reading of b takes longer than the products: wider pieces of its rows.
 template <typename Operand>
 Chunk chunk_of(const Rows<Operand>&, bool few_rows, int64_t) {
-  return few_rows ? Chunk{kPackedPanels, kShortChain} : Chunk{1, kLongChain};
+  return few_rows ? Chunk{kPackedPanels, kShortChain} : Chunk{1, kChain};
 }
-// In L1 these rows lie beside as many of four tiles.
+// Where a chain is not all there is, it is short: these rows lie side by side with those of four
+// tiles, all of which then stay in L1.
 template <typename Operand>
 Chunk chunk_of(const StepRows<Operand>&, bool, int64_t steps) {
-  return {1, steps <= kLongChain ? kLongChain : kShortChain};
+  return {1, steps <= kChain ? kChain : kShortChain};
 }
 
 // Fetches what multiply_rows will read.
@@ -224,7 +226,7 @@ void multiply_part(const Part& part, const RowsOfA& a, const Panels& panels, Ope
 // steps and kLanes more. panels.pack(column, value, values, to) writes the steps of the panel of b
 // that begins with this column, panels.fetch(column, value, values) fetches what that will read.
 // finish(begin, count, column, c) takes c: (count, kColumns), columns from `column` on, of at most
-// kRows rows. Pieces of K begin with a whole step.
+// kRows rows, and may stream. Pieces of K begin with a whole step.
 template <typename Operand, typename RowsOf, typename Panels, typename Finish>
 void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& panels,
                       const Finish& finish) {
@@ -234,8 +236,9 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
   const int64_t parts = (all_steps + cut.steps - 1) / cut.steps;
   const int64_t sums_size = cut.most_rows() * kColumns;
   const int64_t scratch_rows = (cut.most_rows() + kGroupRows - 1) / kGroupRows * kGroupRows;
+  const bool few_rows = shape.rows <= kFewPackedRows;
   // Sums of all panels where they wait for the next part, else of those packed together.
-  const int64_t kept = parts > 1 ? most_panels : kPackedPanels;
+  const int64_t kept = parts > 1 ? most_panels : few_rows ? kPackedPanels : 1;
   share(cut.blocks * cut.splits, [&](const auto& next) {
     const Scratch<float> c(sums_size * kept);
     const Scratch<Operand> rows_scratch(scratch_rows * (cut.steps + kLanes));
@@ -244,7 +247,7 @@ void multiply_packing(const Shape& shape, const RowsOf& rows_of, const Panels& p
       const int64_t block = item / cut.splits, split = item % cut.splits;
       Part part;
       part.dim = shape.dim;
-      part.few_rows = shape.rows <= kFewRows;
+      part.few_rows = few_rows;
       part.first_row = cut.first_row(block);
       part.rows = std::min(cut.first_row(block + 1), shape.rows) - part.first_row;
       part.begin = split * count / cut.splits;

@@ -49,8 +49,8 @@ SDFAST_INLINE Vec load_steps(BFloat16Pair, const simd::BFloat16* row, int64_t st
 // columns beyond `count` repeat the last row.
 template <typename T, typename Operand, typename RowOf>
 void pack_columns(const RowOf& row_of, int64_t count, int64_t dim, Operand* to) {
-  constexpr int64_t kAhead =
-      64;  // values that are fetched: so many rows the hardware does not follow
+  // Values ahead of what is read: so many rows the hardware does not follow.
+  constexpr int64_t kAhead = 64;
   const int64_t steps = steps_of(Operand::kDepth, dim);
   for (int64_t first = 0; first < kColumns; first += kLanes) {
     const T* row[kLanes];
@@ -127,13 +127,13 @@ struct Cut {
     const int64_t most = std::max<int64_t>(1, kPackedBytes / panel_bytes);
     const int64_t blocks = (panels + most - 1) / most;
     const int64_t even = std::min((blocks + threads - 1) / threads * threads, panels);
-    return {even, threads == 1 ? 1 : std::clamp<int64_t>(2 * threads / even, 1, p.groups())};
+    return {even, std::min(even_splits(even, 2), p.groups())};
   }
 };
 
 // weight: (rows, dim), contiguous, twice the rows where gated. pack(token, count, piece, to) packs
 // tokens into columns. finish(token, count, row, rows, sums) takes Sums of rows [row, row + rows).
-// finish.fetch(token, count, row, rows) fetches what that will write to.
+// finish.fetch(token, count, row, rows) fetches what that will read and write.
 template <typename Operand, typename T, typename Pack, typename Finish>
 void multiply_weights(const Product& p, const T* weight, const Pack& pack, const Finish& finish) {
   constexpr int64_t kSums = kGroup * kColumns;

@@ -146,8 +146,8 @@ def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *othe
     """Gradients of so little that Python decides, and in bf16 those of small weights.
 
     Measured, forward and backward: fp32 is faster here from about 2^19.6 products on, fp16 many times faster
-    than torch's. bf16 is as fp32 on AMX; in pairs from 2^20 weights and 2^22 products on, or where GEGLU is
-    fused; widened to fp32 it was not.
+    than torch's. bf16 is from 2^22 products on, on AMX, and in pairs of 2^20 weights or where GEGLU is fused;
+    widened to fp32 it was not.
     """
     if not requires_grad(x, weight, *others):
         return False
