@@ -25,6 +25,7 @@ MORE_CASES = (
     (1, 8, 3, 4, 8, 1, 1, (2, 3, 1, 2)),  # pixels of y beyond the image
     (3, 1, 5, 13, 2, 3, 1, 1),
     (1, 24, 5, 8, 1024, 1, 1, 0),  # rows of dy are a way of the L1 cache apart
+    (2, 150, 4, 4, 80, 3, 1, 1),  # few pixels: panels that are packed together, in parts of K
 )
 # Many tiles and few, in several blocks; sizes that four does not divide; channels that no vector does, in parts.
 WINOGRAD_CASES = (
@@ -33,6 +34,7 @@ WINOGRAD_CASES = (
     (3, 32, 30, 27, 100, 3, 1, 1),
     (2, 64, 9, 6, 48, 3, 1, (0, 2, 1, 0)),
     (2, 130, 22, 20, 70, 3, 1, 1),
+    (1, 40, 8, 7, 400, 3, 1, 1),  # more than a strip of out_channels
 )
 WINOGRAD_ERROR = 1e-5  # relative, a layer
 
@@ -179,7 +181,8 @@ def test_nothing_is_left_unwritten(dtype: torch.dtype, every_size: None, poisone
 
 @pytest.mark.parametrize("numerics", dispatch.NUMERICS)
 def test_bits_do_not_depend_on_threads(numerics: str, every_size: None) -> None:
-    for case in ((2, 40, 20, 21, 72, 3, 1, 1), (1, 64, 7, 7, 40, 3, 1, 1), (2, 20, 40, 35, 18, 3, 2, 1)):
+    cases = ((2, 40, 20, 21, 72, 3, 1, 1), (1, 64, 7, 7, 40, 3, 1, 1), (2, 20, 40, 35, 18, 3, 2, 1))
+    for case in (*cases, MORE_CASES[-1], WINOGRAD_CASES[-1]):
         call = Call(case, torch.float32)
         results = []
         for threads in (1, 2, 3):
