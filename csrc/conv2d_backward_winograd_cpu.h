@@ -2,12 +2,12 @@
 //
 // Algorithm (the transpose of y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A in g):
 //   dg = Gᵀ [Σ over tiles of (A dy Aᵀ) ⊙ (Bᵀ d B)] G.
-// (1) A round of tiles of dy and of x is transformed into 36 numbers a channel. (2) For each of the
-// 36 a matrix product over the tiles, out_channels x channels. (3) 36 sums become 3x3 weights. A
-// quarter of the direct algorithm's multiplications. Threads take a strip of out_channels and a
-// panel of channels through (2) and (3), a few rows at a time in L1 and L2. Bytes: both transforms
-// from L3, dy's once a panel and x's once a strip; dW once a round. Limit: fused multiply-adds.
-// Chains of additions end with the round.
+// (1) A round of tiles of dy is transformed into 36 numbers a channel, in L3; threads then take a
+// strip of out_channels and a panel of channels, whose tiles of x they transform into L2. (2) For
+// each of the 36 a matrix product over the tiles, out_channels x channels, a few rows at a time.
+// (3) 36 sums become 3x3 weights. A quarter of the direct algorithm's multiplications. Bytes: dy's
+// transform once a panel, x once a strip; dW once a round. Limit: fused multiply-adds. Chains of
+// additions end with the round.
 #pragma once
 
 #include "conv2d_winograd_unpacked_cpu.h"
@@ -107,7 +107,6 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   const Phase phase = phases_of(s).front();
   const Tiling tiling(s, phase, kTile);
   const int64_t round = std::min(tiling.count, kRoundTiles);
-  const int64_t channels = simd::round_up(s.channels);
   const int64_t groups = (s.out_channels + kGroup - 1) / kGroup;
   const int64_t panels = (s.channels + kColumns - 1) / kColumns;
   const int64_t enough = (4 * torch::stable::get_num_threads() + panels - 1) / panels;
@@ -116,27 +115,26 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   const bool streamed =
       tiling.count <= round && simd::streams_gradient(dw, s.out_channels, kTaps * s.channels);
   // Points in other cache sets.
-  const int64_t x_stride = round * channels + 3 * simd::kLanes;
   const int64_t dy_stride = round * groups * kGroup + 3 * simd::kLanes;
-  const Scratch<float> x_points(kPoints * x_stride + kColumns), dy_points(kPoints * dy_stride);
+  const Scratch<float> dy_points(kPoints * dy_stride);
   for (int64_t first = 0; first < tiling.count; first += round) {
     const int64_t tiles = std::min(round, tiling.count - first);
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const Position at(tiling, first + t);
-        transform_tile<F4x4Of3x3>(s, phase, x, at, x_stride, x_points.get() + t * channels);
-        transform_result_tile(s, dy, at, tiles, dy_stride, dy_points.get() + t * kGroup);
+        transform_result_tile(s, dy, Position(tiling, first + t), tiles, dy_stride,
+                              dy_points.get() + t * kGroup);
       }
     });
     gemm::share(strips * panels, [&](const auto& next) {
       constexpr int64_t kSumsStride = gemm::kRows * kColumns + simd::kLanes;
-      const Scratch<float> sums(kPoints * kSumsStride);
-      const Scratch<gemm::Float32> panel(kPoints * tiles * kColumns);
+      const int64_t x_stride = tiles * kColumns + simd::kLanes;
+      const Scratch<float> sums(kPoints * kSumsStride), x_points(kPoints * x_stride);
       for (int64_t item; (item = next()) >= 0;) {
         const int64_t strip = item / panels, column = item % panels * kColumns;
-        for (int64_t p = 0; p < kPoints; ++p) {
-          gemm::copy_panel(x_points.get() + p * x_stride + column, channels, tiles,
-                           channels - column, panel.get() + p * tiles * kColumns);
+        for (int64_t t = 0; t < tiles; ++t) {
+          transform_tile<F4x4Of3x3>(s, phase, x, Position(tiling, first + t), column,
+                                    std::min(column + kColumns, s.channels), x_stride,
+                                    x_points.get() + t * kColumns);
         }
         const int64_t end = std::min((strip + 1) * groups / strips * kGroup, s.out_channels);
         for (int64_t o = strip * groups / strips * kGroup; o < end; o += gemm::kRows) {
@@ -144,7 +142,8 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
           for (int64_t p = 0; p < kPoints; ++p) {  // of the last rows some may be padding
             gemm::multiply_tile<gemm::kRows, gemm::Float32, true>(
                 tiles, reinterpret_cast<const gemm::Float32*>(a + p * dy_stride), kGroup,
-                panel.get() + p * tiles * kColumns, sums.get() + p * kSumsStride, false);
+                reinterpret_cast<const gemm::Float32*>(x_points.get() + p * x_stride),
+                sums.get() + p * kSumsStride, false);
           }
           for (int64_t row = 0; row < std::min<int64_t>(gemm::kRows, end - o); ++row) {
             finish_weights(sums.get() + row * kColumns, kSumsStride, column, s.channels, first > 0,

@@ -151,16 +151,17 @@ struct Position {
         column(tile % t.columns * t.size) {}
 };
 
-// The points of one tile for all channels. v: from one point to the next `point_stride`.
+// The points of one tile for the channels [begin, end). v: of the first of them; from one point to
+// the next `point_stride`.
 template <typename F, typename T>
 void transform_tile(const Shape& s, const Phase& phase, const T* x, const Position& at,
-                    int64_t point_stride, float* v) {
+                    int64_t begin, int64_t end, int64_t point_stride, float* v) {
   constexpr int kPatch = F::kPatch;
   const int64_t top = at.row + phase.top, left = at.column + phase.left;
   const bool inside = s.inside(top, left) && s.inside(top + kPatch - 1, left + kPatch - 1);
   const T* first = x + s.offset(at.image, top, left);
   const auto transform = [&](auto load) {
-    simd::for_each_vector(0, s.channels, [&](int64_t c, auto lanes) {
+    simd::for_each_vector(begin, end, [&](int64_t c, auto lanes) {
       Vec half[kPatch][kPatch];  // transformed along the columns
       for (int j = 0; j < kPatch; ++j) {
         Vec d[kPatch], out[kPatch];
@@ -176,7 +177,7 @@ void transform_tile(const Shape& s, const Phase& phase, const T* x, const Positi
         Vec out[kPatch];
         F::transform_input(half[i], out);
         for (int j = 0; j < kPatch; ++j) {
-          float* to = v + (i * kPatch + j) * point_stride + c;
+          float* to = v + (i * kPatch + j) * point_stride + c - begin;
           simd::store(to, out[j]);
           simd::prefetch_for_write(to + 4 * simd::kLanes);  // so many streams it does not see
         }
@@ -308,7 +309,7 @@ void run_round(const Shape& s, const Phase& phase, const Tiling& tiling, const R
   };
   for_each_part([&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      transform_tile<F>(s, phase, x, Position(tiling, first + t), r.input_stride,
+      transform_tile<F>(s, phase, x, Position(tiling, first + t), 0, s.channels, r.input_stride,
                         input + t * r.channels);
     }
   });

@@ -179,8 +179,8 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
     const int64_t tiles = std::min(cut.round, tiling.count - first);
     gemm::share(tiles, [&](const auto& next) {
       for (int64_t t; (t = next()) >= 0;) {
-        transform_tile<F4x4Of3x3>(s, phase, x, Position(tiling, first + t), cut.stride,
-                                  points.get() + t * channels);
+        transform_tile<F4x4Of3x3>(s, phase, x, Position(tiling, first + t), 0, s.channels,
+                                  cut.stride, points.get() + t * channels);
       }
     });
     const int64_t blocks = (tiles + cut.rows - 1) / cut.rows;
