@@ -152,8 +152,21 @@ struct Attention {
     return is_causal ? std::min(sizes.keys, tile.first + tile.count) : sizes.keys;
   }
 
+  // The lines of a tile of q or o, for multiply_rows to fetch in a product of `rows` rows: a head's
+  // rows do not lie side by side, and no hardware sees where the next one begins.
+  template <typename U>
+  gemm::Ahead tile_ahead(const View<U>& from, int64_t head, int64_t first, int64_t rows,
+                         int64_t steps) const {
+    if (first >= sizes.queries) return {};
+    constexpr int64_t kLine = 64, kSize = sizeof(U);
+    const int64_t chains = (steps + attention::kChain - 1) / attention::kChain;
+    const int64_t calls = (rows + gemm::kRows - 1) / gemm::kRows * chains;
+    return {from.row(head / sizes.heads, head % sizes.heads, first), sizes.dim * kSize / kLine + 1,
+            std::min(steps, attention::kChain) * from.row_stride * kSize, kLine, calls};
+  }
+
   // scores: room for a block of keys.
-  void attend_in_rows(const Tile<Operand>* tiles, int64_t count, const Head& operands,
+  void attend_in_rows(int64_t head, const Tile<Operand>* tiles, int64_t count, const Head& operands,
                       float* scores) const {
     const int64_t steps = depth_steps(), most = block_keys();
     for (int64_t key = 0; key < sizes.keys; key += most) {
@@ -161,20 +174,22 @@ struct Attention {
         const Tile<Operand>& tile = tiles[t];
         const int64_t keys = std::min(most, keys_of(tile) - key);
         if (keys <= 0) continue;
-        attention::multiply_rows<Operand, false>(keys, steps,
-                                                 operands.keys + key * operands.key_stride,
-                                                 operands.key_stride, tile.q, scores, false);
+        const bool last = key + keys == keys_of(tile);
+        attention::multiply_rows<Operand, false>(
+            keys, steps, operands.keys + key * operands.key_stride, operands.key_stride, tile.q,
+            scores, false, last ? tile_ahead(o, head, tile.first, keys, steps) : gemm::Ahead());
         if (is_causal) attention::hide_later_keys(tile.first, key, keys, scores);
         attention::complete_pair(keys, scores);
         const auto shift =
             attention::reference_of(tile, keys, sizes.dim, to_log2(), key == 0, scores);
         attention::add_to_sum(
             tile, attention::weigh<Operand>((keys + 1) / 2 * 2, to_log2(), shift, scores));
-        const int64_t step = key / Operand::kDepth;
+        const int64_t step = key / Operand::kDepth, added = gemm::steps_of(Operand::kDepth, keys);
+        const int64_t next = tile.first + count * kColumns;
         attention::multiply_rows<Operand, true>(
-            sizes.dim, gemm::steps_of(Operand::kDepth, keys),
-            operands.values + step * operands.value_stride, operands.value_stride,
-            reinterpret_cast<const Operand*>(scores), tile.o, key > 0);
+            sizes.dim, added, operands.values + step * operands.value_stride, operands.value_stride,
+            reinterpret_cast<const Operand*>(scores), tile.o, key > 0,
+            last ? tile_ahead(q, head, next, sizes.dim, added) : gemm::Ahead());
       }
     }
   }
@@ -268,7 +283,7 @@ struct Attention {
       attend_in_tiles(tiles, count, operands, scores);
     } else
 #endif
-      attend_in_rows(tiles, count, operands, scores);
+      attend_in_rows(head, tiles, count, operands, scores);
     for (int64_t t = 0; t < count; ++t) {
       const Tile<Operand>& tile = tiles[t];
       const float *reference = tile.stats, *sum = tile.stats + kColumns;

@@ -141,15 +141,16 @@ inline void pack_value(const simd::BFloat16* v, int64_t row_stride, int64_t rows
 // nearly the same number of rows. Of the columns kV vectors are computed.
 template <typename Operand, bool kTransposed, int kV, int... kR>
 void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t steps, const Operand* a,
-                   int64_t lda, const Operand* b, float* c, bool accumulate) {
+                   int64_t lda, const Operand* b, float* c, bool accumulate, gemm::Ahead& ahead) {
   using Tile =
       void (*)(int64_t, const Operand*, int64_t, const Operand*, float*, bool, gemm::Fetch);
   static constexpr Tile kTiles[] = {&gemm::multiply_tile<kR + 1, Operand, kTransposed, kV>...};
   const auto multiply = [&](int64_t count, Tile tile) {
     int64_t step = 0;
     do {
-      tile(std::min(kChain, steps - step), a + step * (kTransposed ? lda : 1), lda,
-           b + step * kColumns, c, accumulate || step > 0, {});
+      const int64_t chain = std::min(kChain, steps - step);
+      tile(chain, a + step * (kTransposed ? lda : 1), lda, b + step * kColumns, c,
+           accumulate || step > 0, ahead.during(chain));
       step += kChain;
     } while (step < steps);
     a += count * (kTransposed ? 1 : lda);
@@ -162,9 +163,9 @@ void multiply_rows(std::integer_sequence<int, kR...>, int64_t rows, int64_t step
 }
 template <typename Operand, bool kTransposed, int kV = gemm::kVecs>
 void multiply_rows(int64_t rows, int64_t steps, const Operand* a, int64_t lda, const Operand* b,
-                   float* c, bool accumulate) {
+                   float* c, bool accumulate, gemm::Ahead ahead = {}) {
   multiply_rows<Operand, kTransposed, kV>(std::make_integer_sequence<int, gemm::kRows>(), rows,
-                                          steps, a, lda, b, c, accumulate);
+                                          steps, a, lda, b, c, accumulate, ahead);
 }
 
 // Two rows of kV vectors, (2, kColumns) fp32 or (1, kColumns) pairs.
