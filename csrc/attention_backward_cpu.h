@@ -28,7 +28,14 @@ struct Rows {
   }
 };
 
-constexpr int64_t kAhead = 12;  // rows that are prefetched: a head's do not lie side by side
+// How many rows ahead one is fetched, past the end those of the next block: a head's do not lie
+// side by side.
+constexpr int64_t kAhead = 16;
+
+template <typename T>
+SDFAST_INLINE void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) simd::prefetch(row + d);
+}
 
 // The values of `rows` rows: (steps of rows, D), or in tiles.
 template <typename T, typename Operand>
@@ -47,8 +54,7 @@ void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t dim,
                const Rows<Operand>& to) {
   const int64_t steps = gemm::steps_of(Operand::kDepth, dim);
   for (int64_t row = 0; row < rows; ++row) {
-    const T* ahead = from + std::min(row + kAhead, rows - 1) * row_stride;
-    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) simd::prefetch(ahead + d);
+    prefetch_row(from + (row + kAhead) * row_stride, dim);
 #if defined(SDFAST_TILES)
     if constexpr (kInTiles<Operand>) {
       pack_key_in_tiles(from + row * row_stride, dim, row, to.along_dim);
@@ -70,6 +76,7 @@ void multiply_rowwise(const T* a, int64_t a_stride, const T* b, int64_t b_stride
     for (int i = 0; i < kLanes; ++i) {
       const int64_t index = std::min(row + i, rows - 1);
       const T *x = a + index * a_stride, *y = b + index * b_stride;
+      prefetch_row(x + kAhead * a_stride, dim);
       Vec sum{};
       for (int64_t d = 0; d < whole; d += kLanes) {
         sum += simd::load(x + d, simd::FullVector()) * simd::load(y + d, simd::FullVector());
