@@ -159,10 +159,9 @@ struct Attention {
                          int64_t steps) const {
     if (first >= sizes.queries) return {};
     constexpr int64_t kLine = 64, kSize = sizeof(U);
-    const int64_t chains = (steps + attention::kChain - 1) / attention::kChain;
-    const int64_t calls = (rows + gemm::kRows - 1) / gemm::kRows * chains;
     return {from.row(head / sizes.heads, head % sizes.heads, first), sizes.dim * kSize / kLine + 1,
-            std::min(steps, attention::kChain) * from.row_stride * kSize, kLine, calls};
+            std::min(steps, attention::kChain) * from.row_stride * kSize, kLine,
+            attention::fetches_of(rows, steps)};
   }
 
   // scores: room for a block of keys.

@@ -128,6 +128,7 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
     gemm::share(strips * panels, [&](const auto& next) {
       constexpr int64_t kSumsStride = gemm::kRows * kColumns + simd::kLanes;
       const int64_t x_stride = tiles * kColumns + simd::kLanes;
+      // Columns past the last channel stay as they are: nothing reads their sums.
       const Scratch<float> sums(kPoints * kSumsStride), x_points(kPoints * x_stride);
       for (int64_t item; (item = next()) >= 0;) {
         const int64_t strip = item / panels, column = item % panels * kColumns;
