@@ -23,16 +23,17 @@ constexpr int64_t kStripGroups = 8;
 // out = Gᵀ m.
 SDFAST_INLINE void transform_gradient(const Vec (&m)[kPatch], Vec (&out)[kSide]) {
   const Vec sum1 = m[1] + m[2], sum2 = m[3] + m[4];
-  out[0] = m[0] * 0.25f - sum1 * (1.0f / 6) + sum2 * (1.0f / 24);
-  out[1] = (m[2] - m[1]) * (1.0f / 6) + (m[3] - m[4]) * (1.0f / 12);
-  out[2] = (sum2 - sum1) * (1.0f / 6) + m[5];
+  out[0] = m[0] + sum1 + sum2;
+  out[1] = (m[1] - m[2]) + 2.0f * (m[3] - m[4]);
+  out[2] = sum1 + 4.0f * sum2 + m[5];
 }
 
 // out = A dy.
 SDFAST_INLINE void transform_result(const Vec (&d)[kTile], Vec (&out)[kPatch]) {
-  const Vec even = d[0] + d[2], odd = d[1] + d[3];
-  const Vec near = d[0] + 4.0f * d[2], far = 2.0f * d[1] + 8.0f * d[3];
-  out[0] = d[0];
+  const Vec even = (d[0] + d[2]) * (-1.0f / 6), odd = (d[1] + d[3]) * (-1.0f / 6);
+  const Vec near = d[0] * (1.0f / 24) + d[2] * (1.0f / 6);
+  const Vec far = d[1] * (1.0f / 12) + d[3] * (1.0f / 3);
+  out[0] = d[0] * 0.25f;
   out[1] = even + odd;
   out[2] = even - odd;
   out[3] = near + far;

@@ -19,15 +19,12 @@
 
 namespace sdfast::conv2d::winograd {
 
-// F(4x4, 3x3): interpolation at 0, 1, -1, 2, -2 and infinity.
+// F(4x4, 3x3): interpolation at 0, 1, -1, 2, -2 and infinity. G's rows are integers, for where the
+// weight is transformed at each call that is most of the transforms; A has the divisors.
 struct F4x4Of3x3 {
   static constexpr int kTile = 4, kKernel = 3, kPatch = 6, kPoints = 36;
-  static constexpr double kG[kPatch][kKernel] = {{1.0 / 4, 0, 0},
-                                                 {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                                 {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                                 {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                                 {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                                                 {0, 0, 1}};
+  static constexpr double kG[kPatch][kKernel] = {
+      {1, 0, 0}, {1, 1, 1}, {1, -1, 1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 1}};
 
   // out = Bᵀ d.
   static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {
@@ -43,12 +40,12 @@ struct F4x4Of3x3 {
 
   // out = Aᵀ m.
   static SDFAST_INLINE void transform_output(const Vec (&m)[kPatch], Vec (&out)[kTile]) {
-    const Vec sum1 = m[1] + m[2], difference1 = m[1] - m[2];
+    const Vec sum1 = (m[1] + m[2]) * (-1.0f / 6), difference1 = (m[1] - m[2]) * (-1.0f / 6);
     const Vec sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-    out[0] = m[0] + sum1 + sum2;
-    out[1] = difference1 + 2.0f * difference2;
-    out[2] = sum1 + 4.0f * sum2;
-    out[3] = difference1 + 8.0f * difference2 + m[5];
+    out[0] = m[0] * 0.25f + sum1 + sum2 * (1.0f / 24);
+    out[1] = difference1 + difference2 * (1.0f / 12);
+    out[2] = sum1 + sum2 * (1.0f / 6);
+    out[3] = difference1 + difference2 * (1.0f / 3) + m[5];
   }
 };
 

@@ -24,13 +24,12 @@ constexpr int64_t kWeightStride = kPartChannels * gemm::kColumns + simd::kLanes;
 
 // out = G g.
 SDFAST_INLINE void transform_weight(const Vec (&g)[kSide], Vec (&out)[kPatch]) {
-  const Vec ends = (g[0] + g[2]) * (-1.0f / 6), middle = g[1] * (1.0f / 6);
-  const Vec near = g[0] * (1.0f / 24) + g[2] * (1.0f / 6), far = g[1] * (1.0f / 12);
-  out[0] = g[0] * 0.25f;
-  out[1] = ends - middle;
-  out[2] = ends + middle;
-  out[3] = near + far;
-  out[4] = near - far;
+  const Vec near = g[0] + g[2], far = g[0] + 4.0f * g[2];
+  out[0] = g[0];
+  out[1] = near + g[1];
+  out[2] = near - g[1];
+  out[3] = far + 2.0f * g[1];
+  out[4] = far - 2.0f * g[1];
   out[5] = g[2];
 }
 
