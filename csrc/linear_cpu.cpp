@@ -154,14 +154,14 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   }
 }
 
-// What a product takes beside the weight, checked. x: (tokens, K), rows contiguous. bias:
-// (weight_rows). residual: (tokens, weight_rows), contiguous. Gives y: (tokens, weight_rows), half
-// of it for GEGLU.
+// What a product takes beside the weight, checked. x: (..., K), dense, or (tokens, K), rows
+// contiguous. bias: (weight_rows). residual: (..., weight_rows), contiguous. Gives y: (...,
+// weight_rows), half of it for GEGLU.
 struct Call {
   const Tensor& x;
   const std::optional<Tensor>&bias, &residual;
   Activation activation;
-  int64_t tokens, k, weight_rows, width;
+  int64_t tokens, k, stride, weight_rows, width;
   Tensor y;
 
   Call(const Tensor& x, int64_t weight_rows, const std::optional<Tensor>& bias,
@@ -172,18 +172,20 @@ struct Call {
         activation(static_cast<Activation>(activation)),
         weight_rows(weight_rows) {
     check_device(x, "x");
-    STD_TORCH_CHECK(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
-                    "x: expected (tokens, K), its rows contiguous");
-    STD_TORCH_CHECK(x.size(1) > 0, "x: expected at least one value in a row");
+    const int64_t last = x.dim() - 1;
+    STD_TORCH_CHECK(last >= 0 && x.size(last) > 0, "x: expected at least one value in a row");
+    STD_TORCH_CHECK(x.is_contiguous() || (last == 1 && (x.size(1) == 1 || x.stride(1) == 1)),
+                    "x: expected dense, or (tokens, K), its rows contiguous");
     STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation: expected 0 to 4");
-    tokens = x.size(0);
-    k = x.size(1);
+    k = x.size(last);
+    tokens = x.numel() / k;
+    stride = last == 1 ? x.stride(0) : k;
     width = is_gated() ? weight_rows / 2 : weight_rows;
     if (bias) check_like(*bias, "bias");
     if (residual) check_like(*residual, "residual");
     if (bias) check_shape(*bias, "bias", {weight_rows});
-    if (residual) check_shape(*residual, "residual", {tokens, weight_rows});
-    y = empty({tokens, width}, x.scalar_type());
+    if (residual) check_shape(*residual, "residual", with_width(x, weight_rows));
+    y = empty(with_width(x, width), x.scalar_type());
     advise_huge_pages(y);
   }
   bool is_gated() const { return activation == Activation::kGeglu; }
@@ -202,27 +204,26 @@ struct Call {
   }
 };
 
-// The call of a weight (weight_rows, K), contiguous, checked.
+// The call of a weight (weight_rows, K) or (weight_rows, K, 1, 1), contiguous, checked.
 Call call_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
              const std::optional<Tensor>& residual, int64_t activation) {
-  check_device(x, "x");
   check_device(weight, "weight");
-  STD_TORCH_CHECK(
-      x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1) && weight.is_contiguous(),
-      "weight: expected contiguous, (rows, K) to fit x");
+  STD_TORCH_CHECK(weight.dim() >= 2, "weight: expected (rows, K)");
   Call call(x, weight.size(0), bias, residual, activation);
   call.check_like(weight, "weight");
+  STD_TORCH_CHECK(weight.size(1) == call.k && weight.numel() == call.weight_rows * call.k,
+                  "weight: expected (rows, K) to fit x");
   return call;
 }
 
-// weight: (weight_rows, K), contiguous. The others as Call's.
+// weight: as call_of's. The others as Call's.
 Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
                    std::optional<Tensor> residual, int64_t activation) {
   Call call = call_of(x, weight, bias, residual, activation);
   if (call.y.numel() == 0) return call.y;
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    run<typename gemm::OperandOf<T>::Type>(static_cast<const T*>(x.const_data_ptr()), x.stride(0),
+    run<typename gemm::OperandOf<T>::Type>(static_cast<const T*>(x.const_data_ptr()), call.stride,
                                            call.k, static_cast<const T*>(weight.const_data_ptr()),
                                            call.tokens, call.epilogue<T>());
   });
@@ -233,11 +234,11 @@ Tensor linear_rows(Tensor x, Tensor weight, std::optional<Tensor> bias,
 Tensor linear_split(Tensor x, Tensor weight, std::optional<Tensor> bias,
                     std::optional<Tensor> residual, int64_t activation) {
 #if defined(SDFAST_TILES)
-  if (x.size(0) <= gemm::kFewTokens) return linear_rows(x, weight, bias, residual, activation);
   Call call = call_of(x, weight, bias, residual, activation);
+  if (call.tokens <= gemm::kFewTokens) return linear_rows(x, weight, bias, residual, activation);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x: expected fp32");
   if (call.y.numel() == 0) return call.y;
-  run_tiles<float>(x.const_data_ptr<float>(), x.stride(0), call.k, {weight.const_data_ptr<float>()},
+  run_tiles<float>(x.const_data_ptr<float>(), call.stride, call.k, {weight.const_data_ptr<float>()},
                    call.tokens, call.epilogue<float>());
   return call.y;
 #else
@@ -296,7 +297,7 @@ Tensor linear_packed(Tensor x, Tensor packed, int64_t weight_rows, std::optional
                         packed.numel() == tiles_of<T>(call.width, call.k, call.is_gated()).packed(),
                     "packed: expected pack_tiles of a weight that fits x");
     if (call.y.numel() == 0) return;
-    run_tiles<T>(static_cast<const T*>(x.const_data_ptr()), x.stride(0), call.k,
+    run_tiles<T>(static_cast<const T*>(x.const_data_ptr()), call.stride, call.k,
                  {nullptr, static_cast<const BFloat16*>(packed.const_data_ptr())}, call.tokens,
                  call.epilogue<T>());
   };

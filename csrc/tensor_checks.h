@@ -48,6 +48,13 @@ inline void check_shape(const Tensor& t, const char* name, IntHeaderOnlyArrayRef
   STD_TORCH_CHECK(same, name, ": the shape does not fit the input");
 }
 
+// The sizes of t, the last one `width`.
+inline std::vector<int64_t> with_width(const Tensor& t, int64_t width) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = width;
+  return sizes;
+}
+
 // How (N, C, *spatial) lies in memory when it is dense: which of C and the pixels varies fastest.
 enum class Layout { kChannelsFirst, kChannelsLast };
 

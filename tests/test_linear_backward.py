@@ -147,8 +147,8 @@ def test_opcheck() -> None:
     x, weight, bias, residual = make(6, 34, 7, torch.float32)
     h, dy = torch.randn(6, 34), torch.randn(6, 17)
     for op, args in (
-        ("linear_input_gradient", (h, weight)),
-        ("linear_weight_gradient", (h, x)),
+        ("linear_gradients", (h, x, weight, False, True, True, True)),
+        ("linear_gradients", (h, x, weight[:, :, None, None], False, False, True, False)),
         ("linear_activate", (h, 4)),
         ("linear_activation_gradient", (dy, h, 4)),
         ("sum_rows", (h[None],)),

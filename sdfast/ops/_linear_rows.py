@@ -1,4 +1,8 @@
-"""The operations of linear's forward, csrc/linear_cpu.cpp and linear_triton.py: matrices in, matrix out."""
+"""The operations of linear's forward, csrc/linear_cpu.cpp and linear_triton.py: matrices in, matrix out.
+
+On CPU x and the residual may have any dimensions if they are dense, and the weight (M, K, 1, 1): each view
+made in Python would cost as much as finding the operation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ def _rows_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
     width = weight.shape[0] // 2 if ACTIVATIONS[activation] == "geglu" else weight.shape[0]
-    return x.new_empty((x.shape[0], width))
+    return x.new_empty((*x.shape[:-1], width))
 
 
 def _packed_fake(
@@ -25,7 +29,7 @@ def _packed_fake(
     activation: int,
 ) -> Tensor:
     width = weight_rows // 2 if ACTIVATIONS[activation] == "geglu" else weight_rows
-    return x.new_empty((x.shape[0], width))
+    return x.new_empty((*x.shape[:-1], width))
 
 
 rows_op = _library.define_native(

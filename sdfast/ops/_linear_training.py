@@ -23,23 +23,21 @@ from sdfast.ops._linear_rows import rows_op, rows_triton_op, split_op
 
 
 def _activate_fake(h: Tensor, activation: int) -> Tensor:
-    return h.new_empty((h.shape[0], h.shape[1] // 2 if activation == GEGLU else h.shape[1]))
+    return h.new_empty((*h.shape[:-1], h.shape[-1] // 2 if activation == GEGLU else h.shape[-1]))
+
+
+def _gradients_fake(
+    dh: Tensor, x: Tensor, weight: Tensor, split: bool, for_x: bool, for_weight: bool, for_bias: bool
+) -> tuple[Tensor, ...]:
+    shapes = ((for_x, x.shape), (for_weight, weight.shape), (for_bias, weight.shape[:1]))
+    return tuple(x.new_empty(shape if wanted else 0) for wanted, shape in shapes)
 
 
 GEGLU = 4  # its place in linear.ACTIVATIONS
-_input_gradient_op, _split_input_gradient_op = (
-    _library.define_native(
-        f"linear_input_gradient{split}(Tensor dh, Tensor weight) -> Tensor",
-        lambda dh, weight: dh.new_empty((dh.shape[0], weight.shape[1])),
-    )
-    for split in ("", "_split")
-)
-_weight_gradient_op, _split_weight_gradient_op = (
-    _library.define_native(
-        f"linear_weight_gradient{split}(Tensor dh, Tensor x) -> Tensor",
-        lambda dh, x: dh.new_empty((dh.shape[1], x.shape[1])),
-    )
-    for split in ("", "_split")
+_gradients_op = _library.define_native(
+    "linear_gradients(Tensor dh, Tensor x, Tensor weight, bool split, bool for_x, bool for_weight,"
+    " bool for_bias) -> (Tensor, Tensor, Tensor)",
+    _gradients_fake,
 )
 _activate_op = _library.define_native("linear_activate(Tensor h, int activation) -> Tensor", _activate_fake)
 _activation_gradient_op = _library.define_native(
@@ -49,45 +47,65 @@ _activation_gradient_op = _library.define_native(
 _sum_rows_op = _library.define_native(
     "sum_rows(Tensor x) -> Tensor", lambda x: x.new_empty((x.shape[0], x.shape[2]))
 )
+_BACKWARD = "sdfast.ops.linear_backward_triton"
+_input_gradient_triton_op = _library.define_triton(
+    "linear_input_gradient", _BACKWARD, schema="(Tensor dh, Tensor weight) -> Tensor",
+    fake=lambda dh, weight: dh.new_empty((dh.shape[0], weight.shape[1])),
+)  # fmt: skip
+_weight_gradient_triton_op = _library.define_triton(
+    "linear_weight_gradient", _BACKWARD, schema="(Tensor dh, Tensor x) -> Tensor",
+    fake=lambda dh, x: dh.new_empty((dh.shape[1], x.shape[1])),
+)  # fmt: skip
 
 
 class Operations(NamedTuple):
-    """What computes a linear layer and its gradient."""
+    """What computes a linear layer and its gradient.
+
+    Attributes:
+        rows: of x, weight, bias, residual and activation.
+        gradients: of dh, x, weight, and whether dx, dW and db are wanted -> what was, else anything.
+        activate, activation_gradient, sum_rows: as `sdfast::linear_activate` and its fellows.
+    """
 
     rows: Callable[..., Tensor]
-    input_gradient: Callable[..., Tensor]
-    weight_gradient: Callable[..., Tensor]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
     activate: Callable[..., Tensor]
     activation_gradient: Callable[..., Tensor]
     sum_rows: Callable[..., Tensor]
 
 
-CPU = Operations(
-    rows_op, _input_gradient_op, _weight_gradient_op, _activate_op, _activation_gradient_op, _sum_rows_op
-)
-# fp32 on AMX tiles; see _tiles.py.
-_SPLIT = CPU._replace(
-    rows=split_op, input_gradient=_split_input_gradient_op, weight_gradient=_split_weight_gradient_op
-)
+def _gradients(dh: Tensor, x: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor | None, ...]:
+    return cast(tuple[Tensor, ...], _gradients_op(dh, x, weight, False, *wanted))
+
+
+def _gradients_split(dh: Tensor, x: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor | None, ...]:
+    return cast(tuple[Tensor, ...], _gradients_op(dh, x, weight, True, *wanted))
+
+
+def _gradients_triton(
+    dh: Tensor, x: Tensor, weight: Tensor, for_x: bool, for_weight: bool, for_bias: bool
+) -> tuple[Tensor | None, ...]:
+    return (
+        _input_gradient_triton_op(dh, weight) if for_x else None,
+        _weight_gradient_triton_op(dh, x) if for_weight else None,
+        TRITON.sum_rows(dh[None])[0] if for_bias else None,
+    )
+
+
+CPU = Operations(rows_op, _gradients, _activate_op, _activation_gradient_op, _sum_rows_op)
+_SPLIT = CPU._replace(rows=split_op, gradients=_gradients_split)  # fp32 on AMX tiles; see _tiles.py
 TRITON = Operations(
     rows_triton_op,
+    _gradients_triton,
     *(
-        _library.define_triton(name, "sdfast.ops.linear_backward_triton")
-        for name in (
-            "linear_input_gradient", "linear_weight_gradient", "linear_activate",
-            "linear_activation_gradient", "sum_rows",
-        )
+        _library.define_triton(name, _BACKWARD)
+        for name in ("linear_activate", "linear_activation_gradient", "sum_rows")
     ),
-)  # fmt: skip
-
-
-def sum_rows(x: Tensor, operations: Operations = CPU) -> Tensor:
-    """(groups, rows, columns) -> (groups, columns)."""
-    return operations.sum_rows(x.contiguous())
+)
 
 
 class _Linear(torch.autograd.Function):
-    """x: (tokens, K), its rows contiguous. weight: (M, K). bias: (M,). residual: (tokens, M)."""
+    """Arguments as `linear.linear`'s, dense: the operations make matrices of them, no view is a node."""
 
     @staticmethod
     def forward(
@@ -111,15 +129,10 @@ class _Linear(torch.autograd.Function):
         x, weight, h = ctx.saved_tensors
         dy = dy.contiguous()
         dh = dy if h is None else operations.activation_gradient(dy, h, ctx.activation)
-        _, for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
-        return (
-            None,
-            operations.input_gradient(dh, weight) if for_x else None,
-            operations.weight_gradient(dh, x) if for_weight else None,
-            sum_rows(dh[None], operations)[0] if for_bias else None,
-            dh if for_residual else None,
-            None,
-        )
+        _, *wanted, for_residual, _ = ctx.needs_input_grad
+        found = operations.gradients(dh, x, weight, *wanted)
+        gradients = [t if needed else None for t, needed in zip(found, wanted, strict=True)]
+        return None, *gradients, dh if for_residual else None, None
 
 
 def linear_training(
@@ -131,13 +144,18 @@ def linear_training(
     operations: Operations = CPU,
 ) -> Tensor:
     """As `linear.linear`, with a gradient that cannot be differentiated again; torch's can."""
-    tokens, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1).contiguous()
-    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
-    if residual is not None:
-        residual = residual.reshape(-1, weight.shape[0]).contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
+    given = [None if t is None else t.contiguous() for t in (x, weight, bias, residual)]
     if operations is CPU and _tiles.split(x.dtype):
         operations = _SPLIT
-    y = cast(Tensor, _Linear.apply(operations, tokens, matrix, bias, residual, activation))
+    return cast(Tensor, _Linear.apply(operations, *given, activation))
+
+
+def linear_training_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> Tensor:
+    """As `linear_training`, by the Triton kernels, which take matrices, contiguous along the rows."""
+    tokens, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
+    if residual is not None:
+        residual = residual.reshape(-1, weight.shape[0])
+    y = linear_training(tokens, matrix, bias, residual, activation, TRITON)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -34,7 +34,7 @@ from sdfast.ops._checks import (
 from sdfast.ops._cuda_order import of_linear
 from sdfast.ops._linear_gate import linear_cuda, multiplies_tiles
 from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op, split_op
-from sdfast.ops._linear_training import TRITON, linear_training
+from sdfast.ops._linear_training import linear_training, linear_training_triton
 from sdfast.ops._native import requires_grad, unavailable
 
 # Of fewer tokens the product is as fast on the weight as it lies.
@@ -92,7 +92,9 @@ def linear_cpu(
     if not torch.compiler.is_compiling():
         run = _on_tiles(x, weight, activation) or run
         packing.note(weight)
-    return _rows(run, x, weight, bias, residual, activation)
+    x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+    weight, bias, residual = (None if t is None else t.contiguous() for t in (weight, bias, residual))
+    return run(x, weight, bias, residual, ACTIVATIONS.index(activation))
 
 
 def _on_tiles(x: Tensor, weight: Tensor, activation: str | None) -> Callable[..., Tensor] | None:
@@ -118,19 +120,7 @@ def linear_triton(
 ) -> Tensor:
     """The Triton kernels. Their gradient cannot be differentiated again; torch's can."""
     if requires_grad(x, weight, bias, residual):
-        return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation), TRITON)
-    return _rows(rows_triton_op, x, weight, bias, residual, activation)
-
-
-def _rows(
-    op: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """Any shapes and strides, by an operation on matrices."""
+        return linear_training_triton(x, weight, bias, residual, ACTIVATIONS.index(activation))
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
@@ -138,8 +128,9 @@ def _rows(
         residual = residual.reshape(-1, weight.shape[0]).contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    y = op(tokens, weight.flatten(1).contiguous(), bias, residual, ACTIVATIONS.index(activation))
-    return y.view(*x.shape[:-1], y.shape[-1])
+    matrix = weight.flatten(1).contiguous()
+    y = rows_triton_op(tokens, matrix, bias, residual, ACTIVATIONS.index(activation))
+    return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
 
 
 def _is_faster_in_torch(activation: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
