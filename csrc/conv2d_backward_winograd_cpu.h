@@ -24,7 +24,7 @@ constexpr int64_t kStripGroups = 8;
 SDFAST_INLINE void transform_gradient(const Vec (&m)[kPatch], Vec (&out)[kSide]) {
   const Vec sum1 = m[1] + m[2], sum2 = m[3] + m[4];
   out[0] = m[0] + sum1 + sum2;
-  out[1] = (m[1] - m[2]) + 2.0f * (m[3] - m[4]);
+  out[1] = m[1] - m[2] + 2.0f * (m[3] - m[4]);
   out[2] = sum1 + 4.0f * sum2 + m[5];
 }
 

@@ -19,12 +19,13 @@
 
 namespace sdfast::conv2d::winograd {
 
-// F(4x4, 3x3): interpolation at 0, 1, -1, 2, -2 and infinity. G's rows are integers, for where the
-// weight is transformed at each call that is most of the transforms; A has the divisors.
+// F(4x4, 3x3): interpolation at 0, 1, -1, 2, -2 and infinity. G is scaled to integers and A holds
+// the divisors: where the weight is transformed at each call (conv2d_winograd_unpacked_cpu.h), that
+// is most of what all transforms take.
 struct F4x4Of3x3 {
   static constexpr int kTile = 4, kKernel = 3, kPatch = 6, kPoints = 36;
-  static constexpr double kG[kPatch][kKernel] = {
-      {1, 0, 0}, {1, 1, 1}, {1, -1, 1}, {1, 2, 4}, {1, -2, 4}, {0, 0, 1}};
+  static constexpr double kG[kPatch][kKernel] = {{1, 0, 0}, {1, 1, 1},  {1, -1, 1},
+                                                 {1, 2, 4}, {1, -2, 4}, {0, 0, 1}};
 
   // out = Bᵀ d.
   static SDFAST_INLINE void transform_input(const Vec (&d)[kPatch], Vec (&out)[kPatch]) {

@@ -235,9 +235,13 @@ Tensor linear_split(Tensor x, Tensor weight, std::optional<Tensor> bias,
                     std::optional<Tensor> residual, int64_t activation) {
 #if defined(SDFAST_TILES)
   Call call = call_of(x, weight, bias, residual, activation);
-  if (call.tokens <= gemm::kFewTokens) return linear_rows(x, weight, bias, residual, activation);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x: expected fp32");
   if (call.y.numel() == 0) return call.y;
+  if (call.tokens <= gemm::kFewTokens) {
+    run<gemm::Float32>(x.const_data_ptr<float>(), call.stride, call.k,
+                       weight.const_data_ptr<float>(), call.tokens, call.epilogue<float>());
+    return call.y;
+  }
   run_tiles<float>(x.const_data_ptr<float>(), call.stride, call.k, {weight.const_data_ptr<float>()},
                    call.tokens, call.epilogue<float>());
   return call.y;

@@ -140,6 +140,8 @@ def test_compiles_whole() -> None:
 def test_opcheck() -> None:
     x, weight, bias, residual = make(6, 34, 7, torch.float32)
     torch.library.opcheck(torch.ops.sdfast.linear_rows, (x, weight, bias, residual, 1))
+    wide = (x[None], weight[:, :, None, None], bias, residual[None], 1)
+    torch.library.opcheck(torch.ops.sdfast.linear_rows, wide)
 
 
 def test_unavailable_says_why() -> None:

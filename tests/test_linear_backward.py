@@ -149,11 +149,31 @@ def test_opcheck() -> None:
     for op, args in (
         ("linear_gradients", (h, x, weight, False, True, True, True)),
         ("linear_gradients", (h, x, weight[:, :, None, None], False, False, True, False)),
+        ("linear_gradients", (h[0], x[0], weight, False, True, False, False)),
+        ("linear_gradients", (h.view(2, 3, 34), x.view(2, 3, 7), weight, False, True, True, True)),
+        ("linear_gradients", (h, x, weight, False, False, False, False)),
+        ("linear_activate", (h.view(2, 3, 34), 4)),
+        ("linear_activation_gradient", (dy.view(2, 3, 17), h.view(2, 3, 34), 4)),
         ("linear_activate", (h, 4)),
         ("linear_activation_gradient", (dy, h, 4)),
         ("sum_rows", (h[None],)),
     ):
         torch.library.opcheck(getattr(torch.ops.sdfast, op), args)
+
+
+def test_gradients_of_what_does_not_fit_are_refused() -> None:
+    x, weight, _, h = make(6, 34, 7, torch.float32)
+    for changed, message in (
+        ((h[:5], x, weight), "dh: the shape"),
+        ((h, x, weight[:, :6].contiguous()), "weight: expected"),
+        ((h, x, weight.view(34, 1, 7)), "weight: expected"),
+        ((h, x.double(), weight), "dh: expected dense"),
+        ((h, x, weight.t().contiguous().t()), "weight: expected dense"),
+        ((h[0, 0], x, weight), "dh: expected dense"),
+        ((h[:0], x[:0], weight), "at least one element"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.sdfast.linear_gradients(*changed, False, True, True, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -307,8 +307,7 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ops.sdfast.pack_tiles(weight.half()[None, :, None, None], False)
     with pytest.raises(RuntimeError, match="x: expected fp32"):
         torch.ops.sdfast.linear_split(x, weight, None, None, 0)
-    for name in ("input", "weight"):
-        with pytest.raises(RuntimeError, match="dh: expected fp32"):
-            getattr(torch.ops.sdfast, f"linear_{name}_gradient_split")(x[:, :32], x[:, :32])
+    with pytest.raises(RuntimeError, match="x: expected fp32"):
+        torch.ops.sdfast.linear_gradients(x @ weight.t(), x, weight, True, True, True, True)
     with pytest.raises(RuntimeError, match="q: expected fp32"):
         torch.ops.sdfast.attention_split(*[x[None, None]] * 3, False, 1.0)

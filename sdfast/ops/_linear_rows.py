@@ -1,7 +1,7 @@
-"""The operations of linear's forward, csrc/linear_cpu.cpp and linear_triton.py: matrices in, matrix out.
+"""The operations of linear's forward, csrc/linear_cpu.cpp, linear_triton.py and csrc/linear_cuda.cu.
 
-On CPU x and the residual may have any dimensions if they are dense, and the weight (M, K, 1, 1): each view
-made in Python would cost as much as finding the operation.
+Triton's and CUDA's take matrices. The CPU's also take a dense x and residual of any dimensions and a weight
+(M, K, 1, 1): a view made in Python takes about as long as dispatching the operation.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class Operations(NamedTuple):
 
     Attributes:
         rows: of x, weight, bias, residual and activation.
-        gradients: of dh, x, weight, and whether dx, dW and db are wanted -> what was, else anything.
+        gradients: of dh, x, weight, and whether dx, dW and db are wanted -> these; what was not wanted is
+            None or an empty tensor.
         activate, activation_gradient, sum_rows: as `sdfast::linear_activate` and its fellows.
     """
 
@@ -105,7 +106,9 @@ TRITON = Operations(
 
 
 class _Linear(torch.autograd.Function):
-    """Arguments as `linear.linear`'s, dense: the operations make matrices of them, no view is a node."""
+    """Tensors as `linear.linear`'s, for Triton matrices. The CPU's operations take dense ones of any
+    dimensions, so that no view of them is a node of the graph.
+    """
 
     @staticmethod
     def forward(
@@ -130,32 +133,30 @@ class _Linear(torch.autograd.Function):
         dy = dy.contiguous()
         dh = dy if h is None else operations.activation_gradient(dy, h, ctx.activation)
         _, *wanted, for_residual, _ = ctx.needs_input_grad
-        found = operations.gradients(dh, x, weight, *wanted)
+        found = operations.gradients(dh, x, weight, *wanted) if any(wanted) else (None,) * 3
         gradients = [t if needed else None for t, needed in zip(found, wanted, strict=True)]
         return None, *gradients, dh if for_residual else None, None
 
 
 def linear_training(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: int,
-    operations: Operations = CPU,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
-    """As `linear.linear`, with a gradient that cannot be differentiated again; torch's can."""
-    given = [None if t is None else t.contiguous() for t in (x, weight, bias, residual)]
-    if operations is CPU and _tiles.split(x.dtype):
-        operations = _SPLIT
-    return cast(Tensor, _Linear.apply(operations, *given, activation))
+    """As `linear.linear` on CPU, with a gradient that cannot be differentiated again; torch's can."""
+    given = _dense(x, weight, bias, residual)
+    return cast(Tensor, _Linear.apply(_SPLIT if _tiles.split(x.dtype) else CPU, *given, activation))
 
 
 def linear_training_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
-    """As `linear_training`, by the Triton kernels, which take matrices, contiguous along the rows."""
-    tokens, matrix = x.reshape(-1, x.shape[-1]), weight.flatten(1)
+    """As `linear_training`, by the Triton kernels, which take matrices; rows of x may lie apart."""
+    tokens = x.reshape(-1, x.shape[-1])
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
     if residual is not None:
         residual = residual.reshape(-1, weight.shape[0])
-    y = linear_training(tokens, matrix, bias, residual, activation, TRITON)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    y = _Linear.apply(TRITON, tokens, *_dense(weight.flatten(1), bias, residual), activation)
+    return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]

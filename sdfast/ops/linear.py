@@ -93,8 +93,8 @@ def linear_cpu(
         run = _on_tiles(x, weight, activation) or run
         packing.note(weight)
     x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-    weight, bias, residual = (None if t is None else t.contiguous() for t in (weight, bias, residual))
-    return run(x, weight, bias, residual, ACTIVATIONS.index(activation))
+    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
+    return run(x, weight.contiguous(), bias, residual, ACTIVATIONS.index(activation))
 
 
 def _on_tiles(x: Tensor, weight: Tensor, activation: str | None) -> Callable[..., Tensor] | None:
