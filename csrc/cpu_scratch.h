@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <new>
 
 #if defined(__linux__)
@@ -86,9 +85,6 @@ class Scratch {
     if (in_arena_) return;
     data_ = ::operator new(bytes_, std::align_val_t(alignment()));
     if (is_large()) ask_for_huge_pages(data_, bytes_ / kHugePageBytes * kHugePageBytes);
-#if defined(SDFAST_SANITIZE)
-    std::memset(data_, 0xff, bytes_);  // what nobody wrote reads as NaN
-#endif
   }
   ~Scratch() {
     if (in_arena_) {
