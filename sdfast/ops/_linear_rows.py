@@ -13,6 +13,22 @@ from sdfast import _library
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
 
 
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each as it is where it lies densely, else a copy."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def matrices(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What Triton's operations take of a layer: dense matrices, but rows of x may lie apart."""
+    tokens = x.reshape(-1, x.shape[-1])
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    if residual is not None:
+        residual = residual.reshape(-1, weight.shape[0])
+    return tokens, *dense(weight.flatten(1), bias, residual)
+
+
 def _rows_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:

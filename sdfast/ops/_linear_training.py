@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from sdfast import _library
 from sdfast.ops import _tiles
-from sdfast.ops._linear_rows import rows_op, rows_triton_op, split_op
+from sdfast.ops._linear_rows import dense, matrices, rows_op, rows_triton_op, split_op
 
 
 def _activate_fake(h: Tensor, activation: int) -> Tensor:
@@ -142,21 +142,13 @@ def linear_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
     """As `linear.linear` on CPU, with a gradient that cannot be differentiated again; torch's can."""
-    given = _dense(x, weight, bias, residual)
+    given = dense(x, weight, bias, residual)
     return cast(Tensor, _Linear.apply(_SPLIT if _tiles.split(x.dtype) else CPU, *given, activation))
 
 
 def linear_training_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
-    """As `linear_training`, by the Triton kernels, which take matrices; rows of x may lie apart."""
-    tokens = x.reshape(-1, x.shape[-1])
-    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
-    if residual is not None:
-        residual = residual.reshape(-1, weight.shape[0])
-    y = _Linear.apply(TRITON, tokens, *_dense(weight.flatten(1), bias, residual), activation)
+    """As `linear_training`, by the Triton kernels."""
+    y = _Linear.apply(TRITON, *matrices(x, weight, bias, residual), activation)
     return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
-
-
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]

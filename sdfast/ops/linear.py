@@ -33,7 +33,7 @@ from sdfast.ops._checks import (
 )
 from sdfast.ops._cuda_order import of_linear
 from sdfast.ops._linear_gate import linear_cuda, multiplies_tiles
-from sdfast.ops._linear_rows import ACTIVATIONS, packed_op, rows_op, rows_triton_op, split_op
+from sdfast.ops._linear_rows import ACTIVATIONS, dense, matrices, packed_op, rows_op, rows_triton_op, split_op
 from sdfast.ops._linear_training import linear_training, linear_training_triton
 from sdfast.ops._native import requires_grad, unavailable
 
@@ -93,8 +93,7 @@ def linear_cpu(
         run = _on_tiles(x, weight, activation) or run
         packing.note(weight)
     x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
-    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
-    return run(x, weight.contiguous(), bias, residual, ACTIVATIONS.index(activation))
+    return run(x, *dense(weight, bias, residual), ACTIVATIONS.index(activation))
 
 
 def _on_tiles(x: Tensor, weight: Tensor, activation: str | None) -> Callable[..., Tensor] | None:
@@ -121,15 +120,7 @@ def linear_triton(
     """The Triton kernels. Their gradient cannot be differentiated again; torch's can."""
     if requires_grad(x, weight, bias, residual):
         return linear_training_triton(x, weight, bias, residual, ACTIVATIONS.index(activation))
-    tokens = x.reshape(-1, x.shape[-1])
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    if residual is not None:
-        residual = residual.reshape(-1, weight.shape[0]).contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    matrix = weight.flatten(1).contiguous()
-    y = rows_triton_op(tokens, matrix, bias, residual, ACTIVATIONS.index(activation))
+    y = rows_triton_op(*matrices(x, weight, bias, residual), ACTIVATIONS.index(activation))
     return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
 
 
