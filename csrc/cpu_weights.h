@@ -115,19 +115,17 @@ int64_t even_part(int64_t dim) {
   return (steps + parts - 1) / parts * kDepth;
 }
 
-// How the tokens are cut in blocks of panels, and the groups of W in splits where blocks are few.
+// How panels are cut in blocks that L2 holds, and the groups that go past them in splits where
+// blocks are few.
 struct Cut {
   int64_t blocks, splits;
 
-  template <typename Operand>
-  static Cut of(const Product& p) {
-    const int64_t threads = torch::stable::get_num_threads(), panels = p.panels();
-    const int64_t panel_bytes =
-        steps_of(Operand::kDepth, p.part) * kColumns * static_cast<int64_t>(sizeof(Operand));
+  static Cut of(int64_t panels, int64_t groups, int64_t panel_bytes) {
+    const int64_t threads = torch::stable::get_num_threads();
     const int64_t most = std::max<int64_t>(1, kPackedBytes / panel_bytes);
     const int64_t blocks = (panels + most - 1) / most;
     const int64_t even = std::min((blocks + threads - 1) / threads * threads, panels);
-    return {even, std::min(even_splits(even, 2), p.groups())};
+    return {even, std::min(even_splits(even, 2), groups)};
   }
 };
 
@@ -137,9 +135,9 @@ struct Cut {
 template <typename Operand, typename T, typename Pack, typename Finish>
 void multiply_weights(const Product& p, const T* weight, const Pack& pack, const Finish& finish) {
   constexpr int64_t kSums = kGroup * kColumns;
-  const Cut cut = Cut::of<Operand>(p);
   const int64_t panels = p.panels(), groups = p.groups(), parts = p.parts();
   const int64_t halves = p.gated ? 2 : 1, most_steps = steps_of(Operand::kDepth, p.part);
+  const Cut cut = Cut::of(panels, groups, most_steps * kColumns * sizeof(Operand));
   const int64_t most_panels = (panels + cut.blocks - 1) / cut.blocks;
   const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
   share(cut.blocks * cut.splits, [&](const auto& next) {

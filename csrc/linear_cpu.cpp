@@ -7,6 +7,7 @@
 // multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32. Bytes: x,
 // W and the residual read, y written. Limit: fused multiply-adds.
 #include "cpu_few_tokens.h"
+#include "cpu_many_tokens.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"
 #include "cpu_tiles.h"
@@ -83,11 +84,15 @@ struct Epilogue {
   template <Activation kActivation>
   void block(int64_t first, int64_t count, int64_t row, int64_t rows,
              const gemm::Sums& sums) const {
+    const Epilogue own = *this;  // in registers: a store may alias what a pointer leads to
+    const gemm::Sums from = sums;
     int64_t token = first;
     for (; token + 4 <= first + count; token += 4) {
-      tokens<kActivation, 4>(token, first, row, rows, sums);
+      own.template tokens<kActivation, 4>(token, first, row, rows, from);
     }
-    for (; token < first + count; ++token) tokens<kActivation, 1>(token, first, row, rows, sums);
+    for (; token < first + count; ++token) {
+      own.template tokens<kActivation, 1>(token, first, row, rows, from);
+    }
   }
 
   void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
@@ -130,7 +135,7 @@ void run_tiles(const T* x, int64_t stride, int64_t k, const gemm::tiles::Weight<
 // x: (tokens, k), rows `stride` apart. weight: (rows, k) contiguous, twice the rows for GEGLU.
 template <typename Operand, typename T>
 void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
-         const Epilogue<T>& epilogue) {
+         Epilogue<T> epilogue) {
   const bool gated = epilogue.activation == Activation::kGeglu;
   const gemm::Product product{tokens, epilogue.width, k, gemm::even_part<Operand>(k), k, gated};
   if (tokens <= gemm::kFewTokens) {
@@ -142,6 +147,10 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   } else
 #endif
   {
+    if (gemm::are_many_tokens(product)) {
+      epilogue.streamed = gemm::streams(epilogue.y, tokens, epilogue.width);
+      return gemm::multiply_many_tokens<Operand>(product, x, stride, weight, epilogue);
+    }
     using Piece = gemm::Product::Piece;
     gemm::multiply_weights<Operand>(
         product, weight,

@@ -1,0 +1,91 @@
+// Products of many tokens, which are read where they lie: y = x Wᵀ for W (rows, K), K contiguous.
+//
+// Algorithm. As cpu_weights.h with the sides exchanged: rows of W are packed into panels, once for
+// all threads, and groups of tokens go past them. The sums then lie as y does, so that nothing is
+// transposed but W, where cpu_weights.h transposes x and y. Bytes: x once for each block of W that
+// L3 holds beside all else, W twice, y. Limit: fused multiply-adds. Every element is one chain of
+// additions over K, cut at fixed places: the result does not depend on the number of threads.
+#pragma once
+
+#include "cpu_weights.h"
+
+namespace sdfast::gemm {
+
+// Whether far fewer values are transposed so.
+inline bool are_many_tokens(const Product& p) {
+  const int64_t rows = p.gated ? 2 * p.rows : p.rows;
+  return p.tokens * (p.dim + rows) > 2 * rows * p.dim;
+}
+
+// Whether y is written past the caches: more than L3 holds, in whole lines.
+template <typename T>
+bool streams(const T* y, int64_t tokens, int64_t width) {
+  constexpr int64_t kLeast = 32 << 20, kLine = 64 / sizeof(T);
+  const int64_t bytes = tokens * width * static_cast<int64_t>(sizeof(T));
+  return bytes >= kLeast && width % kLine == 0 && simd::is_aligned(y);
+}
+
+// As multiply_weights, for tokens x of `stride` and W dense.
+template <typename Operand, typename T, typename Finish>
+void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const T* weight,
+                          const Finish& finish) {
+  constexpr int64_t kSharedBytes = 4 << 20, kSums = kGroup * kColumns;
+  const int64_t halves = p.gated ? 2 : 1, steps = steps_of(Operand::kDepth, p.dim);
+  const int64_t panels = (p.rows + kColumns - 1) / kColumns;
+  const int64_t groups = (p.tokens + kGroup - 1) / kGroup;
+  const int64_t panel_size = halves * steps * kColumns;
+  const int64_t panel_bytes = panel_size * sizeof(Operand);
+  const int64_t most = std::max<int64_t>(1, kSharedBytes / panel_bytes);
+  const int64_t blocks = (panels + most - 1) / most;
+  const int64_t most_panels = (panels + blocks - 1) / blocks;
+  const Scratch<Operand> packed(most_panels * panel_size);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * panels / blocks, count = (block + 1) * panels / blocks - first;
+    const auto packed_of = [&](int64_t panel, int64_t half) {
+      return packed.get() + (panel * halves + half) * steps * kColumns;
+    };
+    share(count * halves, [&](const auto& next) {
+      for (int64_t item; (item = next()) >= 0;) {
+        const int64_t panel = item / halves, half = item % halves;
+        const int64_t row = (first + panel) * kColumns;
+        const T* from = weight + (row + half * p.rows) * p.dim;
+        pack_columns<T>([&](int64_t i) { return from + i * p.dim; },
+                        std::min<int64_t>(kColumns, p.rows - row), p.dim, packed_of(panel, half));
+      }
+    });
+    const int64_t splits = std::min(even_splits(groups, 8), count);
+    share(groups * splits, [&](const auto& next) {
+      const Scratch<Operand> scratch(kGroup * (steps + kLanes));
+      const Scratch<float> sums(halves * kSums);
+      for (int64_t item; (item = next()) >= 0;) {
+        const int64_t group = item / splits, split = item % splits;
+        const int64_t begin = split * count / splits, end = (split + 1) * count / splits;
+        const int64_t token = group * kGroup, tokens = std::min(kGroup, p.tokens - token);
+        const T* from = x + token * stride;
+        const auto a = rows_of(from, stride, tokens, p.dim, scratch.get());
+        Ahead next_group;
+        if (group + 1 < groups && split == 0) {
+          const int64_t there = std::min(kGroup, p.tokens - token - kGroup);
+          next_group = Ahead(from + kGroup * stride, there, p.dim * sizeof(T),
+                             stride * sizeof(T), halves * (end - begin) * calls_of(tokens, steps));
+        }
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const int64_t row = (first + panel) * kColumns;
+          const int64_t rows = std::min<int64_t>(kColumns, p.rows - row);
+          for (int64_t r = 0; r < tokens; r += kRows) {
+            const int64_t near = std::min<int64_t>(kRows, tokens - r);
+            finish.fetch(token + r, near, row, rows);
+            for (int64_t half = 0; half < halves; ++half) {
+              multiply_panel<Operand>(near, steps, {a.data + r * a.stride, a.stride},
+                                      packed_of(panel, half), sums.get() + half * kSums, false,
+                                      next_group, rows);
+            }
+            finish(token + r, near, row, rows, Sums{sums.get(), sums.get() + kSums, kColumns});
+          }
+        }
+      }
+    });
+  }
+}
+
+}  // namespace sdfast::gemm
