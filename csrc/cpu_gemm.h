@@ -10,6 +10,9 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -138,14 +141,23 @@ struct Rows {
   int64_t stride;  // from one row to the next, in operands
 };
 
-// Addresses so many bytes apart share a set of the L1 cache: rows of a tile would drive each other
-// out of it.
+// Addresses so many bytes apart share a set of the L1 cache.
 constexpr int64_t kWayBytes = 4096;
 constexpr bool crowds(int64_t stride_bytes) { return stride_bytes % kWayBytes == 0; }
 
+// Whether a set holds the rows of a tile, which would otherwise drive each other out of it.
+inline bool holds_crowd() {
+#if defined(_SC_LEVEL1_DCACHE_ASSOC)
+  static const bool holds = sysconf(_SC_LEVEL1_DCACHE_ASSOC) >= kRows;  // 0 where it is not known
+  return holds;
+#else
+  return false;
+#endif
+}
+
 // From one row of scratch to the next, in operands.
 template <typename Operand>
-constexpr int64_t scratch_stride(int64_t steps) {
+int64_t scratch_stride(int64_t steps) {
   return crowds(steps * sizeof(Operand)) ? steps + kLanes : steps;
 }
 

@@ -7,10 +7,10 @@ namespace sdfast::gemm {
 
 // Whether the micro-kernel can read rows of `dim` values, `stride` apart, where they lie.
 template <typename Operand, typename T>
-constexpr bool lies_ready(int64_t stride, int64_t dim) {
+bool lies_ready(int64_t stride, int64_t dim) {
   constexpr int kDepth = Operand::kDepth;
   return sizeof(T) * kDepth == sizeof(Operand) && stride % kDepth == 0 && dim % kDepth == 0 &&
-         !crowds(stride * sizeof(T));
+         (!crowds(stride * sizeof(T)) || holds_crowd());
 }
 
 // `count` rows of `dim` values, `stride` apart, as the micro-kernel reads them: where they lie if
