@@ -9,8 +9,8 @@
 #pragma once
 
 #include "conv2d_cpu.h"
+#include "cpu_many_tokens.h"
 #include "cpu_tiles.h"
-#include "cpu_weights.h"
 
 namespace sdfast::conv2d::direct {
 
@@ -97,6 +97,12 @@ struct Pixels {
   }
 };
 
+// Whether y's pixels are products of the weight and x's own, in their order.
+inline bool is_pixel_by_pixel(const Shape& s, const Phase& phase) {
+  return phase.kernel_height * phase.kernel_width == 1 && s.stride == 1 && phase.rows == s.height &&
+         phase.columns == s.width && phase.top == 0 && phase.left == 0;
+}
+
 #if defined(SDFAST_TILES)
 // The pixels of a phase as tokens on AMX tiles: bands of rows of x are copied, with zeros for what
 // lies outside, so that a tap is the same step away from every token.
@@ -166,9 +172,7 @@ void run_phase(const Shape& s, const Phase& phase, const T* x, const W& weight,
   const Epilogue<T> epilogue{s, phase, added, y, streamed};
   const Bands<T> bands{s, phase, x};
   const gemm::tiles::Product p = bands.product();
-  const bool by_pixel = p.taps() == 1 && s.stride == 1 && phase.rows == s.height &&
-                        phase.columns == s.width && phase.top == 0 && phase.left == 0;
-  if (by_pixel) {
+  if (is_pixel_by_pixel(s, phase)) {
     const gemm::tiles::Tokens<T> tokens{x, bands.tokens(), s.channels, s.channels};
     gemm::tiles::multiply_weights(p, weight, tokens, epilogue);
   } else {
@@ -207,14 +211,20 @@ void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* 
     const int64_t part = fit > 1 ? fit * s.channels : chunk;
     const gemm::Product product{s.images * phase.rows * phase.columns, s.out_channels, dim, part,
                                 std::max(part, s.channels)};
-    using Piece = gemm::Product::Piece;
-    const Pixels<T> pixels{s, phase, x, zeros.data()};
-    gemm::multiply_weights<Operand>(
-        product, weight,
-        [&](int64_t token, int64_t count, Piece piece, Operand* to) {
-          pixels.pack(token, count, piece, to);
-        },
-        Epilogue<T>{s, phase, added, y});
+    Epilogue<T> epilogue{s, phase, added, y};
+    if (is_pixel_by_pixel(s, phase) && gemm::are_many_tokens(product)) {
+      epilogue.streamed = gemm::streams(y, product.tokens, s.out_channels);
+      gemm::multiply_many_tokens<Operand>(product, x, s.channels, weight, epilogue);
+    } else {
+      using Piece = gemm::Product::Piece;
+      const Pixels<T> pixels{s, phase, x, zeros.data()};
+      gemm::multiply_weights<Operand>(
+          product, weight,
+          [&](int64_t token, int64_t count, Piece piece, Operand* to) {
+            pixels.pack(token, count, piece, to);
+          },
+          epilogue);
+    }
     weight += s.out_channels * dim;
   }
 }
