@@ -212,9 +212,10 @@ void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* 
     const gemm::Product product{s.images * phase.rows * phase.columns, s.out_channels, dim, part,
                                 std::max(part, s.channels)};
     Epilogue<T> epilogue{s, phase, added, y};
-    if (is_pixel_by_pixel(s, phase) && gemm::are_many_tokens(product)) {
+    if (is_pixel_by_pixel(s, phase) && gemm::are_many_tokens(product, gemm::kManyTimes)) {
       epilogue.streamed = gemm::streams(y, product.tokens, s.out_channels);
-      gemm::multiply_many_tokens<Operand>(product, x, s.channels, weight, epilogue);
+      const gemm::RowPanels<T> panels{product, weight};
+      gemm::multiply_many_tokens<Operand>(product, x, s.channels, panels, epilogue);
     } else {
       using Piece = gemm::Product::Piece;
       const Pixels<T> pixels{s, phase, x, zeros.data()};

@@ -6,6 +6,7 @@
 // tokens for dW. The activation is a pass of its own, because its gradient needs h. Bytes: the
 // operands once a block of rows, the result written. Limit: fused multiply-adds, or TDPBF16PS.
 #include "cpu_gemm_packing.h"
+#include "cpu_many_tokens.h"
 #include "cpu_math.h"
 #include "cpu_tensors.h"
 #include "cpu_tiles_gradient.h"
@@ -34,9 +35,50 @@ void check_dense(const Tensor& t, const char* name, ScalarType dtype) {
                   ": expected dense, in the dtype of x");
 }
 
+// Columns of W as multiply_many_tokens packs them.
+template <typename T>
+struct ColumnPanels {
+  const Matrix<T>& w;
+  template <typename Operand>
+  void pack(int64_t column, int64_t, Operand* to) const {
+    gemm::copy_panel(w.data + column, w.columns, w.rows, w.columns - column, to);
+  }
+};
+
+// Sums to rows of dx.
+template <typename T>
+struct StoreRows {
+  T* to;
+  int64_t stride;
+
+  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
+    for (int64_t t = token; t < token + count; ++t) {
+      constexpr int64_t kLine = 64 / sizeof(T);
+      for (int64_t j = 0; j < rows; j += kLine) simd::prefetch_for_write(to + t * stride + row + j);
+    }
+  }
+  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
+                  const gemm::Sums& sums) const {
+    for (int64_t t = 0; t < count; ++t) {
+      simd::for_each_vector(0, rows, [&](int64_t j, auto lanes) {
+        simd::store(to + (token + t) * stride + row + j,
+                    simd::load(sums.values + t * sums.stride + j), lanes);
+      });
+    }
+  }
+};
+
 template <typename T>
 void input_gradient(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
   using Operand = typename gemm::OperandOf<T>::Type;
+  const gemm::Product product{dh.rows, w.columns, w.rows, w.rows, w.rows};
+  // As measured. Of longer rows L2 does not hold a group of tokens.
+  constexpr int64_t kTimes = 4, kMostSteps = 2560;
+  if (gemm::are_many_tokens(product, kTimes) &&
+      gemm::steps_of(Operand::kDepth, w.rows) <= kMostSteps) {
+    return gemm::multiply_many_tokens<Operand>(product, dh.data, dh.columns, ColumnPanels<T>{w},
+                                               StoreRows<T>{dx, w.columns});
+  }
   gemm::multiply_packing<Operand>(
       {dh.rows, w.columns, w.rows, gemm::lies_ready<Operand, T>(dh.columns, w.rows)},
       [&](int64_t begin, int64_t count, int64_t value, int64_t values, Operand* scratch) {
