@@ -60,7 +60,7 @@ struct ParityTaps {
   int64_t height() const { return s.out_height + rows() - 1; }
 
   // For the out_channels of a tap; makes a number of them of that of tap and out_channel.
-  gemm::tiles::StoreRows<BFloat16> of(int64_t& token) const {
+  gemm::StoreRows<BFloat16> of(int64_t& token) const {
     const int64_t tap = token / s.out_channels, y = first_y + tap / columns() * s.stride;
     const int64_t x = first_x + tap % columns() * s.stride;
     token %= s.out_channels;

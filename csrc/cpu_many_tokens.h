@@ -13,18 +13,16 @@ namespace sdfast::gemm {
 
 constexpr int64_t kManyTimes = 2;  // from which this was measured faster than cpu_weights.h
 
-// Whether x and y have so many times the values of W, which is packed once more than read.
+// Whether x and y have so many times the values of W: what cpu_weights.h transposes, and this file.
 inline bool are_many_tokens(const Product& p, int64_t times) {
   const int64_t rows = p.gated ? 2 * p.rows : p.rows;
   return p.tokens * (p.dim + rows) >= times * rows * p.dim;
 }
 
-// Whether y is written past the caches: more than L3 holds, in whole lines.
+// Whether y is written past the caches: more than L3 holds.
 template <typename T>
 bool streams(const T* y, int64_t tokens, int64_t width) {
-  constexpr int64_t kLeast = 32 << 20, kLine = 64 / sizeof(T);
-  const int64_t bytes = tokens * width * static_cast<int64_t>(sizeof(T));
-  return bytes >= kLeast && width % kLine == 0 && simd::is_aligned(y);
+  return streams_rows(y, tokens, width, 32 << 20);
 }
 
 // W dense, its rows packed as columns.
@@ -42,12 +40,12 @@ struct RowPanels {
   }
 };
 
-// As multiply_weights, for tokens x of `stride`. panels.pack(row, half, to) packs kColumns rows of W
-// from this one of a half on.
+// As multiply_weights, for tokens x of `stride`. weight.pack(row, half, to) packs kColumns rows of
+// W from this one of a half on; a product without halves has the first.
 template <typename Operand, typename T, typename Panels, typename Finish>
 void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Panels& weight,
                           const Finish& finish) {
-  constexpr int64_t kSharedBytes = 4 << 20, kSums = kGroup * kColumns;
+  constexpr int64_t kSharedBytes = 4 << 20, kSums = kRows * kColumns;
   const int64_t halves = p.gated ? 2 : 1, steps = steps_of(Operand::kDepth, p.dim);
   const int64_t panels = (p.rows + kColumns - 1) / kColumns;
   const int64_t groups = (p.tokens + kGroup - 1) / kGroup;
@@ -79,10 +77,10 @@ void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Pa
         const T* from = x + token * stride;
         const auto a = rows_of(from, stride, tokens, p.dim, scratch.get());
         Ahead next_group;
-        if (group + 1 < groups && split == 0) {
+        if (group + 1 < groups && split == 0) {  // the other splits read it with this one
           const int64_t there = std::min(kGroup, p.tokens - token - kGroup);
-          next_group = Ahead(from + kGroup * stride, there, p.dim * sizeof(T),
-                             stride * sizeof(T), halves * (end - begin) * calls_of(tokens, steps));
+          next_group = Ahead(from + kGroup * stride, there, p.dim * sizeof(T), stride * sizeof(T),
+                             halves * (end - begin) * calls_of(tokens, steps));
         }
         for (int64_t panel = begin; panel < end; ++panel) {
           const int64_t row = (first + panel) * kColumns;
@@ -99,6 +97,7 @@ void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Pa
           }
         }
       }
+      simd::finish_streams();
     });
   }
 }

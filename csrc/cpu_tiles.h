@@ -66,12 +66,10 @@ struct Lines {
   }
 };
 
-// Whether y is written past the caches: more than L2 holds, in whole lines.
+// Whether y is written past the caches: more than L2 holds.
 template <typename T>
 bool streams(const T* y, int64_t tokens, int64_t width) {
-  constexpr int64_t kLeast = 4 << 20, kLine = 64 / sizeof(T);
-  const int64_t bytes = tokens * width * static_cast<int64_t>(sizeof(T));
-  return bytes >= kLeast && width % kLine == 0 && simd::is_aligned(y);
+  return streams_rows(y, tokens, width, 4 << 20);
 }
 
 // How many bf16 a value is multiplied as.

@@ -11,6 +11,7 @@
 // number of threads.
 #pragma once
 
+#include "cpu_store_rows.h"
 #include "cpu_tiles.h"
 
 #if defined(SDFAST_TILES)
@@ -189,50 +190,6 @@ void multiply_taps(Product p, const Taps& taps, const Row<T>* left, int64_t colu
     }
   });
 }
-
-// A line past the caches.
-inline void stream_line(const float* from, float* to) {
-  simd::stream(to, simd::load(from), simd::FullVector());
-}
-inline void stream_line(const float* from, BFloat16* to) {
-  alignas(64) BFloat16 line[2 * kLanes];
-  simd::store(line, simd::load(from), simd::FullVector());
-  simd::store(line + kLanes, simd::load(from + kLanes), simd::FullVector());
-  Vec bits;
-  std::memcpy(&bits, line, sizeof bits);
-  simd::stream(reinterpret_cast<float*>(to), bits, simd::FullVector());
-}
-
-// Rows of a gradient, `stride` values apart.
-template <typename T>
-struct StoreRows {
-  T* to;
-  int64_t stride;
-  bool streamed = false;  // past the caches, in whole lines
-
-  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
-    if (streamed) return;
-    for (int64_t t = token; t < token + count; ++t) {
-      const T* out = to + t * stride + row;
-      constexpr int64_t kLine = 64 / sizeof(T);
-      for (int64_t j = 0; j < rows; j += kLine) simd::prefetch_for_write(out + j);
-    }
-  }
-  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows, const Sums& sums) const {
-    for (int64_t t = 0; t < count; ++t) {
-      const float* from = sums.values + t * sums.stride;
-      T* out = to + (token + t) * stride + row;
-      if (streamed) {
-        for (int64_t j = 0; j < rows; j += 64 / sizeof(T)) stream_line(from + j, out + j);
-      } else {
-        simd::for_each_vector(0, rows, [&](int64_t j, auto lanes) {
-          simd::store(out + j, simd::load(from + j), lanes);
-        });
-      }
-    }
-    if (streamed) simd::finish_streams();
-  }
-};
 
 // Whether to stream a weight's gradient of rows of so many values.
 template <typename T>

@@ -8,6 +8,7 @@
 #include "cpu_gemm_packing.h"
 #include "cpu_many_tokens.h"
 #include "cpu_math.h"
+#include "cpu_store_rows.h"
 #include "cpu_tensors.h"
 #include "cpu_tiles_gradient.h"
 
@@ -45,29 +46,6 @@ struct ColumnPanels {
   }
 };
 
-// Sums to rows of dx.
-template <typename T>
-struct StoreRows {
-  T* to;
-  int64_t stride;
-
-  void fetch(int64_t token, int64_t count, int64_t row, int64_t rows) const {
-    for (int64_t t = token; t < token + count; ++t) {
-      constexpr int64_t kLine = 64 / sizeof(T);
-      for (int64_t j = 0; j < rows; j += kLine) simd::prefetch_for_write(to + t * stride + row + j);
-    }
-  }
-  void operator()(int64_t token, int64_t count, int64_t row, int64_t rows,
-                  const gemm::Sums& sums) const {
-    for (int64_t t = 0; t < count; ++t) {
-      simd::for_each_vector(0, rows, [&](int64_t j, auto lanes) {
-        simd::store(to + (token + t) * stride + row + j,
-                    simd::load(sums.values + t * sums.stride + j), lanes);
-      });
-    }
-  }
-};
-
 template <typename T>
 void input_gradient(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
   using Operand = typename gemm::OperandOf<T>::Type;
@@ -77,7 +55,7 @@ void input_gradient(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
   if (gemm::are_many_tokens(product, kTimes) &&
       gemm::steps_of(Operand::kDepth, w.rows) <= kMostSteps) {
     return gemm::multiply_many_tokens<Operand>(product, dh.data, dh.columns, ColumnPanels<T>{w},
-                                               StoreRows<T>{dx, w.columns});
+                                               gemm::StoreRows<T>{dx, w.columns});
   }
   gemm::multiply_packing<Operand>(
       {dh.rows, w.columns, w.rows, gemm::lies_ready<Operand, T>(dh.columns, w.rows)},
@@ -123,7 +101,7 @@ void input_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
   const MatrixRows<T> rows(w);
   gemm::tiles::multiply_weights(std::is_same_v<T, float> ? p.splits() : p,
                                 gemm::tiles::Columns<T>{rows.get()}, tokens,
-                                gemm::tiles::StoreRows<T>{dx, w.columns});
+                                gemm::StoreRows<T>{dx, w.columns});
 }
 
 template <typename T>
@@ -131,7 +109,7 @@ void weight_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
   const MatrixRows<T> left(dh), right(x);
   const bool streamed = gemm::tiles::streams_gradient(dw, dh.columns, x.columns);
   gemm::tiles::multiply_taps({x.columns, x.rows}, {}, left.get(), dh.columns, right.get(),
-                             gemm::tiles::StoreRows<T>{dw, x.columns, streamed});
+                             gemm::StoreRows<T>{dw, x.columns, streamed});
 }
 
 void input_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& w, BFloat16* dx) {

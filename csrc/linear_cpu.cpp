@@ -149,8 +149,8 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   {
     if (gemm::are_many_tokens(product, gemm::kManyTimes)) {
       epilogue.streamed = gemm::streams(epilogue.y, tokens, epilogue.width);
-      return gemm::multiply_many_tokens<Operand>(
-          product, x, stride, gemm::RowPanels<T>{product, weight}, epilogue);
+      return gemm::multiply_many_tokens<Operand>(product, x, stride,
+                                                 gemm::RowPanels<T>{product, weight}, epilogue);
     }
     using Piece = gemm::Product::Piece;
     gemm::multiply_weights<Operand>(

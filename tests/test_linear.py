@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 2, 1), (5, 6, 3), (13, 34, 7), (77, 40, 33), (100, 64, 320), (60, 96, 1300), (30, 48, 5200))
 FEW_TOKENS = ((3, 52, 4101), (6, 98, 64), (8, 34, 70))  # the first in several chains of additions
 CROWDED = ((40, 54, 1024), (33, 34, 4096), (20, 1024, 40))  # rows that are a way of the L1 cache apart
+TWO_BLOCKS = (1200, 1090, 1001)  # of weights, each packed for many tokens
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("linear_rows", "cpu"), reason=_library.load_cpu_library().detail
 )
@@ -45,6 +46,13 @@ def test_shapes(activation: str | None, dtype: torch.dtype) -> None:
         x, weight, bias, residual = make(tokens, rows, k, dtype)
         check(x, weight, bias, residual, activation)
         check(x, weight, None, None, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "geglu"])
+def test_many_tokens(activation: str | None, dtype: torch.dtype) -> None:
+    check(*make(*TWO_BLOCKS, dtype), activation)
+    check(*make(262144 if dtype is torch.float32 else 524288, 64, 6, dtype), activation)  # past the caches
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,7 +89,7 @@ def test_non_finite_values_stay_in_their_row(value: float, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
-    for tokens, rows, k in ((300, 96, 64), (7, 320, 2700)):
+    for tokens, rows, k in ((300, 96, 64), (100, 640, 320), (7, 320, 2700)):
         x, weight, bias, residual = make(tokens, rows, k, dtype)
         results = []
         for threads in (1, 2, 3):

@@ -48,6 +48,20 @@ def test_rows_a_way_of_the_cache_apart(dtype: torch.dtype) -> None:
         check_gradients(ours, eager, make(tokens, rows, k, dtype), torch.randn(tokens, rows).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_many_tokens(dtype: torch.dtype) -> None:
+    """So many that the weight is packed for all of them, in two blocks."""
+    tensors, dy = make(2300, 1090, 1001, dtype), torch.randn(2300, 1090).to(dtype)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return ops.linear(x, weight, bias, residual=residual, backend="cpu")
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return linear_torch(x, weight, bias, residual=residual)
+
+    check_gradients(ours, eager, tensors, dy)
+
+
 def test_large_weight_gradients() -> None:
     """As many numbers as are stored past the caches; the last block is not whole."""
     tensors, dy = make(40, 530, 512, torch.float32), torch.randn(40, 530)
