@@ -145,7 +145,11 @@ struct TurnedWeight {
 
 // The tiles of a round, whose transforms wait in L3, and of a block, whose sums wait in L2.
 struct Blocks {
-  int64_t round, rows, panels, stride;
+  int64_t round, rows, panels;
+  // Transforms: (points, parts of the channels, tiles of the round, kPartChannels). What is multiplied
+  // at a time is one piece, for it comes from L3 each time.
+  int64_t parts, stride;
+  int64_t at(int64_t part, int64_t tile) const { return (part * round + tile) * kPartChannels; }
 
   Blocks(const Shape& s, const Tiling& tiling) {
     constexpr int64_t kRoundBytes = 16 << 20;
@@ -155,7 +159,8 @@ struct Blocks {
     const int64_t rounds = (tiling.count + most - 1) / most;
     round = (tiling.count + rounds - 1) / rounds;
     panels = (s.out_channels + gemm::kColumns - 1) / gemm::kColumns;
-    stride = round * channels + 3 * simd::kLanes;
+    parts = (s.channels + kPartChannels - 1) / kPartChannels;
+    stride = parts * round * kPartChannels + 3 * simd::kLanes;
     // More blocks than fill L2 only where threads would go without.
     const int64_t least = (round + kBlockTiles - 1) / kBlockTiles;
     const int64_t most_blocks = std::max(least, round / gemm::kRows);
@@ -172,14 +177,17 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
   const Phase phase = phases_of(s).front();
   const Tiling tiling(s, phase, kTile);
   const Blocks cut(s, tiling);
-  const int64_t channels = simd::round_up(s.channels);
   const Scratch<float> points(kPoints * cut.stride);
   for (int64_t first = 0; first < tiling.count; first += cut.round) {
     const int64_t tiles = std::min(cut.round, tiling.count - first);
     gemm::share(tiles, [&](const auto& next) {
       for (int64_t t; (t = next()) >= 0;) {
-        transform_tile<F4x4Of3x3>(s, phase, x, Position(tiling, first + t), 0, s.channels,
-                                  cut.stride, points.get() + t * channels);
+        for (int64_t part = 0; part < cut.parts; ++part) {
+          const int64_t c = part * kPartChannels;
+          transform_tile<F4x4Of3x3>(s, phase, x, Position(tiling, first + t), c,
+                                    std::min(c + kPartChannels, s.channels), cut.stride,
+                                    points.get() + cut.at(part, t));
+        }
       }
     });
     const int64_t blocks = (tiles + cut.rows - 1) / cut.rows;
@@ -189,16 +197,16 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
       for (int64_t item; (item = next()) >= 0;) {
         const int64_t column = item / blocks * gemm::kColumns, row = item % blocks * cut.rows;
         const int64_t rows = std::min(cut.rows, tiles - row);
-        for (int64_t c = 0; c < s.channels; c += kPartChannels) {
-          const int64_t part = std::min(kPartChannels, s.channels - c);
-          pack_weight(column, c, part, kWeightStride, weight.get());
+        for (int64_t part = 0; part < cut.parts; ++part) {
+          const int64_t c = part * kPartChannels, count = std::min(kPartChannels, s.channels - c);
+          pack_weight(column, c, count, kWeightStride, weight.get());
           for (int64_t p = 0; p < kPoints; ++p) {
-            if (c + kPartChannels < s.channels) pack_weight.fetch(column, c + kPartChannels, p);
-            const float* a = points.get() + p * cut.stride + row * channels + c;
+            if (part + 1 < cut.parts) pack_weight.fetch(column, c + kPartChannels, p);
+            const float* a = points.get() + p * cut.stride + cut.at(part, row);
             gemm::multiply_panel<Float32>(
-                rows, part, {reinterpret_cast<const Float32*>(a), channels},
+                rows, count, {reinterpret_cast<const Float32*>(a), kPartChannels},
                 reinterpret_cast<const Float32*>(weight.get() + p * kWeightStride),
-                sums.get() + p * sums_stride, c > 0);
+                sums.get() + p * sums_stride, part > 0);
           }
         }
         for (int64_t r = 0; r < rows; ++r) {
