@@ -146,8 +146,8 @@ struct TurnedWeight {
 // The tiles of a round, whose transforms wait in L3, and of a block, whose sums wait in L2.
 struct Blocks {
   int64_t round, rows, panels;
-  // Transforms: (points, parts of the channels, tiles of the round, kPartChannels). What is multiplied
-  // at a time is one piece, for it comes from L3 each time.
+  // Transforms: (points, parts of the channels, tiles of the round, kPartChannels). What is
+  // multiplied at a time is one piece, for it comes from L3 each time.
   int64_t parts, stride;
   int64_t at(int64_t part, int64_t tile) const { return (part * round + tile) * kPartChannels; }
 
@@ -177,6 +177,7 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
   const Phase phase = phases_of(s).front();
   const Tiling tiling(s, phase, kTile);
   const Blocks cut(s, tiling);
+  constexpr int64_t kTileBytes = gemm::kRows * kPartChannels * sizeof(float);
   const Scratch<float> points(kPoints * cut.stride);
   for (int64_t first = 0; first < tiling.count; first += cut.round) {
     const int64_t tiles = std::min(cut.round, tiling.count - first);
@@ -203,10 +204,15 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
           for (int64_t p = 0; p < kPoints; ++p) {
             if (part + 1 < cut.parts) pack_weight.fetch(column, c + kPartChannels, p);
             const float* a = points.get() + p * cut.stride + cut.at(part, row);
+            const bool last = p + 1 == kPoints;
+            const float* next_a = last ? points.get() + cut.at(part + 1, row) : a + cut.stride;
+            const int64_t calls = gemm::calls_of(rows, count);
+            gemm::Ahead ahead(next_a, last && part + 1 == cut.parts ? 0 : calls, kTileBytes,
+                              kTileBytes, calls);
             gemm::multiply_panel<Float32>(
                 rows, count, {reinterpret_cast<const Float32*>(a), kPartChannels},
                 reinterpret_cast<const Float32*>(weight.get() + p * kWeightStride),
-                sums.get() + p * sums_stride, part > 0);
+                sums.get() + p * sums_stride, part > 0, ahead);
           }
         }
         for (int64_t r = 0; r < rows; ++r) {
