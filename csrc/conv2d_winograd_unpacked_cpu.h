@@ -19,6 +19,7 @@ constexpr int kTile = F4x4Of3x3::kTile, kPatch = F4x4Of3x3::kPatch, kPoints = F4
 constexpr int kSide = 3, kTaps = kSide * kSide;
 constexpr int64_t kPartChannels = 32;  // one chain of additions
 constexpr int64_t kBlockTiles = 72;    // whole tiles of the micro-kernel
+constexpr int64_t kFewTiles = 256;     // up to which it was measured faster not to pack the weight
 // From one point of a part of the weight to the next, in other cache sets.
 constexpr int64_t kWeightStride = kPartChannels * gemm::kColumns + simd::kLanes;
 
@@ -54,8 +55,6 @@ SDFAST_INLINE void transform_weights(const Load& load, const Keep& keep) {
 // from `column` on. W: (out_channels, 3, 3, channels).
 template <typename T>
 struct Weight {
-  // Up to which it was measured faster not to pack the weight.
-  static constexpr int64_t kFewTiles = 64;
   const T* data;
   int64_t out_channels, channels;
 
@@ -107,7 +106,6 @@ struct Weight {
 // As Weight, of the convolution that gives dx from dy: turned, its channels exchanged.
 template <typename T>
 struct TurnedWeight {
-  static constexpr int64_t kFewTiles = 128;
   const T* data;
   int64_t out_channels, channels;
 
@@ -229,7 +227,7 @@ void run_packing(const Shape& s, const T* x, const PackWeight& pack_weight, cons
 template <typename T, typename PackWeight>
 void run_unpacked(const Shape& s, const T* x, const PackWeight& pack_weight, const Added<T>& added,
                   T* y) {
-  const bool few = Tiling(s, phases_of(s).front(), kTile).count <= PackWeight::kFewTiles;
+  const bool few = Tiling(s, phases_of(s).front(), kTile).count <= kFewTiles;
   if (few) return run_packing(s, x, pack_weight, added, y);
   const int64_t panels = (s.out_channels + gemm::kColumns - 1) / gemm::kColumns;
   const int64_t parts = (s.channels + kPartChannels - 1) / kPartChannels;
