@@ -2,9 +2,10 @@
 //
 // Algorithm. y's pixels are tokens, taps x channels are K (cpu_weights.h): a channels-last weight
 // is read where it lies, and panels of pixels are gathered into L2, a copy of C values a pixel and
-// tap; zeros stand for what lies outside. A 3x3 convolution after a nearest-2x upsample is four 2x2
-// convolutions, one for each parity of y's rows and columns, whose weights are sums of the 3x3's:
-// 4/9 of the multiplications. With AMX bf16 and split fp32 are multiplied on tiles (cpu_tiles.h).
+// tap; zeros stand for what lies outside. Many pixels of a 1x1 convolution are read where they lie
+// (cpu_many_tokens.h). A 3x3 convolution after a nearest-2x upsample is four 2x2 convolutions, one
+// for each parity of y's rows and columns, whose weights are sums of the 3x3's: 4/9 of the
+// multiplications. With AMX bf16 and split fp32 are multiplied on tiles (cpu_tiles.h).
 // Bytes: x once a tap from cache, W and the residual read, y written. Limit: fused multiply-adds.
 #pragma once
 
@@ -212,10 +213,10 @@ void run(const Shape& s, const T* x, const T* weight, const Added<T>& added, T* 
     const gemm::Product product{s.images * phase.rows * phase.columns, s.out_channels, dim, part,
                                 std::max(part, s.channels)};
     Epilogue<T> epilogue{s, phase, added, y};
-    if (is_pixel_by_pixel(s, phase) && gemm::are_many_tokens(product, gemm::kManyTimes)) {
-      epilogue.streamed = gemm::streams(y, product.tokens, s.out_channels);
-      const gemm::RowPanels<T> panels{product, weight};
-      gemm::multiply_many_tokens<Operand>(product, x, s.channels, panels, epilogue);
+    if (is_pixel_by_pixel(s, phase) && gemm::are_many_tokens<Operand>(product, gemm::kManyTimes)) {
+      epilogue.streamed = gemm::streams_past_l3(y, product.tokens, s.out_channels);
+      const gemm::PackRows<T> pack{product, weight};
+      gemm::multiply_many_tokens<Operand>(product, x, s.channels, pack, epilogue);
     } else {
       using Piece = gemm::Product::Piece;
       const Pixels<T> pixels{s, phase, x, zeros.data()};

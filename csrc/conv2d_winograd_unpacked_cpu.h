@@ -151,13 +151,13 @@ struct Blocks {
 
   Blocks(const Shape& s, const Tiling& tiling) {
     constexpr int64_t kRoundBytes = 16 << 20;
-    const int64_t channels = simd::round_up(s.channels);
-    const int64_t tile_bytes = kPoints * channels * static_cast<int64_t>(sizeof(float));
+    parts = (s.channels + kPartChannels - 1) / kPartChannels;
+    const int64_t tile_bytes =
+        kPoints * parts * kPartChannels * static_cast<int64_t>(sizeof(float));
     const int64_t most = std::max(kRoundBytes / tile_bytes, kBlockTiles);
     const int64_t rounds = (tiling.count + most - 1) / most;
     round = (tiling.count + rounds - 1) / rounds;
     panels = (s.out_channels + gemm::kColumns - 1) / gemm::kColumns;
-    parts = (s.channels + kPartChannels - 1) / kPartChannels;
     stride = parts * round * kPartChannels + 3 * simd::kLanes;
     // More blocks than fill L2 only where threads would go without.
     const int64_t least = (round + kBlockTiles - 1) / kBlockTiles;

@@ -1,5 +1,6 @@
 // The micro-kernel of matrix products on CPU: c = a b for rows of a and a panel of b, fp32
-// accumulation, and what products of different operands (cpu_weights.h, cpu_gemm_packing.h) share.
+// accumulation, and what products of different operands (cpu_weights.h, cpu_many_tokens.h,
+// cpu_gemm_packing.h) share.
 //
 // Algorithm. A panel holds kColumns columns of b, so that each step of the inner loop reads one
 // contiguous piece. The micro-kernel keeps kRows x kColumns sums in registers and reads a where it
@@ -145,9 +146,10 @@ struct Rows {
 constexpr int64_t kWayBytes = 4096;
 constexpr bool crowds(int64_t stride_bytes) { return stride_bytes % kWayBytes == 0; }
 
-// Whether a set holds the rows of a tile, which would otherwise drive each other out of it.
+// Whether a set holds the rows of a tile, which would otherwise drive each other out of it. Without
+// AVX the caches are old.
 inline bool holds_crowd() {
-#if defined(_SC_LEVEL1_DCACHE_ASSOC)
+#if defined(__AVX__) && defined(_SC_LEVEL1_DCACHE_ASSOC)
   static const bool holds = sysconf(_SC_LEVEL1_DCACHE_ASSOC) >= kRows;  // 0 where it is not known
   return holds;
 #else
@@ -157,7 +159,7 @@ inline bool holds_crowd() {
 
 // From one row of scratch to the next, in operands.
 template <typename Operand>
-int64_t scratch_stride(int64_t steps) {
+constexpr int64_t scratch_stride(int64_t steps) {
   return crowds(steps * sizeof(Operand)) ? steps + kLanes : steps;
 }
 

@@ -1,10 +1,11 @@
 // Matrix products of operands that lie as tensors do, for training: c = a b, fp32 accumulation.
 //
 // A weight changes at every step of an optimiser, and a packed copy of it would serve two products:
-// reading the weight, writing the copy and reading it again costs more than those. Here each thread
-// packs what it is about to multiply, some steps of a panel or of a few, into L1, and fetches what
-// follows meanwhile; nothing lasts. Each tile of sums is finished while it is in L1. Otherwise as
-// cpu_gemm.h, its chains of additions as long as what is packed at a time.
+// but for many tokens (cpu_many_tokens.h) reading the weight, writing the copy and reading it again
+// costs more than those. Here each thread packs what it is about to multiply, some steps of a panel
+// or of a few, into L1, and fetches what follows meanwhile; nothing lasts. Each tile of sums is
+// finished while it is in L1. Otherwise as cpu_gemm.h, its chains of additions as long as what is
+// packed at a time.
 #pragma once
 
 #include "cpu_gemm_rows.h"

@@ -14,25 +14,30 @@ namespace sdfast::gemm {
 constexpr int64_t kManyTimes = 2;  // from which this was measured faster than cpu_weights.h
 
 // Whether x and y have so many times the values of W: what cpu_weights.h transposes, and this file.
-inline bool are_many_tokens(const Product& p, int64_t times) {
+// Of longer rows L2 holds no group of tokens.
+template <typename Operand>
+bool are_many_tokens(const Product& p, int64_t times) {
+  constexpr int64_t kMostSteps = 2560;
   const int64_t rows = p.gated ? 2 * p.rows : p.rows;
-  return p.tokens * (p.dim + rows) >= times * rows * p.dim;
+  return steps_of(Operand::kDepth, p.dim) <= kMostSteps &&
+         p.tokens * (p.dim + rows) >= times * rows * p.dim;
 }
 
-// Whether y is written past the caches: more than L3 holds.
+// Whether y is written past the caches: more than L3 holds, in whole lines of a panel.
 template <typename T>
-bool streams(const T* y, int64_t tokens, int64_t width) {
-  return streams_rows(y, tokens, width, 32 << 20);
+bool streams_past_l3(const T* y, int64_t tokens, int64_t width) {
+  constexpr bool kInLines = simd::kStreams<T> && kColumns * sizeof(T) % 64 == 0;
+  return kInLines && streams_rows(y, tokens, width, 32 << 20);
 }
 
-// W dense, its rows packed as columns.
+// Packs rows of a dense W as columns.
 template <typename T>
-struct RowPanels {
+struct PackRows {
   const Product& product;
   const T* weight;
 
   template <typename Operand>
-  void pack(int64_t row, int64_t half, Operand* to) const {
+  void operator()(int64_t row, int64_t half, Operand* to) const {
     const Product& p = product;
     const T* from = weight + (row + half * p.rows) * p.dim;
     pack_columns<T>([&](int64_t i) { return from + i * p.dim; },
@@ -40,13 +45,14 @@ struct RowPanels {
   }
 };
 
-// As multiply_weights, for tokens x of `stride`. weight.pack(row, half, to) packs kColumns rows of
-// W from this one of a half on; a product without halves has the first.
-template <typename Operand, typename T, typename Panels, typename Finish>
-void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Panels& weight,
+// As multiply_weights, for tokens x of `stride`. pack(row, half, to) packs kColumns rows of W from
+// this one of a half on; a product that is not gated has the first.
+template <typename Operand, typename T, typename Pack, typename Finish>
+void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Pack& pack,
                           const Finish& finish) {
   constexpr int64_t kSharedBytes = 4 << 20, kSums = kRows * kColumns;
   const int64_t halves = p.gated ? 2 : 1, steps = steps_of(Operand::kDepth, p.dim);
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t panels = (p.rows + kColumns - 1) / kColumns;
   const int64_t groups = (p.tokens + kGroup - 1) / kGroup;
   const int64_t panel_size = halves * steps * kColumns;
@@ -63,10 +69,11 @@ void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Pa
     share(count * halves, [&](const auto& next) {
       for (int64_t item; (item = next()) >= 0;) {
         const int64_t panel = item / halves, half = item % halves;
-        weight.pack((first + panel) * kColumns, half, packed_of(panel, half));
+        pack((first + panel) * kColumns, half, packed_of(panel, half));
       }
     });
-    const int64_t splits = std::min(even_splits(groups, 8), count);
+    // Where groups are few for all threads.
+    const int64_t splits = std::clamp<int64_t>((8 * threads + groups - 1) / groups, 1, count);
     share(groups * splits, [&](const auto& next) {
       const Scratch<Operand> scratch(kGroup * (steps + kLanes));
       const Scratch<float> sums(halves * kSums);
@@ -76,10 +83,12 @@ void multiply_many_tokens(const Product& p, const T* x, int64_t stride, const Pa
         const int64_t token = group * kGroup, tokens = std::min(kGroup, p.tokens - token);
         const T* from = x + token * stride;
         const auto a = rows_of(from, stride, tokens, p.dim, scratch.get());
+        // The group that this thread is likely to take next.
+        const int64_t next_token = token + std::max<int64_t>(threads / splits, 1) * kGroup;
         Ahead next_group;
-        if (group + 1 < groups && split == 0) {  // the other splits read it with this one
-          const int64_t there = std::min(kGroup, p.tokens - token - kGroup);
-          next_group = Ahead(from + kGroup * stride, there, p.dim * sizeof(T), stride * sizeof(T),
+        if (next_token < p.tokens) {
+          next_group = Ahead(x + next_token * stride, std::min(kGroup, p.tokens - next_token),
+                             p.dim * sizeof(T), stride * sizeof(T),
                              halves * (end - begin) * calls_of(tokens, steps));
         }
         for (int64_t panel = begin; panel < end; ++panel) {

@@ -311,6 +311,14 @@ SDFAST_INLINE void stream_part(BFloat16* p, Vec v, FullVector) {
 }
 #endif
 
+// Whether stream_part of whole vectors passes the caches.
+template <typename T>
+constexpr bool kStreams = std::is_same_v<T, float>;
+#if defined(__AVX512F__)
+template <>
+inline constexpr bool kStreams<BFloat16> = true;
+#endif
+
 // Whether to stream the gradient of a weight, rows of `width` elements: nothing reads it before the
 // optimiser does.
 constexpr int64_t kStreamedGradient = 1 << 18;

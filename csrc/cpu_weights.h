@@ -1,11 +1,11 @@
 // Products with a weight that is read where it lies: y = x Wᵀ for W (rows, K), K contiguous.
 //
 // Algorithm. yᵀ = W xᵀ through the micro-kernel of cpu_gemm.h, which broadcasts its left operand
-// from memory: W needs no packed copy, but where its rows crowd one set of the cache. Panels of
-// kColumns tokens are packed instead, as many as L2 holds, and all of W goes past them. Sums of
-// kGroup rows of W and a panel of tokens are transposed in L1 and finished token by token. Limit:
-// fused multiply-adds; W's bytes where tokens are few. Every element is one chain of additions over
-// K, cut at fixed places: the result does not depend on the number of threads.
+// from memory: W needs no packed copy, but where its rows crowd a set of L1 that cannot hold them.
+// Panels of kColumns tokens are packed instead, as many as L2 holds, and all of W goes past them.
+// Sums of kGroup rows of W and a panel of tokens are transposed in L1 and finished token by token.
+// Limit: fused multiply-adds; W's bytes where tokens are few. Every element is one chain of
+// additions over K, cut at fixed places: the result does not depend on the number of threads.
 #pragma once
 
 #include "cpu_gemm_rows.h"
@@ -115,17 +115,19 @@ int64_t even_part(int64_t dim) {
   return (steps + parts - 1) / parts * kDepth;
 }
 
-// How panels are cut in blocks that L2 holds, and the groups that go past them in splits where
-// blocks are few.
+// How the tokens are cut in blocks of panels, and the groups of W in splits where blocks are few.
 struct Cut {
   int64_t blocks, splits;
 
-  static Cut of(int64_t panels, int64_t groups, int64_t panel_bytes) {
-    const int64_t threads = torch::stable::get_num_threads();
+  template <typename Operand>
+  static Cut of(const Product& p) {
+    const int64_t threads = torch::stable::get_num_threads(), panels = p.panels();
+    const int64_t panel_bytes =
+        steps_of(Operand::kDepth, p.part) * kColumns * static_cast<int64_t>(sizeof(Operand));
     const int64_t most = std::max<int64_t>(1, kPackedBytes / panel_bytes);
     const int64_t blocks = (panels + most - 1) / most;
     const int64_t even = std::min((blocks + threads - 1) / threads * threads, panels);
-    return {even, std::min(even_splits(even, 2), groups)};
+    return {even, std::min(even_splits(even, 2), p.groups())};
   }
 };
 
@@ -135,9 +137,9 @@ struct Cut {
 template <typename Operand, typename T, typename Pack, typename Finish>
 void multiply_weights(const Product& p, const T* weight, const Pack& pack, const Finish& finish) {
   constexpr int64_t kSums = kGroup * kColumns;
+  const Cut cut = Cut::of<Operand>(p);
   const int64_t panels = p.panels(), groups = p.groups(), parts = p.parts();
   const int64_t halves = p.gated ? 2 : 1, most_steps = steps_of(Operand::kDepth, p.part);
-  const Cut cut = Cut::of(panels, groups, most_steps * kColumns * sizeof(Operand));
   const int64_t most_panels = (panels + cut.blocks - 1) / cut.blocks;
   const int64_t most_groups = (groups + cut.splits - 1) / cut.splits;
   share(cut.blocks * cut.splits, [&](const auto& next) {

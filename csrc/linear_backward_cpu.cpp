@@ -1,10 +1,11 @@
 // linear on CPU for training: the gradients dx = dh W, dW = dhᵀ x and db = Σ dh, and the
 // activation.
 //
-// Algorithm. The products of cpu_gemm_packing.h; on AMX, in bf16 and in fp32 that may be split,
-// those of cpu_tiles_gradient.h. Operands lie as torch keeps them: W by rows for dx, x and dh by
-// tokens for dW. The activation is a pass of its own, because its gradient needs h. Bytes: the
-// operands once a block of rows, the result written. Limit: fused multiply-adds, or TDPBF16PS.
+// Algorithm. The products of cpu_gemm_packing.h, for dx of many tokens of cpu_many_tokens.h; on
+// AMX, in bf16 and in fp32 that may be split, those of cpu_tiles_gradient.h. Operands lie as torch
+// keeps them: W by rows for dx, x and dh by tokens for dW. The activation is a pass of its own,
+// because its gradient needs h. Bytes: the operands once a block of rows, the result written.
+// Limit: fused multiply-adds, or TDPBF16PS.
 #include "cpu_gemm_packing.h"
 #include "cpu_many_tokens.h"
 #include "cpu_math.h"
@@ -36,25 +37,17 @@ void check_dense(const Tensor& t, const char* name, ScalarType dtype) {
                   ": expected dense, in the dtype of x");
 }
 
-// Columns of W as multiply_many_tokens packs them.
-template <typename T>
-struct ColumnPanels {
-  const Matrix<T>& w;
-  template <typename Operand>
-  void pack(int64_t column, int64_t, Operand* to) const {
-    gemm::copy_panel(w.data + column, w.columns, w.rows, w.columns - column, to);
-  }
-};
-
 template <typename T>
 void input_gradient(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
   using Operand = typename gemm::OperandOf<T>::Type;
   const gemm::Product product{dh.rows, w.columns, w.rows, w.rows, w.rows};
-  // As measured. Of longer rows L2 does not hold a group of tokens.
-  constexpr int64_t kTimes = 4, kMostSteps = 2560;
-  if (gemm::are_many_tokens(product, kTimes) &&
-      gemm::steps_of(Operand::kDepth, w.rows) <= kMostSteps) {
-    return gemm::multiply_many_tokens<Operand>(product, dh.data, dh.columns, ColumnPanels<T>{w},
+  constexpr int64_t kTimes = 4;  // from which it was measured faster
+  if (gemm::are_many_tokens<Operand>(product, kTimes)) {
+    const gemm::MatrixPanels<T> columns{w.data, w.columns, w.columns};
+    const auto pack = [&](int64_t column, int64_t, Operand* to) {
+      columns.pack(column, 0, w.rows, to);
+    };
+    return gemm::multiply_many_tokens<Operand>(product, dh.data, dh.columns, pack,
                                                gemm::StoreRows<T>{dx, w.columns});
   }
   gemm::multiply_packing<Operand>(

@@ -1,7 +1,8 @@
 // linear on CPU: y = act(x Wᵀ + bias + residual), fp32, bf16 and fp16.
 //
-// Algorithm. cpu_weights.h, of few tokens cpu_few_tokens.h, on AMX in bf16 and in split fp32
-// cpu_tiles.h: W is read where it lies, or in a copy for tiles. Some tokens and a group of W's rows
+// Algorithm. cpu_weights.h, which reads W where it lies; of few tokens cpu_few_tokens.h, which does
+// too; of many cpu_many_tokens.h, which reads x where it lies; on AMX in bf16 and in split fp32
+// cpu_tiles.h, W read where it lies or in a copy for tiles. Some tokens and a group of W's rows
 // at a time the sums are finished: bias and residual added, activated, rounded once. For GEGLU the
 // sums of the value and of its gate meet in L1 and the doubled intermediate is never written. bf16
 // multiplies pairs with AMX or AVX512-BF16; elsewhere bf16 and fp16 are widened to fp32. Bytes: x,
@@ -147,10 +148,10 @@ void run(const T* x, int64_t stride, int64_t k, const T* weight, int64_t tokens,
   } else
 #endif
   {
-    if (gemm::are_many_tokens(product, gemm::kManyTimes)) {
-      epilogue.streamed = gemm::streams(epilogue.y, tokens, epilogue.width);
+    if (gemm::are_many_tokens<Operand>(product, gemm::kManyTimes)) {
+      epilogue.streamed = gemm::streams_past_l3(epilogue.y, tokens, epilogue.width);
       return gemm::multiply_many_tokens<Operand>(product, x, stride,
-                                                 gemm::RowPanels<T>{product, weight}, epilogue);
+                                                 gemm::PackRows<T>{product, weight}, epilogue);
     }
     using Piece = gemm::Product::Piece;
     gemm::multiply_weights<Operand>(

@@ -33,7 +33,7 @@ CASES = (
     (1, 2560, 3, 3, 33, 1, 1, 0),
     (1, 2048, 5, 8, 20, 1, 1, 0),  # rows of the weight are a way of the L1 cache apart
 )
-ROUNDS = (2, 1400, 20, 20, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
+ROUNDS = (2, 1400, 28, 28, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
 # Relative, of a layer.
 WINOGRAD_ERROR = {"winograd4x4": 2e-5, "winograd2x2": 2e-6, "winograd4x4_unpacked": 2e-5}
 ALGORITHMS = ("direct", *WINOGRAD_ERROR)  # test_tiles.py has the split one

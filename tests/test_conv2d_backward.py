@@ -35,6 +35,8 @@ WINOGRAD_CASES = (
     (2, 64, 9, 6, 48, 3, 1, (0, 2, 1, 0)),
     (2, 130, 22, 20, 70, 3, 1, 1),
     (1, 40, 8, 7, 400, 3, 1, 1),  # more than a strip of out_channels
+    (3, 33, 38, 37, 70, 3, 1, 1),  # more tiles than those of which no weight is packed
+    (2, 1400, 28, 28, 33, 3, 1, 1),  # more tiles than one round holds
 )
 WINOGRAD_ERROR = 1e-5  # relative, a layer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gradients import check_gradients, gradients
 from processes import run_with_library
-from test_linear import CROWDED, DTYPES, SHAPES, make, needs_kernel
+from test_linear import CROWDED, DTYPES, SHAPES, make, many_tokens, needs_kernel
 from torch import Tensor
 
 from sdfast import ops, packing
@@ -50,8 +50,9 @@ def test_rows_a_way_of_the_cache_apart(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_many_tokens(dtype: torch.dtype) -> None:
-    """So many that the weight is packed for all of them, in two blocks."""
-    tensors, dy = make(2300, 1090, 1001, dtype), torch.randn(2300, 1090).to(dtype)
+    """So many that the weight is packed for all of them, in two blocks; an odd number of its rows."""
+    tokens, k, rows = many_tokens(dtype)
+    tensors, dy = make(tokens, rows, k, dtype), torch.randn(tokens, rows).to(dtype)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         return ops.linear(x, weight, bias, residual=residual, backend="cpu")
