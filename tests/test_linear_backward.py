@@ -15,6 +15,14 @@ from sdfast.ops.linear import ACTIVATIONS, linear_torch
 pytestmark = [needs_kernel, pytest.mark.usefixtures("exact_numerics")]
 
 
+def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return ops.linear(x, weight, bias, residual=residual, backend="cpu")
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return linear_torch(x, weight, bias, residual=residual)
+
+
 def width_of(rows: int, activation: str | None) -> int:
     return rows // 2 if activation == "geglu" else rows
 
@@ -38,12 +46,6 @@ def test_shapes(activation: str | None, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_a_way_of_the_cache_apart(dtype: torch.dtype) -> None:
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return ops.linear(x, weight, bias, residual=residual, backend="cpu")
-
-    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return linear_torch(x, weight, bias, residual=residual)
-
     for tokens, rows, k in CROWDED:
         check_gradients(ours, eager, make(tokens, rows, k, dtype), torch.randn(tokens, rows).to(dtype))
 
@@ -54,24 +56,12 @@ def test_many_tokens(dtype: torch.dtype) -> None:
     tokens, k, rows = many_tokens(dtype)
     tensors, dy = make(tokens, rows, k, dtype), torch.randn(tokens, rows).to(dtype)
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return ops.linear(x, weight, bias, residual=residual, backend="cpu")
-
-    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return linear_torch(x, weight, bias, residual=residual)
-
     check_gradients(ours, eager, tensors, dy)
 
 
 def test_large_weight_gradients() -> None:
     """As many numbers as are stored past the caches; the last block is not whole."""
     tensors, dy = make(40, 530, 512, torch.float32), torch.randn(40, 530)
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return ops.linear(x, weight, bias, residual=residual, backend="cpu")
-
-    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return linear_torch(x, weight, bias, residual=residual)
 
     check_gradients(ours, eager, tensors, dy)
 
@@ -214,4 +204,5 @@ def test_lower_instruction_sets(isa: str) -> None:
             t.test_strides(dtype)
         t.test_slopes_far_from_zero()
         t.test_large_weight_gradients()
+        t.test_many_tokens(t.torch.float32)
     """)  # fmt: skip
