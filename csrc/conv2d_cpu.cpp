@@ -1,8 +1,10 @@
 // conv2d on CPU: packing, checks, launch and registration. The algorithms are in
-// conv2d_direct_cpu.h, conv2d_winograd_cpu.h and conv2d_winograd_unpacked_cpu.h.
+// conv2d_direct_cpu.h, conv2d_few_channels_cpu.h, conv2d_winograd_cpu.h and
+// conv2d_winograd_unpacked_cpu.h.
 #include "conv2d_cpu.h"
 
 #include "conv2d_direct_cpu.h"
+#include "conv2d_few_channels_cpu.h"
 #include "conv2d_winograd_unpacked_cpu.h"
 #include "cpu_tensors.h"
 
@@ -215,6 +217,7 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
 #endif
       STD_TORCH_CHECK(false, "algorithm: this one takes fp32, where there is AMX");
     }
+    if (conv2d::few::suit(s)) return conv2d::few::run<Operand>(s, from, values, added, to);
     // A pair must not reach from one tap to the next.
     if (s.channels % Operand::kDepth == 0) {
       return conv2d::direct::run<Operand>(s, from, values, added, to);

@@ -63,12 +63,21 @@ SDFAST_INLINE Vec select(Mask mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 SDFAST_INLINE Vec absolute(Vec v) { return as_floats(as_bits(v) & 0x7fffffffu); }
 
+// Lanes added in halves, in registers: GCC makes a loop over them wait for memory.
 SDFAST_INLINE float sum(Vec v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(__AVX512F__)
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto eight = v;
+#endif
+#if defined(__AVX__)
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  const auto four = eight;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // The first `lanes` lanes of v, the others zero.

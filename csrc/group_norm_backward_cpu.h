@@ -81,7 +81,7 @@ void apply_gradient(const T* x, const T* dy, int64_t rows, int64_t width, const 
       simd::for_each_of(result, [&](int j, Vec v) {
         T* to = dx + from + j * width;
         if (kStreams) {
-          simd::stream(to, v, lanes);
+          simd::stream_part(to, v, lanes);
         } else {
           simd::prefetch_for_write(to + count * width);
           simd::store(to, v, lanes);

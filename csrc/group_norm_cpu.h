@@ -68,12 +68,12 @@ struct Tiling {
   }
 };
 
-// Whether a result is too large for the caches, and whole vectors of it can go past them.
+// Whether a result is too large for the caches, and whole lines of it can go past them.
 template <bool kChannelsLast, typename T>
 bool streams_result(const Tiling& t, const T* to) {
-  return kChannelsLast && std::is_same_v<T, float> && simd::is_aligned(to) &&
-         t.channels % simd::kLanes == 0 &&
-         t.images * t.channels * t.pixels > simd::kStreamedElements;
+  constexpr int64_t kSize = sizeof(T), kLeastBytes = 64 << 20;
+  return kChannelsLast && simd::kStreams<T> && simd::is_aligned(to) &&
+         t.channels * kSize % 64 == 0 && t.images * t.channels * t.pixels * kSize >= kLeastBytes;
 }
 
 struct Tile {

@@ -100,7 +100,7 @@ void apply(const T* x, int64_t rows, int64_t width, int64_t stride, const Coeffi
       simd::for_each_of(z, [&](int j, Vec v) {
         T* to = y + from + j * stride;
         if (kStreams) {
-          simd::stream(to, v, lanes);
+          simd::stream_part(to, v, lanes);
         } else {
           simd::store(to, v, lanes);
         }

@@ -44,24 +44,6 @@ SDFAST_INLINE Vec at(const float* values, int64_t i, float neutral, Lanes lanes)
   return values ? simd::load(values + i, lanes) : simd::broadcast(neutral);
 }
 
-// Lanes added in halves, in registers: through memory, as simd::sum goes, a short row would wait
-// for its two sums longer than it is read.
-SDFAST_INLINE float sum_lanes(Vec v) {
-#if defined(__AVX512F__)
-  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  const auto eight = v;
-#endif
-#if defined(__AVX__)
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-#else
-  const auto four = eight;
-#endif
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
 template <int N>
 struct Sums {
   double of[N];
@@ -85,7 +67,7 @@ SDFAST_INLINE Sums<N> sum_row(int64_t width, const Term& term) {
       d = d + term(i + 3 * kLanes, full);
     }
     simd::for_each_vector(i, end, [&](int64_t j, auto lanes) { a = a + term(j, lanes); });
-    simd::for_each_of((a + b) + (c + d), [&](int k, Vec v) { sums.of[k] += sum_lanes(v); });
+    simd::for_each_of((a + b) + (c + d), [&](int k, Vec v) { sums.of[k] += simd::sum(v); });
   }
   return sums;
 }
@@ -103,7 +85,7 @@ SDFAST_INLINE Moments moments(const T* x, int64_t width) {
   const int first = static_cast<int>(std::min<int64_t>(width, simd::kLanes));
   const Vec typical =
       first < simd::kLanes ? simd::load(x, first) : simd::load(x, simd::FullVector());
-  float center = sum_lanes(typical) / static_cast<float>(first);
+  float center = simd::sum(typical) / static_cast<float>(first);
   for (int attempt = 0;; ++attempt) {
     const auto sums = sum_row<2>(width, [&](int64_t i, auto lanes) {
       const Vec deviation = simd::keep_first(simd::load(x + i, lanes) - center, lanes);

@@ -18,6 +18,15 @@ from sdfast.testing import assert_within_budget, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, C_in, H, W, C_out, kernel, stride, padding)
+FEW = (  # channels of y
+    (2, 37, 9, 20, 3, 3, 1, 1),
+    (1, 64, 5, 31, 8, 3, 2, 1),
+    (1, 48, 5, 14, 5, 5, 1, (2, 0, 0, 2)),
+    (3, 32, 1, 2, 8, 3, 1, 1),
+    (2, 320, 3, 8, 4, 3, 1, 1),  # chains of additions that end with a row of the kernel
+    (1, 1401, 4, 9, 2, 3, 1, 1),  # and within it
+    (1, 70, 3, 9, 6, 1, 1, 0),
+)
 CASES = (
     (1, 3, 7, 9, 5, 3, 1, 1),
     (2, 4, 1, 1, 40, 3, 1, 1),
@@ -32,6 +41,8 @@ CASES = (
     (1, 2561, 3, 3, 33, 1, 1, 0),  # channels in several parts, odd
     (1, 2560, 3, 3, 33, 1, 1, 0),
     (1, 2048, 5, 8, 20, 1, 1, 0),  # rows of the weight are a way of the L1 cache apart
+    (3, 33, 12, 11, 37, 1, 1, 0),  # many pixels of one tap, with remainders
+    *FEW,
 )
 ROUNDS = (2, 1400, 28, 28, 33, 3, 1, 1)  # more tiles than one round of Winograd holds
 # Relative, of a layer.
@@ -80,7 +91,7 @@ def test_winograd(dtype: torch.dtype, upsample: bool) -> None:
             allowed = error if dtype == torch.float32 else 1.5 * relative_error(eager, exact)
             assert relative_error(actual, exact) <= allowed, (algorithm, case)
             tried += 1
-        assert tried == 6
+        assert tried == 10
         if dtype == torch.float32:
             args, keywords = make(ROUNDS, dtype)
             exact = references(args, keywords)[1]
@@ -105,7 +116,7 @@ def test_layouts_and_strides(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_left_unwritten(dtype: torch.dtype, algorithm: str, poisoned_memory: None) -> None:
-    for case in (CASES[0], CASES[2], CASES[8]):
+    for case in (CASES[0], CASES[2], CASES[8], FEW[0]):
         for upsample in (False, True):
             assert convolve(algorithm, *make(case, dtype, upsample)).isfinite().all()
 
@@ -117,6 +128,7 @@ def test_bits_do_not_depend_on_threads(algorithm: str) -> None:
     for case, upsample in (
         ((2, 40, 20, 21, 72, 3, 1, 1), False),
         ((1, 64, 7, 7, 40, 3, 1, 1), False),
+        ((2, 64, 70, 31, 4, 3, 1, 1), False),
         ((1, 64, 100, 102, 40, 3, 1, 1), False),
         ((1, 64, 100, 102, 40, 3, 1, 1), upsamples),
         ((1, 64, 150, 152, 40, 3, 1, 1), upsamples),
@@ -208,6 +220,12 @@ def test_a_size_of_a_model_gets_winograd() -> None:
     y = ops.conv2d(*args, **keywords)
     assert torch.equal(y, convolve("winograd4x4", args, keywords))
     assert relative_error(y, references(args, keywords)[1]) <= WINOGRAD_ERROR["winograd4x4"]
+
+
+def test_few_channels_of_y_are_not_left_to_torch() -> None:
+    for dtype in DTYPES:
+        args, keywords = make((1, 64, 16, 16, 4, 3, 1, 1), dtype)
+        assert torch.equal(ops.conv2d(*args, **keywords), convolve("direct", args, keywords))
 
 
 def test_an_empty_kernel_is_left_to_torch() -> None:

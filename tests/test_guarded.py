@@ -106,6 +106,11 @@ def conv2d_1x1(*tensors: Tensor) -> Results:
     return convolve(1, 0, *tensors)
 
 
+@on((2, 35, 7, 9), (7, 35, 3, 3), (7,), (2, 7), (2, 7, 7, 9))
+def conv2d_to_few_channels(*tensors: Tensor) -> Results:
+    return convolve(1, 1, *tensors)
+
+
 @on((1, 33, 46, 47), (35, 33, 3, 3), (35,), (1, 35), (1, 35, 46, 47))
 def conv2d_winograd(x: Tensor, weight: Tensor, *added: Tensor) -> Results:
     more = (added[0], 1, [1] * 4, False, *added[1:])

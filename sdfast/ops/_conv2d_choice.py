@@ -78,6 +78,12 @@ def suits_torch(x: Tensor, weight: Tensor, upsample: bool) -> bool:
     return min(weight.shape[:2]) < (32 if gathered else 16)
 
 
+def has_few_outputs(weight: Tensor, upsample: bool) -> bool:
+    """Whether the direct kernel is the one of csrc/conv2d_few_channels_cpu.h, two to four times torch's speed."""
+    out_channels, channels, _, width = weight.shape
+    return not upsample and out_channels <= 8 and width * channels >= 32
+
+
 def times_of(shape: Shape) -> tuning.Times | None:
     """What was measured here. Without the direct kernel, which numerics and memory always allow, nothing."""
     times = tuning.times_of(shape)
@@ -117,7 +123,8 @@ def _by_times(times: tuning.Times, shape: Shape, weight: Tensor) -> tuple[str, f
 
 def _by_rule(allowed: Sequence[str], shape: Shape, weight: Tensor) -> tuple[str, float]:
     """F(4x4) where it was measured faster on one machine, with a copy where its memory is well spent."""
-    direct = "split" if "split" in allowed else "direct"
+    few = has_few_outputs(weight, shape.upsample)
+    direct = "split" if "split" in allowed and not few else "direct"
     batch, _, height, width = shape.x
     scale = 2 if shape.upsample else 1
     height, width = scale * height, scale * width

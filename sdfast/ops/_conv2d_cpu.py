@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdfast import _library, packing
 from sdfast.ops import _tiles
-from sdfast.ops._conv2d_choice import algorithm_for, folds, kind_of, needs_copy, shape_of
+from sdfast.ops._conv2d_choice import algorithm_for, folds, has_few_outputs, kind_of, needs_copy, shape_of
 
 # As csrc/conv2d_cpu.cpp counts them.
 ALGORITHMS = ("direct", "winograd4x4", "winograd2x2", "winograd4x4_unpacked", "split")
@@ -91,9 +91,9 @@ def forward(
         return cast(Tensor, y.contiguous(memory_format=torch.channels_last))
     if upsample and (algorithm == "winograd4x4_unpacked" or not folds(weight.shape[2:], stride, padding)):
         x, upsample = upsampled(x), False
-    # The direct one of fp32 is not on tiles.
+    # The direct ones of fp32 and of few channels are not on tiles.
     on_tiles = algorithm == ("split" if weight.dtype is torch.float32 else "direct")
-    values = _on_tiles(weight, upsample) if on_tiles else None
+    values = _on_tiles(weight, upsample) if on_tiles and not has_few_outputs(weight, upsample) else None
     packing.note(weight)
     if values is None:
         values = values_of(weight, algorithm, upsample, worth)

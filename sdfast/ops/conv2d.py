@@ -34,7 +34,7 @@ from sdfast.ops._checks import (
 )
 from sdfast.ops._conv2d_arguments import check_groups, sides_of, stride_of
 from sdfast.ops._conv2d_call import Call, NormPrologue
-from sdfast.ops._conv2d_choice import shape_of, suits_torch, times_of
+from sdfast.ops._conv2d_choice import has_few_outputs, shape_of, suits_torch, times_of
 from sdfast.ops._conv2d_cpu import forward, forward_op, output_size
 from sdfast.ops._conv2d_cuda import conv2d_cuda, why_not_cuda
 from sdfast.ops._conv2d_fused import conv2d_triton, conv2d_triton_training
@@ -312,7 +312,7 @@ def _suits_torch(call: Call) -> bool:
     A compiled model cannot ask while it is traced, and is served by the rule.
     """
     x, weight, _, stride, padding, upsample, time_embedding, residual, *_ = call
-    if not suits_torch(x, weight, upsample):
+    if has_few_outputs(weight, upsample) or not suits_torch(x, weight, upsample):
         return False
     if torch.compiler.is_compiling():
         return True
