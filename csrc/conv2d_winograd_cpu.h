@@ -191,6 +191,10 @@ void transform_tile(const Shape& s, const Phase& phase, const T* x, const Positi
   });
 }
 
+// Whether a vector of T is half a line, so that a panel's two wait for each other to be streamed.
+template <typename T>
+constexpr bool kInLines = simd::kStreams<T> && sizeof(T) * gemm::kColumns == sizeof(Vec);
+
 // The pixels of one tile for one panel of channels. m: from one point to the next `point_stride`.
 template <typename F, typename T>
 void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t first_channel,
@@ -200,6 +204,7 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
   const int64_t rows = std::min<int64_t>(kTile, phase.rows - at.row);
   const int64_t columns = std::min<int64_t>(kTile, phase.columns - at.column);
   const bool streams = s.streams(y);
+  [[maybe_unused]] alignas(Vec) T lines[kTile][kTile][gemm::kColumns];  // of what is narrower
   simd::for_each_vector(first_channel, end, [&](int64_t c, auto lanes) {
     const float* from = m + (c - first_channel);
     Vec half[kTile][kPatch];
@@ -224,14 +229,29 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
         }
         const Vec sum = finished(added, s, out[j], at.image, pixel, c, lanes);
         T* to = y + pixel * s.out_channels + c;
-        if (streams) {
-          simd::stream(to, sum, lanes);
-        } else {
+        if (!streams) {
           simd::store(to, sum, lanes);
+        } else if constexpr (kInLines<T>) {
+          simd::store(&lines[i][j][c - first_channel], sum, simd::FullVector());
+        } else {
+          simd::stream(to, sum, lanes);
         }
       }
     }
   });
+  if constexpr (kInLines<T>) {
+    if (!streams) return;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t first = phase.pixel(s, at.image, at.row + i, at.column);
+      for (int j = 0; j < columns; ++j) {
+        Vec line;
+        std::memcpy(&line, lines[i][j], sizeof line);
+        const int64_t pixel = first + j * phase.spread;
+        simd::stream(reinterpret_cast<float*>(y + pixel * s.out_channels + first_channel), line,
+                     simd::FullVector());
+      }
+    }
+  }
 }
 
 // How many tiles make a round, who takes it, how (2) is cut, and where its operands and sums lie.

@@ -287,9 +287,9 @@ SDFAST_INLINE void store(T* p, Vec v, int lanes) {
   std::memcpy(p, values, lanes * sizeof(T));
 }
 
-// A store past the caches, for results of more elements than those hold: the line is not read
-// first. p: on the boundary of a vector. Before another thread may read there, `finish_streams`.
-constexpr int64_t kStreamedElements = 16 << 20;
+// A store past the caches, for results of more bytes than those hold: the line is not read first.
+// p: on the boundary of a vector. Before another thread may read there, `finish_streams`.
+constexpr int64_t kStreamedBytes = 64 << 20;
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 SDFAST_INLINE void stream(float* p, Vec v, FullVector) {
 #if defined(__AVX512F__)

@@ -71,9 +71,9 @@ struct Tiling {
 // Whether a result is too large for the caches, and whole lines of it can go past them.
 template <bool kChannelsLast, typename T>
 bool streams_result(const Tiling& t, const T* to) {
-  constexpr int64_t kSize = sizeof(T), kLeastBytes = 64 << 20;
+  constexpr int64_t kSize = sizeof(T);
   return kChannelsLast && simd::kStreams<T> && simd::is_aligned(to) &&
-         t.channels * kSize % 64 == 0 && t.images * t.channels * t.pixels * kSize >= kLeastBytes;
+         t.channels * kSize % 64 == 0 && t.images * t.channels * t.pixels * kSize >= simd::kStreamedBytes;
 }
 
 struct Tile {
