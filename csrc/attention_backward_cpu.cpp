@@ -160,12 +160,14 @@ struct AttentionBackward {
                                        work.k_lanes + lanes, scores, false);
     multiply_block<Operand, false, kV>(rows, steps, work.d_o.along_dim + first * steps, steps,
                                        work.v_lanes + lanes, gradients, false);
-    if (diagonal) attention::hide_later_keys(rows, scores, gradients);
+    // What is hidden has an infinite score, which 0 would make NaN.
+    const float to_log2 = scale == 0 ? std::numeric_limits<float>::min()
+                                     : static_cast<float>(scale * 1.4426950408889634);
+    if (diagonal) attention::hide_later_keys(rows, to_log2, scores, gradients);
     std::fill(scores + rows * kColumns, scores + padded(rows) * kColumns, 0.0f);
     std::fill(gradients + rows * kColumns, gradients + padded(rows) * kColumns, 0.0f);
-    attention::differentiate<kV>(padded(rows), static_cast<float>(scale * 1.4426950408889634),
-                                 {work.lse + first, work.delta + first}, scores, gradients,
-                                 work.pairs);
+    attention::differentiate<kV>(padded(rows), to_log2, {work.lse + first, work.delta + first},
+                                 scores, gradients, work.pairs);
     const Operand* weights = reinterpret_cast<const Operand*>(scores);
     const Operand* d_scores = kPairs ? work.pairs : reinterpret_cast<const Operand*>(gradients);
     const int64_t lda = whole(dim), from = first / kDepth * lda;

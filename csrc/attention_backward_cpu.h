@@ -97,10 +97,12 @@ void multiply_rowwise(const T* a, int64_t a_stride, const T* b, int64_t b_stride
 }
 
 // Hides from each of the first queries the keys after its own position. Row 0 sees key 0 alone.
-inline void hide_later_keys(int64_t rows, float* scores, float* gradients) {
+// scale: what scores will be multiplied by.
+inline void hide_later_keys(int64_t rows, float scale, float* scores, float* gradients) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   for (int64_t row = 0; row < std::min<int64_t>(rows, kColumns - 1); ++row) {
     const int64_t begin = row * kColumns + row + 1, end = (row + 1) * kColumns;
-    std::fill(scores + begin, scores + end, -std::numeric_limits<float>::infinity());
+    std::fill(scores + begin, scores + end, scale < 0 ? kInfinity : -kInfinity);
     std::fill(gradients + begin, gradients + end, 0.0f);
   }
 }

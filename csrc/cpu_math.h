@@ -194,7 +194,8 @@ SDFAST_INLINE V silu(const V& x) {
 
 // d/dv of silu: s + v s (1 - s), s = sigmoid(v).
 template <typename V>
-SDFAST_INLINE V silu_gradient(const V& v) {
+SDFAST_INLINE V silu_gradient(const V& x) {
+  const V v = at_least(x, -kSigmoidRange);  // below, it is zero to fp32
   const V s = sigmoid(v);
   return s + v * s * (1.0f - s);
 }
@@ -239,7 +240,7 @@ SDFAST_INLINE V gelu_gradient(const V& v) {
 // v * sigmoid(1.702 v), the approximation CLIP was trained with.
 template <typename V>
 SDFAST_INLINE V quick_gelu(const V& v) {
-  return v * sigmoid(v * 1.702f);
+  return silu(v * 1.702f) * (1 / 1.702f);
 }
 
 }  // namespace sdfast::simd

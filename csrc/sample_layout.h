@@ -132,7 +132,9 @@ class Samples {
     STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected the dtype of the others");
     const bool short_samples = layout.size < kShortSample && layout.samples > 1;
     if (!layout.fits(t) || (short_samples && t.stride(0) != layout.size)) {
-      tensor_ = empty_strided(shape, layout.strides, dtype);
+      std::vector<int64_t> strides = layout.strides;
+      if (!strides.empty()) strides[0] = layout.size;  // which that of a single sample need not be
+      tensor_ = empty_strided(shape, strides, dtype);
       torch::stable::copy_(tensor_, t);
     }
     if (!shape.empty()) stride_ = tensor_.stride(0);

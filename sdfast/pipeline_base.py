@@ -58,7 +58,8 @@ class PipelineBase:
         """
         Args:
             unet, vae, text_encoders, tokenizers: all on one device; the VAE may have a wider dtype.
-            scheduler_config: diffusers' scheduler_config.json.
+            scheduler_config: diffusers' scheduler_config.json. Of Stable Diffusion 1 and 2 no x̂_0 is clipped
+                and steps are offset by 1, whatever it says.
             name: what the settings of a picture call the model.
             zero_empty_negative: without a negative prompt, condition on zeros instead of on the empty
                 text, as SDXL base was trained.
@@ -73,6 +74,8 @@ class PipelineBase:
         self.unet, self.vae = unet, vae
         self.text_encoders, self.tokenizers = list(text_encoders), list(tokenizers)
         self.scheduler_config = dict(scheduler_config)
+        if not self.is_xl:  # which early models' files have otherwise; diffusers' pipelines do the same
+            self.scheduler_config |= {"clip_sample": False, "steps_offset": 1}
         self.name = name
         self.zero_empty_negative = zero_empty_negative
         self.graphs = _graph_cache(self.device) if cuda_graphs else None

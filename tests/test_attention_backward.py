@@ -75,6 +75,21 @@ def test_causal_gradients(dtype: torch.dtype) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_causal_gradients_of_a_scale_that_is_not_positive(dtype: torch.dtype, scale: float) -> None:
+    """For which torch's kernel gives NaN: against the formula."""
+    case = make_case(70, 70, 16, dtype, is_causal=True, scale=scale)
+    do = torch.randn(case.q.shape).to(dtype)
+    q, k, v = (t.double().requires_grad_() for t in (case.q, case.k, case.v))
+    scores = (q @ k.mT * scale).masked_fill(torch.ones(70, 70).triu(1).bool(), -torch.inf)
+    expected = torch.autograd.grad(scores.softmax(-1) @ v, (q, k, v), do.double())
+    rtol = 100 * torch.finfo(dtype).eps
+    for actual, wanted in zip(case.gradients("cpu", do), expected, strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=rtol)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_have_gradients(dtype: torch.dtype) -> None:
     """Weights that are almost one and almost zero: everything stays finite and where it belongs."""

@@ -15,6 +15,7 @@ TABLE = [1.3, -0.8, 0.6, 0.35, 0.2, -0.15, 0.5]
 needs_kernel = pytest.mark.skipif(
     not _library.has_kernel("diffusion_step", "cpu"), reason=_library.load_cpu_library().detail
 )
+BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernel)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -95,6 +96,16 @@ def test_any_shape_and_stride(shape, guided, transpose, step, clip):
     for result, wanted in zip(diffusion_step(x, m, coefficients(), **options), expected, strict=True):
         assert result.shape == x.shape
         torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_sample_has_any_stride(backend):
+    """Its own along the batch means nothing, and is not that of the two halves of m."""
+    for x in (randn(8, 8, 4).permute(2, 0, 1)[None], randn(4, 8, 8).expand(1, 4, 8, 8)):
+        m = randn(2, 4, 8, 8, seed=1)
+        results = diffusion_step(x, m, coefficients(), guidance_scale=3.0, backend=backend)
+        for result, wanted in zip(results, by_hand(x, m, TABLE, guidance_scale=3.0), strict=True):
+            torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_inputs_are_not_written():

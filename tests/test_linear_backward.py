@@ -125,6 +125,14 @@ def test_slopes_far_from_zero() -> None:
         torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-6, atol=5e-7)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "quick_gelu"])
+def test_activations_vanish_far_below_zero(activation: str) -> None:
+    values = torch.tensor([[-1e3], [-8.5e37], [-3e38], [-torch.inf]], requires_grad=True)
+    y = ops.linear(values, torch.ones(1, 1), activation=activation, backend="cpu")
+    (slope,) = torch.autograd.grad(y.sum(), values)
+    assert y.abs().max() < 1e-30 and slope[:3].abs().max() < 1e-30
+
+
 def test_second_derivatives_are_refused() -> None:
     x, weight, _, _ = make(6, 34, 7, torch.float32)
     y = ops.linear(x.requires_grad_(), weight, backend="cpu")

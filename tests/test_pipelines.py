@@ -1,5 +1,8 @@
 """Pictures are diffusers' pictures, a seed is a picture, and what cannot be drawn is refused first."""
 
+import json
+import shutil
+
 import diffusers
 import pytest
 import tiny_pipelines
@@ -58,6 +61,19 @@ def test_text_to_image_is_diffusers(folders, pipe, sampler):
     other = theirs(folders["sd"], sampler=sampler)(
         prompts, num_inference_steps=STEPS, generator=generators(2, 3), height=24, width=16
     )
+    assert_same_pictures(ours.images, other.images)
+
+
+def test_an_early_scheduler_config_is_read_as_diffusers_does(folders, tmp_path):
+    """Of Stable Diffusion 1 and 2: x̂_0 is not clipped, and steps are offset by one."""
+    folder = shutil.copytree(folders["sd"], tmp_path / "early")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["clip_sample"], config["steps_offset"]  # whose defaults are True and 0
+    file.write_text(json.dumps(config))
+    options = {"guidance_scale": 5.0, "height": 24, "width": 16}
+    ours = sdfast.StableDiffusion.from_pretrained(folder).text_to_image("seven", steps=STEPS, seed=3, **options)
+    other = theirs(folder)("seven", num_inference_steps=STEPS, generator=generators(1, 3), **options)
     assert_same_pictures(ours.images, other.images)
 
 

@@ -133,6 +133,13 @@ def _check_skip(skip: Tensor, x: Tensor) -> None:
         )
 
 
+def _torch_differentiates(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's kernel for the CPU does: it crashes without a gradient of x, and needs a weight."""
+    if not _native.requires_grad(x, weight, bias):
+        return True
+    return x.requires_grad and (weight is not None or bias is None)
+
+
 def group_norm(
     x: Tensor,
     num_groups: int,
@@ -205,6 +212,7 @@ def group_norm(
         check_statistics("statistics", statistics, x, (x.shape[0], num_groups))
     # With nothing to fuse, torch's fp32 kernel was measured as fast or faster (benchmarks/RESULTS.md).
     plain = dtype is torch.float32 and activation is None and scale is None and shift is None
+    plain = plain and _torch_differentiates(x, weight, bias)
     device_type = device.type
     order: tuple[str, ...] | None = ("torch",) if plain and device_type == "cpu" else None
     if device_type == "cuda" and not dispatch.is_named(backend):
