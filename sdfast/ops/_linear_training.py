@@ -106,10 +106,10 @@ TRITON = Operations(
 )
 
 
-def activation_gradient_by_torch(h: Tensor, dy: Tensor, activation: int) -> Tensor | None:
+def activation_gradient_by_torch(h: Tensor, dy: Tensor, activation: int) -> Tensor:
     """As `sdfast::linear_activation_gradient`, of an h that is part of the graph."""
     formula = functools.partial(widened(activate), activation=ACTIVATIONS[activation])
-    return _twice.gradients(formula, (h,), (h.requires_grad,), dy)[0]
+    return cast(Tensor, _twice.gradients(formula, (h,), (True,), dy)[0])
 
 
 def _gradients_by_torch(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -120,7 +120,7 @@ def _gradients_by_torch(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -
         dh = dy
     elif dy is not None:
         through = activation_gradient_by_torch(h, dy, ctx.activation)
-        dh = through if dh is None or through is None else dh + through
+        dh = through if dh is None else dh + through
     if dh is None:
         return (None,) * 6
     _, for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad

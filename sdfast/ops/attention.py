@@ -223,7 +223,8 @@ def attention(
 
     Returns:
         (B, heads, L, D) in the dtype of `q`, or autocast's; from a kernel a transposed view of
-        (B, L, heads, D).
+        (B, L, heads, D). Torch's own streaming kernels refuse second derivatives; those of a named kernel
+        hold all scores in memory.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
