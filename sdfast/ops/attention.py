@@ -223,7 +223,7 @@ def attention(
 
     Returns:
         (B, heads, L, D) in the dtype of `q`, or autocast's; from a kernel a transposed view of
-        (B, L, heads, D). Torch's own streaming kernels refuse second derivatives; those of a named kernel
+        (B, L, heads, D). Torch's own streaming kernels refuse second derivatives; those here
         hold all scores in memory.
 
     Raises:
