@@ -221,14 +221,6 @@ def test_training_keeps_no_copy_and_serves_by_itself() -> None:
     assert weight.grad is not None and packing.packed_bytes() == 0
 
 
-def test_second_derivatives_are_refused() -> None:
-    call = Call((1, 16, 9, 8, 18, 3, 1, 1), torch.float32)
-    x = call.tensors[0].requires_grad_()
-    (dx,) = torch.autograd.grad(call.ours(*call.tensors).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_compiles_whole() -> None:
     call = Call((2, 64, 16, 16, 64, 3, 1, 1), torch.float32)
     compiled = torch.compile(call.ours, fullgraph=True, backend="aot_eager")

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdfast import _library, dispatch
 from sdfast.ops import group_norm
 from sdfast.ops.group_norm import group_norm_reference, group_norm_torch
+from sdfast.testing import relative_error
 
 
 @needs_kernel
@@ -88,6 +89,21 @@ def test_without_the_compiled_library() -> None:
             print(error)
     """)
     assert "backend 'cpu' cannot run" in output and "was not built" in output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_bias_alone_by_torch(dtype: torch.dtype) -> None:
+    x, bias = (
+        torch.randn(2, 8, 16).bfloat16().requires_grad_(),
+        torch.randn(8, dtype=dtype, requires_grad=True),
+    )
+    dy = torch.randn(2, 8, 16).bfloat16()
+    group_norm(x, 2, None, bias, backend="torch").backward(dy)
+
+    exact, wide = (t.detach().double().requires_grad_() for t in (x, bias))
+    (F.group_norm(exact, 2) + wide[:, None]).backward(dy.double())
+    for actual, expected in ((x, exact), (bias, wide)):
+        assert relative_error(actual.grad, expected.grad) < 1e-2
 
 
 def test_errors_name_the_argument() -> None:

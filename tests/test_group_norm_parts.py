@@ -130,3 +130,11 @@ def test_no_pixels():
     assert moments.count == 0 and moments.mean.shape == (2, 4)
     assert group_norm_apply(empty, moments, 4).shape == empty.shape
     assert isinstance(moments.merged(moments), Moments)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_no_images(backend):
+    empty = torch.empty(0, 4, 3)
+    moments = group_norm_moments(empty, 2, backend=backend)
+    assert moments.count == 6 and moments.mean.shape == moments.squares.shape == (0, 2)
+    assert group_norm_apply(empty, moments, 2, backend=backend).shape == empty.shape

@@ -242,6 +242,23 @@ def test_fp32_parameters_with_a_half_precision_input(dtype: torch.dtype) -> None
 
 
 @needs_kernel
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("given", ["weight", "bias", "both", "neither"])
+def test_gradients_of_any_parameters(given: str, backend: str | None) -> None:
+    """torch does not find those of an fp32 bias alone."""
+    x = torch.randn(6, 64).bfloat16().requires_grad_()
+    names = {"both": ("weight", "bias"), "neither": ()}.get(given, (given,))
+    parameters = {name: torch.randn(64, requires_grad=True) for name in names}
+    dy = torch.randn(6, 64).bfloat16()
+    layer_norm(x, (64,), **parameters, backend=backend).backward(dy)
+
+    wide = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
+    exact = x.detach().double().requires_grad_()
+    layer_norm_torch(exact, (64,), **wide).backward(dy.double())
+    for actual, expected in ((x, exact), *((parameters[name], wide[name]) for name in names)):
+        assert relative_error(actual.grad, expected.grad) < 1e-2
+
+
 def test_threads_do_not_change_a_bit() -> None:
     for shape in [(2, 1024, 320), (70, 1280), (3, 70000)]:
         case = make_case(shape, torch.float32)

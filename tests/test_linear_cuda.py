@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,11 +107,23 @@ def test_only_what_is_asked_for(cuda_kernels: str) -> None:
         assert all(leaf.grad is None for leaf in leaves if leaf is not leaves[chosen])
 
 
-def test_second_derivatives_are_refused(cuda_kernels: str) -> None:
-    x, weight, _, _ = (t.to(cuda_kernels) for t in make(6, 34, 7, torch.float32))
-    (dx,) = torch.autograd.grad(geglu(x.requires_grad_(), weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_second_derivatives(cuda_kernels: str) -> None:
+    tensors = make(6, 34, 7, torch.float32)
+
+    def hessian_times_gradient(call: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        first = torch.autograd.grad(call(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in (*first, *leaves)), leaves)
+
+    exact = hessian_times_gradient(
+        lambda x, w, b, r: linear_torch(x, w, b, activation="geglu", residual=r),
+        *(t.double() for t in tensors),
+    )
+    actual = hessian_times_gradient(geglu, *(t.to(cuda_kernels) for t in tensors))
+    for value, expected in zip(actual, exact, strict=True):
+        torch.testing.assert_close(
+            value.cpu().double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max()
+        )
 
 
 def test_other_activations_are_torchs(cuda_kernels: str) -> None:

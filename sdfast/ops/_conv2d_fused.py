@@ -36,7 +36,7 @@ def conv2d_triton(call: Call, statistics: tuple[int, float] | None) -> Tensor | 
 
 
 def conv2d_triton_training(call: Call) -> Tensor:
-    """y, with a gradient that cannot be differentiated again; torch's can.
+    """y, where a gradient is asked for.
 
     The weight's gradient needs what the convolution read, as one image: `skip` is concatenated, and the norm
     is an operation of its own, with a gradient of its own.

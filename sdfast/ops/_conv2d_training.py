@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops import _tiles
+from sdfast.ops import _tiles, _twice
 from sdfast.ops._conv2d_call import Call
 from sdfast.ops._conv2d_choice import folds, suits_torch, suits_winograd
 from sdfast.ops._conv2d_cpu import ALGORITHMS, fold, kernel_op, upsampled
@@ -133,6 +132,22 @@ TRITON = Operations(
 )
 
 
+def _gradients_by_torch(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    from sdfast.ops.conv2d import conv2d_reference  # which imports this module
+
+    x, weight = ctx.saved_tensors
+    stride, padding = ctx.geometry
+    _, for_x, for_weight, for_bias, for_time, for_residual, *_ = ctx.needs_input_grad
+
+    def formula(x: Tensor, weight: Tensor) -> object:
+        return conv2d_reference(x, weight, None, stride, tuple(padding), upsample=ctx.upsample)
+
+    dx, dweight = _twice.gradients(formula, (x, weight), (for_x, for_weight), dy)
+    dbias = dy.sum((0, 2, 3)) if for_bias else None
+    dtime = dy.sum((2, 3)) if for_time else None
+    return None, dx, dweight, dbias, dtime, dy if for_residual else None, None, None, None
+
+
 class _Conv2d(torch.autograd.Function):
     """Images and weight channels_last, bias and time_embedding contiguous."""
 
@@ -161,7 +176,7 @@ class _Conv2d(torch.autograd.Function):
         return operations.forward(x, weight, *added, stride, padding, upsample, ctx.winograd)
 
     @staticmethod
-    @once_differentiable
+    @_twice.differentiable(_gradients_by_torch)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         sum_rows = ctx.operations.sum_rows
@@ -225,7 +240,7 @@ def _weight_gradient(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv2d_training(call: Call, operations: Operations = CPU) -> Tensor:
-    """y of a call without `norm` and `skip`; its gradient cannot be differentiated again, torch's can."""
+    """y of a call without `norm` and `skip`, where a gradient is asked for."""
     x, weight, bias, stride, padding, upsample, time_embedding, residual, *_ = call
     if upsample and not folds(weight.shape[2:], stride, padding):
         x, upsample = upsampled(x), False

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdfast import _library
+from sdfast.ops import _twice
 from sdfast.ops._group_norm_layout import empty_concatenation, empty_in_layout
 
 
@@ -95,6 +95,23 @@ CUDA = Operations(
 )
 
 
+def _gradients_by_torch(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    from sdfast.ops.group_norm import group_norm_reference  # which imports this module
+
+    x, _, _, *parameters = ctx.saved_tensors
+    _, for_x, _, for_weight, for_bias, _, _, for_scale, for_shift, _, _ = ctx.needs_input_grad
+
+    def formula(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+    ) -> object:
+        fused = {"silu": ctx.silu, "scale": scale, "shift": shift}
+        return group_norm_reference(x, ctx.num_groups, weight, bias, ctx.eps, **fused)
+
+    needed = (for_x, for_weight, for_bias, for_scale, for_shift)
+    dx, dweight, dbias, dscale, dshift = _twice.gradients(formula, (x, *parameters), needed, dy)
+    return None, dx, None, dweight, dbias, None, None, dscale, dshift, None, None
+
+
 class _GroupNorm(torch.autograd.Function):
     """The forward with the backward of the same kernels. `statistics`, where given, are not computed."""
 
@@ -118,11 +135,11 @@ class _GroupNorm(torch.autograd.Function):
         else:
             y = operations.apply(x, mean, rstd, num_groups, weight, bias, silu, scale, shift)
         ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
-        ctx.operations, ctx.num_groups, ctx.silu = operations, num_groups, silu
+        ctx.operations, ctx.num_groups, ctx.eps, ctx.silu = operations, num_groups, eps, silu
         return y
 
     @staticmethod
-    @once_differentiable
+    @_twice.differentiable(_gradients_by_torch)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
         dx, dweight, dbias, dscale, dshift = ctx.operations.backward(
@@ -155,7 +172,7 @@ def group_norm_training(
     statistics: tuple[Tensor, Tensor] | None = None,
     operations: Operations = CPU,
 ) -> Tensor:
-    """As `group_norm.group_norm`, with a gradient that cannot be differentiated again; torch's can."""
+    """As `group_norm.group_norm`, where a gradient is asked for."""
     mean, rstd = (None, None) if statistics is None else (t.detach() for t in statistics)
     y = _GroupNorm.apply(
         operations, x, num_groups, weight, bias, eps, silu, scale, shift, mean, rstd

@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from sdfast import _library
+from sdfast.ops import _twice
 from sdfast.ops._cuda_order import has_hopper_units
 from sdfast.ops._linear_rows import rows_cuda_op
-from sdfast.ops._linear_training import GEGLU
+from sdfast.ops._linear_training import GEGLU, activation_gradient_by_torch
 from sdfast.ops._native import requires_grad
 
 # Of longer rows, but for few tokens, cuBLAS's product and the gate behind it were as fast or faster: 31.7 us
@@ -26,6 +27,11 @@ from sdfast.ops._native import requires_grad
 _TILE_COLUMNS, _TILE_TOKENS = 640, 128
 _gate_op = _library.define_cuda("linear_activate")
 _gate_gradient_op = _library.define_cuda("linear_activation_gradient")
+
+
+def _gradient_by_torch(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (h,) = ctx.saved_tensors
+    return (activation_gradient_by_torch(h, dy, GEGLU),)
 
 
 class _Gate(Function):
@@ -37,10 +43,10 @@ class _Gate(Function):
         return cast(Tensor, _gate_op(h, GEGLU))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    @_twice.differentiable(_gradient_by_torch)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         (h,) = ctx.saved_tensors
-        return cast(Tensor, _gate_gradient_op(dy.contiguous(), h, GEGLU))
+        return (_gate_gradient_op(dy.contiguous(), h, GEGLU),)
 
 
 def multiplies_tiles(
@@ -64,10 +70,7 @@ def linear_cuda(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `linear.linear` of what `multiplies_tiles`, or of "geglu".
-
-    Its gradient cannot be differentiated again; torch's can.
-    """
+    """As `linear.linear` of what `multiplies_tiles`, or of "geglu"."""
     if multiplies_tiles(x, weight, activation, residual, bias):
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(-1, weight.shape[0])

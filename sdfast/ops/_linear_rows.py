@@ -6,11 +6,27 @@ Triton's and CUDA's take matrices. The CPU's also take a dense x and residual of
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdfast import _library
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu", "geglu")
+
+
+def activate(h: Tensor, activation: str | None) -> Tensor:
+    """The formula of y, given x Wᵀ + b + residual."""
+    if activation == "silu":
+        return F.silu(h)
+    if activation == "gelu":
+        return F.gelu(h)
+    if activation == "quick_gelu":
+        return h * torch.sigmoid(1.702 * h)
+    if activation == "geglu":
+        value, gate = h.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    return h
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -10,16 +10,17 @@ optimiser would make stale.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdfast import _library
-from sdfast.ops import _tiles
-from sdfast.ops._linear_rows import dense, matrices, rows_op, rows_triton_op, split_op
+from sdfast.ops import _tiles, _twice
+from sdfast.ops._checks import widened
+from sdfast.ops._linear_rows import ACTIVATIONS, activate, dense, matrices, rows_op, rows_triton_op, split_op
 
 
 def _activate_fake(h: Tensor, activation: int) -> Tensor:
@@ -105,9 +106,35 @@ TRITON = Operations(
 )
 
 
+def activation_gradient_by_torch(h: Tensor, dy: Tensor, activation: int) -> Tensor:
+    """As `sdfast::linear_activation_gradient`, of an h that is part of the graph."""
+    formula = functools.partial(widened(activate), activation=ACTIVATIONS[activation])
+    return cast(Tensor, _twice.gradients(formula, (h,), (True,), dy)[0])
+
+
+def _gradients_by_torch(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    from sdfast.ops.linear import linear_reference  # which imports this module
+
+    x, weight, h = ctx.saved_tensors
+    if h is None:
+        dh = dy
+    elif dy is not None:
+        through = activation_gradient_by_torch(h, dy, ctx.activation)
+        dh = through if dh is None else dh + through
+    if dh is None:
+        return (None,) * 6
+    _, for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
+    dx, dweight = _twice.gradients(linear_reference, (x, weight), (for_x, for_weight), dh)
+    dbias = dh.reshape(-1, dh.shape[-1]).sum(0) if for_bias else None
+    return None, dx, dweight, dbias, dh if for_residual else None, None
+
+
 class _Linear(torch.autograd.Function):
     """Tensors as `linear.linear`'s, for Triton matrices. The CPU's operations take dense ones of any
     dimensions, so that no view of them is a node of the graph.
+
+    Before an activation h is a result, too: as one that is saved it is part of the graph, where a gradient is
+    differentiated again, and neither bias nor residual has to be saved for that.
     """
 
     @staticmethod
@@ -119,36 +146,52 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         activation: int,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         h = operations.rows(x, weight, bias, residual, 0)
         ctx.save_for_backward(x, weight, h if activation else None)
         ctx.operations, ctx.activation = operations, activation
-        return operations.activate(h, activation) if activation else h
+        if not activation:
+            return h
+        y = operations.activate(h, activation)
+        if torch.compiler.is_compiling():
+            return y
+        ctx.set_materialize_grads(False)  # that of h is mostly None
+        return y, h
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @_twice.differentiable(_gradients_by_torch)
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
         operations = ctx.operations
         x, weight, h = ctx.saved_tensors
-        dy = dy.contiguous()
-        dh = dy if h is None else operations.activation_gradient(dy, h, ctx.activation)
+        if dy is not None:
+            through = dy.contiguous()
+            if h is not None:
+                through = operations.activation_gradient(through, h, ctx.activation)
+            dh = through if dh is None else dh + through
+        if dh is None:
+            return (None,) * 6
+        dh = dh.contiguous()
         _, *wanted, for_residual, _ = ctx.needs_input_grad
         found = operations.gradients(dh, x, weight, *wanted) if any(wanted) else (None,) * 3
         gradients = [t if needed else None for t, needed in zip(found, wanted, strict=True)]
         return None, *gradients, dh if for_residual else None, None
 
 
+def _first(results: Any) -> Tensor:
+    return cast(Tensor, results[0] if isinstance(results, tuple) else results)
+
+
 def linear_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
-    """As `linear.linear` on CPU, with a gradient that cannot be differentiated again; torch's can."""
+    """As `linear.linear` on CPU, where a gradient is asked for."""
     given = dense(x, weight, bias, residual)
-    return cast(Tensor, _Linear.apply(_SPLIT if _tiles.split(x.dtype) else CPU, *given, activation))
+    return _first(_Linear.apply(_SPLIT if _tiles.split(x.dtype) else CPU, *given, activation))
 
 
 def linear_training_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
 ) -> Tensor:
     """As `linear_training`, by the Triton kernels."""
-    y = _Linear.apply(TRITON, *matrices(x, weight, bias, residual), activation)
-    return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
+    y = _first(_Linear.apply(TRITON, *matrices(x, weight, bias, residual), activation))
+    return y.view(*x.shape[:-1], y.shape[-1])

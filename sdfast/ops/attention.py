@@ -21,10 +21,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops import _tiles
+from sdfast.ops import _tiles, _twice
 from sdfast.ops._checks import NO_KERNEL_YET, autocast_dtype, can_cast, cast_to, check_tensor, widened
 from sdfast.ops._cuda_order import of_attention
 from sdfast.ops._native import empty_by_token, requires_grad, unavailable
@@ -110,6 +109,20 @@ _LEAST_SPLIT_KEYS = 128
 _WIDEST_CUDA = 512  # elements of a head
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """The formula without streaming: torch's kernels that stream have no second derivative."""
+    scores = scale * q @ k.transpose(-2, -1)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def _gradients_by_torch(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, *_ = ctx.saved_tensors
+    formula = functools.partial(widened(_plain), is_causal=ctx.is_causal, scale=ctx.scale)
+    return None, *_twice.gradients(formula, (q, k, v), ctx.needs_input_grad[1:4], do), None, None
+
+
 class _Attention(torch.autograd.Function):
     """A kernel's forward with its backward, which computes the weights again from q, k and lse."""
 
@@ -123,7 +136,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @_twice.differentiable(_gradients_by_torch)
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.operations.backward(do, *ctx.saved_tensors, ctx.is_causal, ctx.scale)
         return (None, *gradients, None, None)
@@ -139,7 +152,7 @@ def _by_kernels(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """By these kernels; no mask. Their gradient cannot be differentiated again, torch's can."""
+    """By these kernels; no mask."""
     assert mask is None
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
@@ -210,7 +223,8 @@ def attention(
 
     Returns:
         (B, heads, L, D) in the dtype of `q`, or autocast's; from a kernel a transposed view of
-        (B, L, heads, D).
+        (B, L, heads, D). Torch's own streaming kernels refuse second derivatives; those here
+        hold all scores in memory.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or value.

@@ -93,10 +93,7 @@ tuning.register("conv2d", measure)
 
 
 def conv2d_cpu(call: Call, or_torch: bool = True) -> Tensor:
-    """The compiled CPU kernels, or torch's where `or_torch` and that was measured here to be faster.
-
-    Their gradient cannot be differentiated again; torch's can.
-    """
+    """The compiled CPU kernels, or torch's where `or_torch` and that was measured here to be faster."""
     call = call.normalised(None)
     if requires_grad(*call.tensors()):
         return conv2d_training(call)

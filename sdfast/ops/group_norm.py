@@ -45,7 +45,10 @@ def group_norm_torch(
 ) -> Tensor:
     """The formula, in the dtype of its arguments."""
     x = x if skip is None else torch.cat([x, skip], 1)
-    if x.device.type != "cpu":  # only there does torch take fp32 parameters with a half-precision x
+    if weight is None and bias is not None:  # alone torch does not always differentiate it
+        weight = torch.ones_like(bias)
+    # Only on a CPU does torch take fp32 parameters with a half-precision x, and only of one dtype.
+    if x.device.type != "cpu" or (weight is not None and bias is not None and weight.dtype != bias.dtype):
         weight = None if weight is None else weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
     z = torch.group_norm(x, num_groups, weight, bias, eps)
@@ -73,7 +76,7 @@ def group_norm_cpu(
     shift: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> Tensor:
-    """The compiled CPU kernels. Its gradient cannot be differentiated again; torch's can."""
+    """The compiled CPU kernels."""
     x = x if skip is None else torch.cat([x, skip], 1)
     if _native.requires_grad(x, weight, bias, scale, shift):
         return group_norm_training(x, num_groups, weight, bias, eps, silu, scale, shift)
@@ -94,10 +97,7 @@ def _group_norm_on_gpu(
     skip: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Kernels that have `pair` and `apply`.
-
-    Their gradient cannot be differentiated again, and is that of the concatenation.
-    """
+    """Kernels that have `pair` and `apply`. Their gradient is that of the concatenation."""
     if _native.requires_grad(x, weight, bias, scale, shift, skip):
         x = x if skip is None else torch.cat([x, skip], 1)
         return group_norm_training(

@@ -77,7 +77,7 @@ def _moments_torch(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     mean = grouped.mean((2, 3), dtype=torch.float64)
     center = mean.to(torch.promote_types(x.dtype, torch.float32))
     squares = (grouped - center[..., None, None]).square_().sum((2, 3), dtype=torch.float64)
-    return mean, squares - grouped[0, 0].numel() * (mean - center).square()
+    return mean, squares - math.prod(grouped.shape[2:]) * (mean - center).square()
 
 
 def _apply_torch(

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops import _native
+from sdfast.ops import _native, _twice
 from sdfast.ops._checks import check_optional, check_tensor, widened
 from sdfast.ops._cuda_order import of_norm
 
@@ -34,6 +33,8 @@ def layer_norm_torch(
     eps: float = 1e-5,
 ) -> Tensor:
     """The formula, through torch's kernel (fp32 statistics)."""
+    if weight is None and bias is not None:  # alone torch does not always differentiate it
+        weight = torch.ones_like(bias)
     dtypes = {p.dtype for p in (weight, bias) if p is not None}
     if x.device.type != "cpu" or len(dtypes) > 1:  # only there does torch take fp32 parameters, and only both
         weight = None if weight is None else weight.to(x.dtype)
@@ -96,6 +97,17 @@ CUDA = Operations(
 )
 
 
+def _gradients_by_torch(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, _, _, weight, bias = ctx.saved_tensors
+    _, for_x, _, for_weight, for_bias, _ = ctx.needs_input_grad
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> object:
+        return layer_norm_reference(x, x.shape[-ctx.axes :], weight, bias, ctx.eps)
+
+    dx, dweight, dbias = _twice.gradients(formula, (x, weight, bias), (for_x, for_weight, for_bias), dy)
+    return None, dx, None, dweight, dbias, None
+
+
 class _LayerNorm(torch.autograd.Function):
     """The forward with the backward of the same kernels, which recomputes x̂ from x and the statistics."""
 
@@ -111,11 +123,11 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         y, mean, rstd = operations.forward(x, axes, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.operations, ctx.axes = operations, axes
+        ctx.operations, ctx.axes, ctx.eps = operations, axes, eps
         return y
 
     @staticmethod
-    @once_differentiable
+    @_twice.differentiable(_gradients_by_torch)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, weight, bias = ctx.saved_tensors
         dx, dweight, dbias = ctx.operations.backward(dy, x, mean, rstd, ctx.axes, weight, bias)
@@ -130,7 +142,7 @@ def _by_kernels(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """By these kernels. Their gradient cannot be differentiated again; torch's can."""
+    """By these kernels."""
     axes = len(normalized_shape)
     if _native.requires_grad(x, weight, bias):
         return cast(Tensor, _LayerNorm.apply(operations, x, axes, weight, bias, eps))

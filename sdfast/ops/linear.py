@@ -33,7 +33,16 @@ from sdfast.ops._checks import (
 )
 from sdfast.ops._cuda_order import of_linear
 from sdfast.ops._linear_gate import linear_cuda, multiplies_tiles
-from sdfast.ops._linear_rows import ACTIVATIONS, dense, matrices, packed_op, rows_op, rows_triton_op, split_op
+from sdfast.ops._linear_rows import (
+    ACTIVATIONS,
+    activate,
+    dense,
+    matrices,
+    packed_op,
+    rows_op,
+    rows_triton_op,
+    split_op,
+)
 from sdfast.ops._linear_training import linear_training, linear_training_triton
 from sdfast.ops._native import requires_grad, unavailable
 
@@ -55,17 +64,7 @@ def linear_torch(
 ) -> Tensor:
     """The formula, in the dtype of its arguments."""
     h = F.linear(x, weight.flatten(1), bias)
-    h = h if residual is None else h + residual
-    if activation == "silu":
-        return F.silu(h)
-    if activation == "gelu":
-        return F.gelu(h)
-    if activation == "quick_gelu":
-        return h * torch.sigmoid(1.702 * h)
-    if activation == "geglu":
-        value, gate = h.chunk(2, dim=-1)
-        return value * F.gelu(gate)
-    return h
+    return activate(h if residual is None else h + residual, activation)
 
 
 linear_reference = widened(linear_torch)
@@ -85,7 +84,7 @@ def linear_cpu(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The compiled CPU kernels. Their gradient cannot be differentiated again; torch's can."""
+    """The compiled CPU kernels."""
     if requires_grad(x, weight, bias, residual):
         return linear_training(x, weight, bias, residual, ACTIVATIONS.index(activation))
     run = split_op if _tiles.split(x.dtype) else rows_op
@@ -117,7 +116,7 @@ def linear_triton(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The Triton kernels. Their gradient cannot be differentiated again; torch's can."""
+    """The Triton kernels."""
     if requires_grad(x, weight, bias, residual):
         return linear_training_triton(x, weight, bias, residual, ACTIVATIONS.index(activation))
     y = rows_triton_op(*matrices(x, weight, bias, residual), ACTIVATIONS.index(activation))

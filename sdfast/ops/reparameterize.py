@@ -19,10 +19,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdfast import _library, dispatch
-from sdfast.ops import _native
+from sdfast.ops import _native, _twice
 from sdfast.ops._checks import check_tensor
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -68,6 +67,15 @@ _TRITON = _Operations(
 _CUDA = _Operations(_library.define_cuda("reparameterize"), _library.define_cuda("reparameterize_backward"))
 
 
+def _gradients_by_torch(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    logvar, noise = ctx.saved_tensors
+
+    def formula(logvar: Tensor) -> Tensor:
+        return reparameterize_torch(torch.zeros_like(logvar), logvar, noise)  # of any mean
+
+    return None, dz, *_twice.gradients(formula, (logvar,), ctx.needs_input_grad[2:3], dz), None
+
+
 class _Reparameterize(torch.autograd.Function):
     """The native forward with the native backward: dmean is dz itself."""
 
@@ -78,7 +86,7 @@ class _Reparameterize(torch.autograd.Function):
         return ops.forward(mean, logvar, noise)
 
     @staticmethod
-    @once_differentiable
+    @_twice.differentiable(_gradients_by_torch)
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         logvar, noise = ctx.saved_tensors
         dlogvar = None
@@ -88,7 +96,7 @@ class _Reparameterize(torch.autograd.Function):
 
 
 def _reparameterize(ops: _Operations, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """By kernels. Their gradient cannot be differentiated again; torch's can."""
+    """By kernels."""
     if _native.requires_grad(mean, logvar):
         return cast(Tensor, _Reparameterize.apply(ops, mean, logvar, noise))
     return ops.forward(mean, logvar, noise)
