@@ -207,7 +207,7 @@ class Transformer2DModel(_Transformer2DModel):
         return None if block.is_input_continuous else "its input is no image of latents"
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if not is_enabled() or not is_plain(self.proj_in, self._projection()):
+        if not is_enabled() or not self._takes_tokens(self.proj_in):
             return super()._operate_on_continuous_inputs(hidden_states)
         tokens = layers.to_tokens(normalize(self.norm, hidden_states))
         tokens = ops.linear(tokens, self.proj_in.weight, self.proj_in.bias)
@@ -222,7 +222,7 @@ class Transformer2DModel(_Transformer2DModel):
         width: int,
         inner_dim: int,
     ) -> Tensor:
-        if not is_enabled() or not is_plain(self.proj_out, self._projection()):
+        if not is_enabled() or not self._takes_tokens(self.proj_out):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -231,8 +231,10 @@ class Transformer2DModel(_Transformer2DModel):
         )
         return layers.to_image(tokens, height, width)
 
-    def _projection(self) -> type[nn.Module]:
-        return layers.Linear if self.use_linear_projection else layers.Conv2d
+    def _takes_tokens(self, projection: Any) -> bool:
+        if self.use_linear_projection:
+            return is_plain(projection, layers.Linear)
+        return is_plain(projection, layers.Conv2d) and projection.is_served()
 
 
 class Upsample2D(upsampling.Upsample2D):
@@ -263,9 +265,11 @@ class Downsample2D(downsampling.Downsample2D):
         return None if block.use_conv and block.norm is None else "it has no convolution, or a norm before it"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not is_enabled() or self.padding != 0 or args or kwargs or not is_plain(self.conv, layers.Conv2d):
+        conv = self.conv
+        fuses = is_plain(conv, layers.Conv2d) and conv.padding == (0, 0) and self.padding == 0
+        if not is_enabled() or args or kwargs or not fuses:
             return super().forward(hidden_states, *args, **kwargs)
-        return layers.Conv2d.forward(self.conv, hidden_states, padding=(0, 1, 0, 1))
+        return layers.Conv2d.forward(conv, hidden_states, padding=(0, 1, 0, 1))
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {

@@ -116,6 +116,8 @@ def project(
 
 
 def _why_not_conv(conv: nn.Conv2d) -> str | None:
+    if "_conv_forward" in conv.__dict__:
+        return "its _conv_forward was replaced"
     if conv.groups != 1:
         return f"{conv.groups} groups of channels"
     if conv.dilation != (1, 1):
