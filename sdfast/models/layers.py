@@ -96,7 +96,7 @@ class GroupNorm(nn.GroupNorm):
         shift: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C). Those of `skip` follow the input's."""
+        """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C). `skip`'s channels come last."""
         return ops.group_norm(
             input,
             self.num_groups,
