@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
 from test_optimize import made
 from torch import nn
 
@@ -51,7 +53,46 @@ def pad_by_number(model):
         conv.padding = conv.padding[0]
 
 
-CHANGES = {f.__name__: f for f in (wrap_around, replace_conv_forward, dilate, pad_by_number)}
+def of_kind(model, kind):
+    return [m for m in model.modules() if isinstance(m, kind)]
+
+
+def other_activations(model):
+    for block in of_kind(model, ResnetBlock2D):
+        block.nonlinearity = nn.GELU()
+
+
+def listen_to_activations(model):
+    for block in of_kind(model, ResnetBlock2D):
+        block.nonlinearity.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+
+
+def rescale_attention(model):
+    for attention in of_kind(model, Attention):
+        attention.rescale_output_factor = 1.7
+
+
+def sharpen_attention(model):
+    """AttnProcessor looks at `scale`, the default one does not."""
+    for attention in of_kind(model, Attention):
+        attention.set_processor(AttnProcessor())
+        attention.scale *= 9
+        attention.to_q.weight *= 4
+
+
+CHANGES = {
+    f.__name__: f
+    for f in (
+        wrap_around,
+        replace_conv_forward,
+        dilate,
+        pad_by_number,
+        other_activations,
+        listen_to_activations,
+        rescale_attention,
+        sharpen_attention,
+    )
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
