@@ -70,16 +70,9 @@ class Conv2d(nn.Conv2d):
             return y if residual is None else y + residual
         vertical, horizontal = int(self.padding[0]), int(self.padding[1])
         fused = ops.conv2d(
-            x,
-            weight,
-            bias,
-            self.stride[0],
-            padding or (horizontal, horizontal, vertical, vertical),
-            upsample=upsample,
-            time_embedding=time_embedding,
-            residual=residual,
-            skip=skip,
-        )
+            x, weight, bias, self.stride[0], padding or (horizontal, horizontal, vertical, vertical),
+            upsample=upsample, time_embedding=time_embedding, residual=residual, skip=skip,
+        )  # fmt: skip
         assert isinstance(fused, Tensor)  # no statistics were asked for
         return fused
 
