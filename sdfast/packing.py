@@ -170,7 +170,15 @@ def _current_stream(weight: Tensor) -> torch.cuda.Stream | None:
 
 def is_lasting(weight: Tensor) -> bool:
     """Whether its copy serves again: a view is a new tensor at every call, and would be packed each time."""
-    return not weight._is_view()
+    return not weight._is_view() and not is_traced()
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace or torch.func looks on, where nothing is kept or found.
+
+    A trace would hold it for good, and neither can take a fingerprint, which is a number.
+    """
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def state_of(weight: Tensor) -> State:

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of an optimised model: one graph, the same results."""
+"""torch.compile, torch.export, torch.jit.trace and torch.func of an optimised model: the same results."""
 
 from __future__ import annotations
 
@@ -50,6 +50,48 @@ def test_compiled_by_inductor(pair):
     block = torch.compile(ours.mid_block.resnets[0], fullgraph=True)
     x, time = randn(2, 32, 4, 4), randn(2, 64)
     assert relative_error(block(x, time), theirs.mid_block.resnets[0](x, time)) < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+@torch.no_grad()
+def test_jit_trace(pair):
+    """For other inputs, and after the weights have changed: no copy of them is part of the trace."""
+    ours, theirs = (model.requires_grad_(False) for model in pair)
+    ours(*ARGUMENTS)  # what is kept is not used
+    traced = torch.jit.trace(
+        lambda *arguments: ours(*arguments, return_dict=False)[0], ARGUMENTS, check_trace=False
+    )
+    x, timestep, words = ARGUMENTS
+    for _ in range(2):
+        expected = theirs(2 * x, timestep, 1.5 * words).sample
+        assert relative_error(traced(2 * x, timestep, 1.5 * words), expected) < 2e-5
+        for model in pair:
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+@torch.no_grad()
+def test_jit_trace_of_what_keeps_copies():
+    theirs = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.Conv2d(64, 64, 3, padding=1))
+    ours = copy.deepcopy(theirs).requires_grad_(False)
+    sdfast.optimize(ours)
+    x = randn(1, 64, 48, 48)
+    with sdfast.use_memory("high"):
+        ours(x)
+        traced = torch.jit.trace(ours, x, check_trace=False)
+    assert relative_error(traced(2 * x), theirs(2 * x)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_vmap(pair):
+    x, _, words = ARGUMENTS
+    results = [
+        torch.vmap(lambda x, words, model=model: model(x[None], 7, words[None]).sample[0])(x, words)
+        for model in pair
+    ]
+    assert relative_error(*results) < 2e-5
 
 
 @torch.no_grad()

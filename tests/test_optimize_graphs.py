@@ -13,6 +13,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from recorded_graphs import Recorder
 from test_optimize import MODELS, made
+from test_optimize_changes import wrap_around
 from test_optimize_pipelines import script
 
 import sdfast
@@ -124,6 +125,7 @@ UNSEEN = {
     "attention processors that are modules": lambda model: model.set_attn_processor(LouderModule()),
     "hooks of diffusers'": hook_of_diffusers,
     "LoRA": add_lora,
+    "convolutions that wrap around": wrap_around,
     "FreeU": lambda model: model.enable_freeu(0.9, 0.2, 1.2, 1.4),
     "hooks": lambda model: model.mid_block.register_forward_hook(lambda module, inputs, output: 2 * output),
 }

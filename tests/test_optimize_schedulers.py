@@ -11,6 +11,7 @@ import pickle
 import diffusers
 import pytest
 import torch
+from test_optimize import unconditional
 
 import sdfast
 from sdfast import ops
@@ -111,7 +112,7 @@ def test_whole_runs(kind, steps, prediction):
         return
     assert relative_error(sample(ours, steps, **keywords), sample(theirs, steps, **keywords)) < 2e-5
     sdfast.restore(Pipeline(ours))
-    assert "step" not in ours.__dict__
+    assert type(ours) is make
     assert torch.equal(sample(ours, steps, **keywords), sample(theirs, steps, **keywords))
 
 
@@ -174,13 +175,34 @@ def test_one_step_is_one_operation(monkeypatch):
         assert len(calls) == launches, kind
 
 
-def test_copies():
-    scheduler = diffusers.DDIMScheduler()
+@pytest.mark.parametrize("kind", ["ddim", "euler", "dpm++", "pndm, stable diffusion", "unipc"])
+def test_copies_step_themselves(kind):
+    """In the middle of a run, too; the original is where it was."""
+    make, config, keywords = KINDS[kind]
+    scheduler, expected = make(**config), sample(make(**config), 4, **keywords)
     schedulers.replace(scheduler)
-    copied = copy.deepcopy(scheduler)
-    assert schedulers.is_replaced(copied) and copied.step.__self__ is copied
-    loaded = pickle.loads(pickle.dumps(scheduler))
-    assert torch.equal(sample(loaded, 4), sample(diffusers.DDIMScheduler(), 4))
+    sample(scheduler, 7, **keywords)
+    for copied in (copy.copy(scheduler), copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert schedulers.is_replaced(copied) and copied.step.__self__ is copied
+        assert relative_error(sample(copied, 4, **keywords), expected) < 2e-5
+        assert (copied.num_inference_steps, scheduler.num_inference_steps) == (4, 7)
+        schedulers.restore(copied)
+        assert type(copied) is make and schedulers.is_replaced(scheduler)
+
+
+def test_it_is_written_down_as_diffusers(tmp_path):
+    """In configurations, in a pipeline's, and by what makes another of its kind."""
+    scheduler, plain = (diffusers.DDIMScheduler(beta_end=0.1) for _ in range(2))
+    schedulers.replace(scheduler)
+    assert isinstance(scheduler, diffusers.DDIMScheduler) and type(scheduler).__name__ == "DDIMScheduler"
+    assert repr(scheduler) == repr(plain) and set(scheduler.compatibles) == set(plain.compatibles)
+    assert diffusers.EulerDiscreteScheduler.from_config(scheduler.config).config.beta_end == 0.1
+    assert type(scheduler).from_config(scheduler.config).config == plain.config
+    pipe = diffusers.DDIMPipeline(unet=unconditional(), scheduler=scheduler)
+    pipe.scheduler = copy.copy(scheduler)
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path).scheduler
+    assert type(loaded) is diffusers.DDIMScheduler and loaded.config.beta_end == 0.1
 
 
 def test_unknown_scheduler_is_left():
@@ -188,7 +210,7 @@ def test_unknown_scheduler_is_left():
     with pytest.warns(UserWarning, match="HeunDiscreteScheduler"):
         report = sdfast.optimize(Pipeline(scheduler))
     assert any(row.name == "scheduler" and row.served_by != "sdfast" for row in report.rows)
-    assert "step" not in scheduler.__dict__
+    assert type(scheduler) is diffusers.HeunDiscreteScheduler
 
 
 def test_excluded_scheduler_is_left():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from diffusers.models import attention, attention_processor, downsampling, resnet, upsampling
 from diffusers.models.activations import GEGLU as _GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel as _Transformer2DModel
@@ -42,16 +41,17 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, time = input_tensor, None
         if self.time_emb_proj is not None and temb is not None:
-            time = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+            time = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         scale, shift = None, None
         if self.time_embedding_norm == "scale_shift":
             if time is None:
                 return super().forward(input_tensor, temb)  # which says what is missing
             scale, shift = time.chunk(2, dim=1)
             time = None
-        h = normalize(self.norm1, x, silu=True)
+        h = normalize(self.norm1, x, activation=self.nonlinearity)
         h = convolve(self.conv1, h, time_embedding=time)
-        h = self.dropout(normalize(self.norm2, h, silu=True, scale=scale, shift=shift))
+        h = normalize(self.norm2, h, activation=self.nonlinearity, scale=scale, shift=shift)
+        h = self.dropout(h)
         y = convolve(
             self.conv2, h, residual=x if self.conv_shortcut is None else convolve(self.conv_shortcut, x)
         )
@@ -82,7 +82,12 @@ class Attention(attention_processor.Attention):
             and not further
             and type(self.processor) in STOCK_PROCESSORS
             and not self.fused_projections
+            and (type(self.processor) is not attention_processor.AttnProcessor or self._scales_as_usual())
         )
+
+    def _scales_as_usual(self) -> bool:
+        """Whether scores are to be multiplied by 1/√D; AttnProcessor2_0 does nothing else."""
+        return bool(self.scale == (self.inner_dim // self.heads) ** -0.5)
 
     def forward(
         self,
@@ -193,7 +198,8 @@ def _attend(
     block: Any, x: Tensor, context: Any, mask: Tensor | None, further: dict[str, Any], residual: Tensor
 ) -> Tensor:
     """block(x, context) + residual."""
-    if is_plain(block, Attention) and not block.residual_connection and block.fuses(mask, further):
+    adds_nothing = is_plain(block, Attention) and not block.residual_connection
+    if adds_nothing and block.rescale_output_factor == 1 and block.fuses(mask, further):
         return block.attend(x, context, residual)
     return block(x, encoder_hidden_states=context, attention_mask=mask, **further) + residual
 
@@ -207,7 +213,7 @@ class Transformer2DModel(_Transformer2DModel):
         return None if block.is_input_continuous else "its input is no image of latents"
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if not is_enabled() or not is_plain(self.proj_in, self._projection()):
+        if not is_enabled() or not self._takes_tokens(self.proj_in):
             return super()._operate_on_continuous_inputs(hidden_states)
         tokens = layers.to_tokens(normalize(self.norm, hidden_states))
         tokens = ops.linear(tokens, self.proj_in.weight, self.proj_in.bias)
@@ -222,7 +228,7 @@ class Transformer2DModel(_Transformer2DModel):
         width: int,
         inner_dim: int,
     ) -> Tensor:
-        if not is_enabled() or not is_plain(self.proj_out, self._projection()):
+        if not is_enabled() or not self._takes_tokens(self.proj_out):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -231,8 +237,10 @@ class Transformer2DModel(_Transformer2DModel):
         )
         return layers.to_image(tokens, height, width)
 
-    def _projection(self) -> type[nn.Module]:
-        return layers.Linear if self.use_linear_projection else layers.Conv2d
+    def _takes_tokens(self, projection: Any) -> bool:
+        if self.use_linear_projection:
+            return is_plain(projection, layers.Linear)
+        return is_plain(projection, layers.Conv2d) and projection.is_served()
 
 
 class Upsample2D(upsampling.Upsample2D):
@@ -263,9 +271,11 @@ class Downsample2D(downsampling.Downsample2D):
         return None if block.use_conv and block.norm is None else "it has no convolution, or a norm before it"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not is_enabled() or self.padding != 0 or args or kwargs or not is_plain(self.conv, layers.Conv2d):
+        conv = self.conv
+        fuses = is_plain(conv, layers.Conv2d) and conv.padding == (0, 0) and self.padding == 0
+        if not is_enabled() or args or kwargs or not fuses:
             return super().forward(hidden_states, *args, **kwargs)
-        return layers.Conv2d.forward(self.conv, hidden_states, padding=(0, 1, 0, 1))
+        return layers.Conv2d.forward(conv, hidden_states, padding=(0, 1, 0, 1))
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {

@@ -2,7 +2,8 @@
 
 The model's `forward` is replaced on the object, not by a class: pipelines write down the classes of their
 components. What a replay would not see runs as it is, decided per call: attention processors that somebody
-put in, LoRA's layers, offloaded weights, hooks, gradients, and FreeU's factors, which are numbers in Python.
+put in, LoRA's layers, offloaded weights, hooks, gradients, FreeU's factors, which are numbers in Python, and
+convolutions that are no longer what they were made as.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sdfast.drop_in import text
 from sdfast.drop_in.blocks import STOCK_PROCESSORS
 from sdfast.drop_in.layers import is_enabled
 from sdfast.graphs import GraphCache, graphed
+from sdfast.models import layers
 
 _MODELS = (UNet2DConditionModel, UNet2DModel, ControlNetModel, Encoder, Decoder)
 _FREE_U = ("s1", "s2", "b1", "b2")
@@ -74,7 +76,8 @@ def _is_captured_whole(model: nn.Module) -> bool:
         state = module.__dict__
         processor = state.get("processor", module._modules.get("processor"))
         if (
-            not {"_hf_hook", "_diffusers_hook"}.isdisjoint(state)
+            (isinstance(module, layers.Conv2d) and not module.is_served())
+            or not {"_hf_hook", "_diffusers_hook"}.isdisjoint(state)
             or type(module).__module__.startswith("peft.")
             or (processor is not None and type(processor) not in STOCK_PROCESSORS)
             or any(state.get(factor) is not None for factor in _FREE_U)

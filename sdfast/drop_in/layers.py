@@ -88,18 +88,19 @@ def normalize(
     norm: Any,
     x: Tensor,
     *,
-    silu: bool = False,
+    activation: Any = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """norm(x) · (1 + scale) + shift with `scale` and `shift` (N, C), then SiLU."""
+    """norm(x) · (1 + scale) + shift with `scale` and `shift` (N, C), then an activation, a module or None."""
     if is_plain(norm, layers.GroupNorm):
-        activation = "silu" if silu else None
-        return layers.GroupNorm.forward(norm, x, activation=activation, scale=scale, shift=shift)
+        fused = "silu" if is_plain(activation, nn.SiLU) else None
+        y = layers.GroupNorm.forward(norm, x, activation=fused, scale=scale, shift=shift)
+        return y if fused or activation is None else activation(y)
     y = norm(x)
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return F.silu(y) if silu else y
+    return y if activation is None else activation(y)
 
 
 def project(
@@ -116,6 +117,8 @@ def project(
 
 
 def _why_not_conv(conv: nn.Conv2d) -> str | None:
+    if "_conv_forward" in conv.__dict__:
+        return "its _conv_forward was replaced"
     if conv.groups != 1:
         return f"{conv.groups} groups of channels"
     if conv.dilation != (1, 1):

@@ -9,7 +9,6 @@ variances) or of mixed dtypes runs the scheduler's own step. x̂₀ is told in t
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -35,27 +34,43 @@ _STEPS: dict[type, Callable[..., Any]] = {
     PNDMScheduler: pndm_step,
     UniPCMultistepScheduler: unipc_step,
 }
-for _function in _STEPS.values():
-    _function.__name__ = "step"  # a pickled scheduler finds its own class's step
+
+
+def _blank(kind: type) -> Any:
+    """A scheduler of diffusers' class whose step is the fused one, as a copy or a pickle starts."""
+    return object.__new__(_FUSED[kind])
+
+
+def _fused_kind(kind: type, step: Callable[..., Any]) -> type:
+    """Diffusers' class with another step. Name and module stay: pipelines and configs write them down."""
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return _blank, (kind,), self.__dict__
+
+    names = ("__module__", "__qualname__", "__doc__")
+    kept = {name: getattr(kind, name) for name in names}
+    return type(kind.__name__, (kind,), {**kept, "step": step, "__reduce__": __reduce__})
+
+
+_FUSED = {kind: _fused_kind(kind, step) for kind, step in _STEPS.items()}
 
 
 def serves(scheduler: object) -> bool:
     """Whether its kind has a fused step."""
-    return type(scheduler) in _STEPS
+    return type(scheduler) in _FUSED
 
 
 def is_replaced(scheduler: object) -> bool:
     """Whether its step is the fused one."""
-    step = getattr(scheduler, "__dict__", {}).get("step")
-    return isinstance(step, types.MethodType) and step.__func__ in _STEPS.values()
+    return type(scheduler) in _FUSED.values()
 
 
 def replace(scheduler: Any) -> None:
     """Let an instance's `step` be the fused one."""
-    scheduler.step = types.MethodType(_STEPS[type(scheduler)], scheduler)
+    scheduler.__class__ = _FUSED[type(scheduler)]
 
 
 def restore(scheduler: Any) -> None:
     """Let an instance's `step` be its class's again."""
     if is_replaced(scheduler):
-        del scheduler.step
+        scheduler.__class__ = type(scheduler).__base__

@@ -44,9 +44,12 @@ def keys_values(
 ) -> tuple[Tensor, Tensor]:
     """What `compute` gives for this text, which it is asked for once.
 
-    Where a gradient is recorded, or versions are not counted (torch.inference_mode), it is asked each time.
+    Where a gradient or a trace is recorded, or versions are not counted (torch.inference_mode), it is asked
+    each time.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference() or _anew.get():
+    if torch.compiler.is_compiling() or packing.is_traced() or _anew.get():
+        return compute()
+    if torch.is_grad_enabled() or text.is_inference():
         return compute()
     projections = (attention.get_submodule(name) for name in ("to_k", "to_v"))
     weights = [weight for module in projections for weight in module.parameters(recurse=False)]

@@ -19,9 +19,23 @@ from sdfast.models.precomputed import Context, TimeEmbedding, each_repeated
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` with the fused operands of `ops.conv2d`."""
 
+    def is_served(self) -> bool:
+        """Whether `ops.conv2d` computes what its attributes say now.
+
+        They are set on finished models: seamless pictures need `padding_mode` or `_conv_forward`.
+        """
+        return (
+            "_conv_forward" not in self.__dict__
+            and self.padding_mode == "zeros"
+            and self.groups == 1
+            and self.dilation == (1, 1)
+            and type(self.padding) is type(self.stride) is tuple
+            and self.stride[0] == self.stride[1]
+        )
+
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         *,
         padding: tuple[int, int, int, int] | None = None,
         upsample: bool = False,
@@ -30,20 +44,37 @@ class Conv2d(nn.Conv2d):
         skip: Tensor | None = None,
     ) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'); `padding` (left, right, top, bottom) replaces its own."""
+        return self.convolve(
+            input, self.weight, self.bias, padding=padding, upsample=upsample, time_embedding=time_embedding,
+            residual=residual, skip=skip,
+        )  # fmt: skip
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        padding: tuple[int, int, int, int] | None = None,
+        upsample: bool = False,
+        time_embedding: Tensor | None = None,
+        residual: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` by another weight, of the same kernel."""
+        if not self.is_served():
+            x = x if skip is None else torch.cat([x, skip], 1)
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
+            y = self._conv_forward(x if padding is None else F.pad(x, padding), weight, bias)
+            y = y if time_embedding is None else y + time_embedding[:, :, None, None]
+            return y if residual is None else y + residual
         vertical, horizontal = int(self.padding[0]), int(self.padding[1])
-        y = ops.conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride[0],
-            padding or (horizontal, horizontal, vertical, vertical),
-            upsample=upsample,
-            time_embedding=time_embedding,
-            residual=residual,
-            skip=skip,
-        )
-        assert isinstance(y, Tensor)  # no statistics were asked for
-        return y
+        fused = ops.conv2d(
+            x, weight, bias, self.stride[0], padding or (horizontal, horizontal, vertical, vertical),
+            upsample=upsample, time_embedding=time_embedding, residual=residual, skip=skip,
+        )  # fmt: skip
+        assert isinstance(fused, Tensor)  # no statistics were asked for
+        return fused
 
 
 class GroupNorm(nn.GroupNorm):
@@ -51,16 +82,16 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         *,
         activation: str | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C). The channels of `skip` follow x's."""
+        """(N, C, ...) -> (N, C, ...); `scale` and `shift` are (N, C). `skip`'s channels come last."""
         return ops.group_norm(
-            x,
+            input,
             self.num_groups,
             self.weight,
             self.bias,
@@ -75,17 +106,19 @@ class GroupNorm(nn.GroupNorm):
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` through `ops.layer_norm`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return ops.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Linear):
     """`nn.Linear` with activation and residual fused."""
 
-    def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, *, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """(..., K) -> (..., M)."""
-        return ops.linear(x, self.weight, self.bias, activation=activation, residual=residual)
+        return ops.linear(input, self.weight, self.bias, activation=activation, residual=residual)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -94,9 +127,9 @@ class PointwiseConv(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(N, L, C_in) -> (N, L, C_out)."""
-        return ops.linear(x, self.weight, self.bias, residual=residual)
+        return ops.linear(input, self.weight, self.bias, residual=residual)
 
 
 def to_tokens(x: Tensor) -> Tensor:

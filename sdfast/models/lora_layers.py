@@ -91,17 +91,19 @@ def _linear_update(layer: LoraLayer, x: Tensor, residual: Tensor | None) -> Tens
 class LoraLinear(LoraLayer, layers.Linear):
     """A linear layer with its update."""
 
-    def forward(self, x: Tensor, *, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, *, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """(..., K) -> (..., M)."""
-        return super().forward(x, activation=activation, residual=_linear_update(self, x, residual))
+        return super().forward(input, activation=activation, residual=_linear_update(self, input, residual))
 
 
 class LoraPointwiseConv(LoraLayer, layers.PointwiseConv):
     """A 1x1 convolution of tokens with its update."""
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """(N, L, C_in) -> (N, L, C_out)."""
-        return super().forward(x, residual=_linear_update(self, x, residual))
+        return super().forward(input, residual=_linear_update(self, input, residual))
 
 
 class LoraConv2d(LoraLayer, layers.Conv2d):
@@ -109,7 +111,7 @@ class LoraConv2d(LoraLayer, layers.Conv2d):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         *,
         padding: tuple[int, int, int, int] | None = None,
         upsample: bool = False,
@@ -119,10 +121,11 @@ class LoraConv2d(LoraLayer, layers.Conv2d):
     ) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
         if self.lora_before is None:
-            residual = self._update(x, residual, padding=padding, upsample=upsample, skip=skip)
+            residual = self._update(input, residual, padding=padding, upsample=upsample, skip=skip)
         return super().forward(
-            x, padding=padding, upsample=upsample, time_embedding=time_embedding, residual=residual, skip=skip
-        )
+            input, padding=padding, upsample=upsample, time_embedding=time_embedding, residual=residual,
+            skip=skip,
+        )  # fmt: skip
 
     def _update(
         self,
@@ -135,13 +138,10 @@ class LoraConv2d(LoraLayer, layers.Conv2d):
     ) -> Tensor:
         """`residual` with s B A x."""
         down, up = self.lora_A.weight, self.lora_B.weight
-        vertical, horizontal = int(self.padding[0]), int(self.padding[1])
-        hidden = ops.conv2d(
-            x.to(down.dtype), down, None, self.stride[0],
-            padding or (horizontal, horizontal, vertical, vertical),
-            upsample=upsample, skip=None if skip is None else skip.to(down.dtype),
+        hidden = self.convolve(
+            x.to(down.dtype), down, None, padding=padding, upsample=upsample,
+            skip=None if skip is None else skip.to(down.dtype),
         )  # fmt: skip
-        assert isinstance(hidden, Tensor)
         update = ops.conv2d(hidden * self.lora_factor, up)
         assert isinstance(update, Tensor)
         return _plus(update, residual, x)

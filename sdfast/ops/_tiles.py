@@ -59,8 +59,6 @@ def kept(
     multiplied = weight.dtype in (torch.bfloat16, torch.float32) and are_there()
     if not multiplied or not packing.is_lasting(weight) or not packing.is_known(weight):
         return None
-    if torch.jit.is_tracing():  # which would keep the copy for good
-        return None
     halves = 2 if gated else 1
     rows, channels = halves * _whole(weight.shape[0] // halves, 64), _whole(weight.shape[1], 32)
     nbytes = weight.element_size() * taps * rows * channels  # two bf16 for one of fp32

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sdfast import dispatch
 from sdfast.ops import _native
-from sdfast.ops._checks import check_statistics, check_tensor, widened
+from sdfast.ops._checks import check_statistics, check_tensor, is_transformed, widened
 from sdfast.ops._cuda_order import of_norm
 from sdfast.ops._group_norm_operations import CPU, CUDA, TRITON, Operations, group_norm_training
 
@@ -51,6 +51,8 @@ def group_norm_torch(
     if x.device.type != "cpu" or (weight is not None and bias is not None and weight.dtype != bias.dtype):
         weight = None if weight is None else weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
+    if is_transformed():
+        x = x.contiguous()  # vmap knows no other layout
     z = torch.group_norm(x, num_groups, weight, bias, eps)
     per_pixel = (..., *(None,) * (x.dim() - 2))
     if scale is not None:
