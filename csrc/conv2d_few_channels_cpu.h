@@ -1,12 +1,12 @@
 // Convolution to few channels, as the last ones of a decoder and of a U-Net are.
 //
 // Algorithm. A panel of the micro-kernel of cpu_gemm.h would hold these few channels and else
-// nothing. Here the lanes go along K: what a row of the kernel covers, taps x channels, is one piece
-// of x and one of the weight. Some pixels by up to four channels of y are summed in registers, and
-// at the end of each chain a sum's lanes are added up. Where the kernel reaches beyond the image,
-// its pieces are shorter.
-// Bytes: x once from memory, and once a row of the kernel from L2; y. Limit: fused multiply-adds.
-// Every element is added up in one order: the result does not depend on the number of threads.
+// nothing. Here the lanes go along K: what a row of the kernel covers, taps x channels, is one
+// piece of x and one of the weight. Some pixels by up to four channels of y are summed in
+// registers, and at the end of each chain a sum's lanes are added up. Where the kernel reaches
+// beyond the image, its pieces are shorter. Bytes: x once from memory, and once a row of the kernel
+// from L2; y. Limit: fused multiply-adds. Every element is added up in one order: the result does
+// not depend on the number of threads.
 #pragma once
 
 #include "conv2d_cpu.h"
@@ -22,8 +22,7 @@ constexpr int kPixels = kLanes == 16 ? 6 : 2, kKernels = 4;
 
 // Whether this serves: it is faster where a kernel's row fills vectors.
 inline bool suit(const Shape& s) {
-  return !s.upsample && s.out_channels <= kFewChannels &&
-         s.kernel_width * s.channels >= 2 * kLanes;
+  return !s.upsample && s.out_channels <= kFewChannels && s.kernel_width * s.channels >= 2 * kLanes;
 }
 
 // What the kernels cover of x: `rows` pieces of `values`.
@@ -70,9 +69,8 @@ inline __attribute__((noinline)) void multiply(Cover<T> c, float* sums) {
       if (chained + end - k > kChainValues) add_up();
       chained += end - k;
       for (; k + kStepValues <= end; k += kStepValues) {
-        step([&](const T* from) __attribute__((always_inline)) {
-          return gemm::load_whole(Operand(), from + k);
-        });
+        step([&](const T* from)
+                 __attribute__((always_inline)) { return gemm::load_whole(Operand(), from + k); });
       }
       if (k < end) {
         step([&](const T* from) { return gemm::load_steps(Operand(), from + k, 0, end - k); });
@@ -134,8 +132,8 @@ void run_row(const Shape& s, int64_t image, int64_t row, const T* x, const T* we
       const int64_t pixel = first_pixel + column + p;
       simd::for_each_vector(0, s.out_channels, [&](int64_t o, auto lanes) {
         const Vec sum = simd::load(sums + p * kFewChannels + o, lanes);
-        simd::store(y + pixel * s.out_channels + o,
-                    finished(added, s, sum, image, pixel, o, lanes), lanes);
+        simd::store(y + pixel * s.out_channels + o, finished(added, s, sum, image, pixel, o, lanes),
+                    lanes);
       });
     }
     column += count;

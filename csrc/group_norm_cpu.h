@@ -73,7 +73,8 @@ template <bool kChannelsLast, typename T>
 bool streams_result(const Tiling& t, const T* to) {
   constexpr int64_t kSize = sizeof(T);
   return kChannelsLast && simd::kStreams<T> && simd::is_aligned(to) &&
-         t.channels * kSize % 64 == 0 && t.images * t.channels * t.pixels * kSize >= simd::kStreamedBytes;
+         t.channels * kSize % 64 == 0 &&
+         t.images * t.channels * t.pixels * kSize >= simd::kStreamedBytes;
 }
 
 struct Tile {

@@ -72,7 +72,9 @@ def test_an_early_scheduler_config_is_read_as_diffusers_does(folders, tmp_path):
     del config["clip_sample"], config["steps_offset"]  # whose defaults are True and 0
     file.write_text(json.dumps(config))
     options = {"guidance_scale": 5.0, "height": 24, "width": 16}
-    ours = sdfast.StableDiffusion.from_pretrained(folder).text_to_image("seven", steps=STEPS, seed=3, **options)
+    ours = sdfast.StableDiffusion.from_pretrained(folder).text_to_image(
+        "seven", steps=STEPS, seed=3, **options
+    )
     other = theirs(folder)("seven", num_inference_steps=STEPS, generator=generators(1, 3), **options)
     assert_same_pictures(ours.images, other.images)
 
