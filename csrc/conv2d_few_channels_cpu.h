@@ -101,7 +101,7 @@ template <typename Operand, typename T>
 void run_row(const Shape& s, int64_t image, int64_t row, const T* x, const T* weight,
              const Added<T>& added, T* y) {
   const int64_t top = row * s.stride - s.top;
-  const int64_t first_row = std::max<int64_t>(-top, 0);
+  const int64_t first_row = std::clamp<int64_t>(-top, 0, s.kernel_height);
   const int64_t end_row = std::clamp(s.height - top, first_row, s.kernel_height);
   const int64_t kernel_row = s.kernel_width * s.channels;
   const int64_t first_pixel = (image * s.out_height + row) * s.out_width;
@@ -110,7 +110,7 @@ void run_row(const Shape& s, int64_t image, int64_t row, const T* x, const T* we
     const int64_t last = left + (kPixels - 1) * s.stride;
     const bool whole = left >= 0 && last + s.kernel_width <= s.width;
     // Columns of the kernel that lie inside the image.
-    const int64_t first_column = std::max<int64_t>(-left, 0);
+    const int64_t first_column = std::clamp<int64_t>(-left, 0, s.kernel_width);
     const int64_t end_column = std::clamp(s.width - left, first_column, s.kernel_width);
     const int64_t inside = (end_column - first_column) * s.channels;
     const Cover<T> cover{x + s.offset(image, top + first_row, left + first_column),

@@ -188,14 +188,14 @@ SDFAST_INLINE V sigmoid(const V& v) {
 }
 template <typename V>
 SDFAST_INLINE V silu(const V& x) {
-  const V v = at_least(x, -kSigmoidRange);  // below, silu is zero to fp32
+  const V v = at_least(x, -kSigmoidRange);  // below, silu vanishes
   return divide(v, one_plus_exp_of_negative(v));
 }
 
 // d/dv of silu: s + v s (1 - s), s = sigmoid(v).
 template <typename V>
 SDFAST_INLINE V silu_gradient(const V& x) {
-  const V v = at_least(x, -kSigmoidRange);  // below, it is zero to fp32
+  const V v = at_most(at_least(x, -kSigmoidRange), kSigmoidRange);  // beyond, it is 0 or 1
   const V s = sigmoid(v);
   return s + v * s * (1.0f - s);
 }
@@ -240,7 +240,7 @@ SDFAST_INLINE V gelu_gradient(const V& v) {
 // v * sigmoid(1.702 v), the approximation CLIP was trained with.
 template <typename V>
 SDFAST_INLINE V quick_gelu(const V& v) {
-  return silu(v * 1.702f) * (1 / 1.702f);
+  return at_least(v, -kSigmoidRange / 1.702f) * sigmoid(v * 1.702f);  // below, it vanishes
 }
 
 }  // namespace sdfast::simd

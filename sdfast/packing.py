@@ -169,7 +169,10 @@ def _current_stream(weight: Tensor) -> torch.cuda.Stream | None:
 
 
 def is_lasting(weight: Tensor) -> bool:
-    """Whether its copy serves again: a view is a new tensor at every call, and would be packed each time."""
+    """Whether its copy serves again: a view is a new tensor at every call, and would be packed each time.
+
+    While a trace looks on, nothing's does.
+    """
     return not weight._is_view() and not is_traced()
 
 

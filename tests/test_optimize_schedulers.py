@@ -184,10 +184,20 @@ def test_copies_step_themselves(kind):
     sample(scheduler, 7, **keywords)
     for copied in (copy.copy(scheduler), copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         assert schedulers.is_replaced(copied) and copied.step.__self__ is copied
+        assert pickle.loads(pickle.dumps(copied.step)).__func__ is copied.step.__func__
         assert relative_error(sample(copied, 4, **keywords), expected) < 2e-5
         assert (copied.num_inference_steps, scheduler.num_inference_steps) == (4, 7)
         schedulers.restore(copied)
         assert type(copied) is make and schedulers.is_replaced(scheduler)
+
+
+def test_of_another_class_it_still_has_its_own_step():
+    make, config, keywords = KINDS["ddim"]
+    scheduler, expected = make(**config), sample(make(**config), 4, **keywords)
+    schedulers.replace(scheduler)
+    scheduler.__class__ = type("Mine", (type(scheduler),), {})
+    assert relative_error(sample(scheduler, 4, **keywords), expected) < 2e-5
+    assert torch.equal(sample(scheduler, 4, around_step=sdfast.disabled, **keywords), expected)
 
 
 def test_it_is_written_down_as_diffusers(tmp_path):

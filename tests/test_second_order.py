@@ -249,6 +249,19 @@ def test_some_inputs_alone() -> None:
         check(one, in_one_call)
 
 
+@pytest.mark.parametrize("trained", [1, 2])
+def test_a_norm_of_a_frozen_image(trained: int) -> None:
+    """In channels_last torch's kernel crashes without a gradient of x."""
+    tensors = [randn(2, 64, 4, 3).to(memory_format=torch.channels_last), randn(64), randn(64)]
+
+    def of_one(norm: Callable[..., Tensor], p: Tensor, **more: Any) -> Tensor:
+        x, *parameters = [p if i == trained else t.to(p.dtype) for i, t in enumerate(tensors)]
+        return norm(x, 2, *parameters, **more)
+
+    ours = functools.partial(of_one, ops.group_norm, activation="silu")
+    check((ours, functools.partial(of_one, group_norm_torch, silu=True), [tensors[trained]]), in_one_call)
+
+
 def test_third_derivatives() -> None:
     def thrice(call: Formula, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
         first = torch.autograd.grad(penalised(call(*leaves)), leaves, create_graph=True)

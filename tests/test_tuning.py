@@ -65,7 +65,7 @@ def test_the_choice_follows_the_times(upsample: bool) -> None:
 
 
 def test_few_channels_are_left_to_torch_unless_timed(measured: list[Shape]) -> None:
-    x, weight = torch.randn(1, 32, 12, 12), torch.randn(4, 32, 3, 3)
+    x, weight = torch.randn(1, 4, 12, 12), torch.randn(32, 4, 3, 3)
     by_torch, direct = (ops.conv2d(x, weight, padding=1, backend=name) for name in ("torch", "cpu"))
     assert not torch.equal(by_torch, direct)
     assert torch.equal(ops.conv2d(x, weight, padding=1), by_torch)

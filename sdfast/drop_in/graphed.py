@@ -3,7 +3,7 @@
 The model's `forward` is replaced on the object, not by a class: pipelines write down the classes of their
 components. What a replay would not see runs as it is, decided per call: attention processors that somebody
 put in, LoRA's layers, offloaded weights, hooks, gradients, FreeU's factors, which are numbers in Python, and
-convolutions that are no longer what they were made as.
+convolutions that `ops.conv2d` does not compute. Other numbers of its modules are those of the capture.
 """
 
 from __future__ import annotations

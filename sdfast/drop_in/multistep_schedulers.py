@@ -15,7 +15,6 @@ from sdfast.drop_in.step_formulas import (
     epsilon_formula,
     fused_step,
     is_fused,
-    own_step,
     x0_formula,
 )
 
@@ -49,7 +48,7 @@ def dpm_solver_step(
     started = self.num_inference_steps is not None
     fuses = of_kind and fixed and started and is_fused(self, sample, model_output, *self.model_outputs)
     if not fuses:
-        return own_step(self)(model_output, timestep, sample, generator, variance_noise, return_dict)
+        return self._own_step(model_output, timestep, sample, generator, variance_noise, return_dict)
     if self.step_index is None:
         self._init_step_index(timestep)
     index, last = self.step_index, len(self.timesteps) - 1
@@ -99,7 +98,7 @@ def pndm_step(
     remembered = [*self.ets[-1:], self.cur_sample] if again else self.ets[-3:]
     started = self.num_inference_steps is not None
     if not (of_kind and started and is_fused(self, sample, model_output, *remembered)):
-        return own_step(self)(model_output, timestep, sample, return_dict)
+        return self._own_step(model_output, timestep, sample, return_dict)
     stride = config.num_train_timesteps // self.num_inference_steps
     previous = timestep - stride
     if again:
@@ -191,7 +190,7 @@ def unipc_step(
     remembered = (self.last_sample, *self.model_outputs)
     started = self.num_inference_steps is not None
     if not (of_kind and started and is_fused(self, sample, model_output, *remembered)):
-        return own_step(self)(model_output, timestep, sample, return_dict)
+        return self._own_step(model_output, timestep, sample, return_dict)
     if self.step_index is None:
         self._init_step_index(timestep)
     index = self.step_index

@@ -140,8 +140,9 @@ def optimize(
     later (LoRA, hooks, offloading, FSDP) are called as they are; custom attention processors stay in charge.
     `restore` gives back what was there; `with sdfast.disabled()` runs it for a while.
 
-    Convolutions' weights have to be contiguous for `weight.view(n, -1)`, `parameters_to_vector` and what
-    safetensors saves: take `mode="training"`, or `.contiguous()` first; `save_pretrained` needs neither.
+    It makes convolutions' weights channels_last, which `weight.view(n, -1)`, `parameters_to_vector` and
+    safetensors' `save_file` refuse without `.contiguous()`; `mode="training"` does not, and `save_pretrained`
+    takes both.
     `quantize_dynamic` looks for torch's very classes: quantise first. A write to a few values of a weight by
     way of its `.data` may go unnoticed: call `sdfast.packing.clear()` after it.
 

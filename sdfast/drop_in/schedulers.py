@@ -49,7 +49,9 @@ def _fused_kind(kind: type, step: Callable[..., Any]) -> type:
 
     names = ("__module__", "__qualname__", "__doc__")
     kept = {name: getattr(kind, name) for name in names}
-    return type(kind.__name__, (kind,), {**kept, "step": step, "__reduce__": __reduce__})
+    step.__name__ = "step"  # by which a bound one is pickled
+    own = {"step": step, "_own_step": kind.step, "__reduce__": __reduce__}  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {**kept, **own})
 
 
 _FUSED = {kind: _fused_kind(kind, step) for kind, step in _STEPS.items()}

@@ -20,7 +20,6 @@ from sdfast.drop_in.step_formulas import (
     epsilon_formula,
     fused_step,
     is_fused,
-    own_step,
     x0_formula,
 )
 
@@ -39,7 +38,7 @@ def ddim_step(
     """Song et al. 2021, "DDIM", eq. 12 and 16, as `DDIMScheduler.step`."""
     twice = variance_noise is not None and generator is not None
     if self.num_inference_steps is None or twice or not is_fused(self, sample, model_output):
-        return own_step(self)(
+        return self._own_step(
             model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise,
             return_dict,
         )  # fmt: skip
@@ -80,7 +79,7 @@ def ddpm_step(
 ) -> Any:
     """Ho et al. 2020, "DDPM", eq. 7, as `DDPMScheduler.step`."""
     if self.variance_type not in ("fixed_small", "fixed_large") or not is_fused(self, sample, model_output):
-        return own_step(self)(model_output, timestep, sample, generator, return_dict)
+        return self._own_step(model_output, timestep, sample, generator, return_dict)
     previous = self.previous_timestep(timestep)
     cumprod = float(self.alphas_cumprod[timestep])
     to = float(self.alphas_cumprod[previous] if previous >= 0 else self.one)
@@ -126,7 +125,7 @@ def euler_step(
     number = isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
     unscaled = not self.is_scale_input_called
     if number or unscaled or s_churn > 0 or not is_fused(self, sample, model_output):
-        return own_step(self)(
+        return self._own_step(
             model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict
         )
     if self.step_index is None:
@@ -154,7 +153,7 @@ def euler_ancestral_step(
     number = isinstance(timestep, (int, torch.IntTensor, torch.LongTensor))
     of_kind = self.is_scale_input_called and self.config.prediction_type != "sample"
     if number or not of_kind or not is_fused(self, sample, model_output):
-        return own_step(self)(model_output, timestep, sample, generator, return_dict)
+        return self._own_step(model_output, timestep, sample, generator, return_dict)
     if self.step_index is None:
         self._init_step_index(timestep)
     level, to = (float(self.sigmas[self.step_index + i]) for i in range(2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +57,6 @@ def is_fused(scheduler: Any, sample: Tensor, output: Tensor, *remembered: Tensor
         and not getattr(config, "thresholding", False)
         and all((t.dtype, t.shape, t.device) == (output.dtype, output.shape, output.device) for t in tensors)
     )
-
-
-def own_step(scheduler: Any) -> Callable[..., Any]:
-    """The step that diffusers' class has, of which the scheduler's is a subclass."""
-    step: Callable[..., Any] = super(type(scheduler), scheduler).step
-    return step
 
 
 def clip_of(scheduler: Any) -> float | None:

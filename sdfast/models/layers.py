@@ -43,7 +43,10 @@ class Conv2d(nn.Conv2d):
         residual: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H', W'); `padding` (left, right, top, bottom) replaces its own."""
+        """(N, C_in, H, W) -> (N, C_out, H', W').
+
+        `padding` (left, right, top, bottom) replaces its own, and is added to it where `is_served` is False.
+        """
         return self.convolve(
             input, self.weight, self.bias, padding=padding, upsample=upsample, time_embedding=time_embedding,
             residual=residual, skip=skip,

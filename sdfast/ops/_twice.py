@@ -1,8 +1,9 @@
 """Gradients that are to be differentiated again: by torch's own operations instead of the kernels.
 
-Autograd records a backward only under `create_graph=True`: gradient penalties, Hessian-vector products. There
-the operation's formula is evaluated once more, from the inputs that the forward saved, which keep their place
-in the graph, and torch differentiates it. What the forward saved of its results must not be read there.
+Autograd records a backward only under `create_graph=True`: gradient penalties, Hessian-vector products. In
+its first derivative already, the operation's formula is evaluated once more, from the inputs that the forward
+saved, which keep their place in the graph, and torch differentiates it. What the forward saved of its results
+must not be read there.
 
 torch's `once_differentiable` would refuse instead, but by a node that leads to no input: torch.autograd.grad
 never runs it, and terms would be missing without a word.

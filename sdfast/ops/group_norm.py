@@ -51,8 +51,9 @@ def group_norm_torch(
     if x.device.type != "cpu" or (weight is not None and bias is not None and weight.dtype != bias.dtype):
         weight = None if weight is None else weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-    if is_transformed():
-        x = x.contiguous()  # vmap knows no other layout
+    # vmap knows no other layout, and torch crashes where it differentiates another by the parameters alone.
+    if is_transformed() or (not x.requires_grad and _native.requires_grad(weight, bias)):
+        x = x.contiguous()
     z = torch.group_norm(x, num_groups, weight, bias, eps)
     per_pixel = (..., *(None,) * (x.dim() - 2))
     if scale is not None:
@@ -135,13 +136,6 @@ def _check_skip(skip: Tensor, x: Tensor) -> None:
         )
 
 
-def _torch_differentiates(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch's kernel for the CPU does: it crashes without a gradient of x, and needs a weight."""
-    if not _native.requires_grad(x, weight, bias):
-        return True
-    return x.requires_grad and (weight is not None or bias is None)
-
-
 def group_norm(
     x: Tensor,
     num_groups: int,
@@ -212,9 +206,10 @@ def group_norm(
         if skip is not None:
             raise ValueError("statistics: got them with skip, expected one of the two")
         check_statistics("statistics", statistics, x, (x.shape[0], num_groups))
-    # With nothing to fuse, torch's fp32 kernel was measured as fast or faster (benchmarks/RESULTS.md).
+    # With nothing to fuse, torch's fp32 kernel was measured as fast or faster (benchmarks/RESULTS.md); not in
+    # training, and its gradient of the parameters alone may crash.
     plain = dtype is torch.float32 and activation is None and scale is None and shift is None
-    plain = plain and _torch_differentiates(x, weight, bias)
+    plain = plain and not _native.requires_grad(x, weight, bias)
     device_type = device.type
     order: tuple[str, ...] | None = ("torch",) if plain and device_type == "cpu" else None
     if device_type == "cuda" and not dispatch.is_named(backend):
