@@ -34,23 +34,20 @@ struct Cover {
   int64_t pixel, kernel;      // from one pixel and kernel to the next
 };
 
-// sums[p * kFewChannels + o] = kernel o over pixel p, for kP pixels and kO kernels.
+// sums[p * kFewChannels + o] += kernel o over pixel p, for kP pixels and kO kernels.
 template <int kP, int kO, typename Operand, typename T>
 inline __attribute__((noinline)) void multiply(Cover<T> c, float* sums) {
   constexpr int64_t kStepValues = kLanes * Operand::kDepth;
   constexpr int64_t kChainValues = gemm::kChain * kStepValues;
   Vec chains[kP][kO] = {};
   int64_t chained = 0;  // values
-  bool first = true;
   const auto add_up = [&]() __attribute__((always_inline)) {
     for (int p = 0; p < kP; ++p) {
       for (int o = 0; o < kO; ++o) {
-        float& sum = sums[p * kFewChannels + o];
-        sum = simd::sum(chains[p][o]) + (first ? 0.0f : sum);
+        sums[p * kFewChannels + o] += simd::sum(chains[p][o]);
         chains[p][o] = Vec{};
       }
     }
-    first = false;
     chained = 0;
   };
   const auto step = [&](const auto& load) __attribute__((always_inline)) {
@@ -121,7 +118,7 @@ void run_row(const Shape& s, int64_t image, int64_t row, const T* x, const T* we
                          kernel_row,
                          s.stride * s.channels,
                          s.kernel_height * kernel_row};
-    float sums[kPixels * kFewChannels];
+    float sums[kPixels * kFewChannels] = {};
     if (whole) {
       multiply_all<kPixels, Operand>(cover, s.out_channels, sums);
     } else {
