@@ -51,8 +51,9 @@ def group_norm_torch(
     if x.device.type != "cpu" or (weight is not None and bias is not None and weight.dtype != bias.dtype):
         weight = None if weight is None else weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-    # vmap knows no other layout, and torch crashes where it differentiates another by the parameters alone.
-    if is_transformed() or (not x.requires_grad and _native.requires_grad(weight, bias)):
+    # vmap knows no other layout; on a CPU torch crashes where another is differentiated by parameters alone.
+    crashes = x.device.type == "cpu" and not x.requires_grad and _native.requires_grad(weight, bias)
+    if crashes or is_transformed():
         x = x.contiguous()
     z = torch.group_norm(x, num_groups, weight, bias, eps)
     per_pixel = (..., *(None,) * (x.dim() - 2))
