@@ -92,7 +92,7 @@ void finish_weights(const float* sums, int64_t point_stride, int64_t column, int
       for (int j = 0; j < kSide; ++j) {
         T* to = dw + (i * kSide + j) * channels + c;
         if (streamed) {
-          simd::stream(to, out[j], lanes);
+          simd::stream_part(to, out[j], lanes);
         } else {
           simd::store(to, accumulate ? simd::load(to, lanes) + out[j] : out[j], lanes);
         }

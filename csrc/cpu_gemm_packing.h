@@ -279,7 +279,7 @@ auto store_to(T* y, int64_t columns, bool streamed = false) {
         const Vec sum = simd::load(c + r * kColumns + (j - column));
         T* to = y + (begin + r) * columns + j;
         if (streamed) {
-          simd::stream(to, sum, lanes);
+          simd::stream_part(to, sum, lanes);
         } else {
           simd::store(to, sum, lanes);
           simd::prefetch_for_write(to + kRows * columns);  // of the next tile

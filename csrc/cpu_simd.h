@@ -328,13 +328,13 @@ template <>
 inline constexpr bool kStreams<BFloat16> = true;
 #endif
 
-// Whether to stream the gradient of a weight, rows of `width` elements: nothing reads it before the
-// optimiser does.
+// Whether to stream the gradient of a weight, rows of `width` elements in whole lines: nothing
+// reads it before the optimiser does.
 constexpr int64_t kStreamedGradient = 1 << 18;
 template <typename T>
 bool streams_gradient(const T* p, int64_t rows, int64_t width) {
-  return std::is_same_v<T, float> && rows * width >= kStreamedGradient && width % kLanes == 0 &&
-         is_aligned(p);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return kStreams<T> && rows * width >= kStreamedGradient && width % kLine == 0 && is_aligned(p);
 }
 
 SDFAST_INLINE void finish_streams() {

@@ -191,13 +191,6 @@ void multiply_taps(Product p, const Taps& taps, const Row<T>* left, int64_t colu
   });
 }
 
-// Whether to stream a weight's gradient of rows of so many values.
-template <typename T>
-bool streams_gradient(const T* to, int64_t rows, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return rows * width >= simd::kStreamedGradient && width % kLine == 0 && simd::is_aligned(to);
-}
-
 }  // namespace sdfast::gemm::tiles
 
 #endif

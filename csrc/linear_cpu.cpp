@@ -325,6 +325,7 @@ Tensor linear_packed(Tensor x, Tensor packed, int64_t weight_rows, std::optional
   }
 #else
   STD_TORCH_CHECK(false, "packed: nothing is packed so where there is no AMX");
+  (void)packed;
 #endif
   return call.y;
 }

@@ -133,6 +133,18 @@ def test_large_weight_gradients() -> None:
         check_gradients(call.ours, call.eager, call.tensors, call.dy)
 
 
+@pytest.mark.parametrize("winograd", (False, True), ids=("direct", "winograd"))
+def test_large_weight_gradients_of_bf16(winograd: bool) -> None:
+    """Stored past the caches too, as lines of two vectors."""
+    dy, x = (
+        torch.randn(1, channels, 7, 10).bfloat16().contiguous(memory_format=torch.channels_last)
+        for channels in (178, 192)
+    )
+    dw = torch.ops.sdfast.conv2d_weight_gradient(dy, x, 3, 3, 1, [1, 1, 1, 1], winograd)
+    exact = torch.nn.grad.conv2d_weight(x.double(), dw.shape, dy.double(), padding=1)
+    assert relative_error(dw, exact) <= 2**-9
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
     call = Call((2, 33, 9, 8, 34, 3, 1, 1), dtype)

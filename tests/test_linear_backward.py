@@ -59,9 +59,10 @@ def test_many_tokens(dtype: torch.dtype) -> None:
     check_gradients(ours, eager, tensors, dy)
 
 
-def test_large_weight_gradients() -> None:
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_large_weight_gradients(dtype: torch.dtype) -> None:
     """As many numbers as are stored past the caches; the last block is not whole."""
-    tensors, dy = make(40, 530, 512, torch.float32), torch.randn(40, 530)
+    tensors, dy = make(40, 530, 512, dtype), torch.randn(40, 530).to(dtype)
 
     check_gradients(ours, eager, tensors, dy)
 
@@ -205,6 +206,6 @@ def test_lower_instruction_sets(isa: str) -> None:
                 t.test_shapes(activation, dtype)
             t.test_strides(dtype)
         t.test_slopes_far_from_zero()
-        t.test_large_weight_gradients()
+        t.test_large_weight_gradients(t.torch.float32)
         t.test_many_tokens(t.torch.float32)
     """)  # fmt: skip
