@@ -46,10 +46,8 @@ inline Tensor checked(const Tensor& t, const char* name, const Sizes& sizes, int
 // A (B, heads, rows, D) view of (B, rows, heads, D).
 inline Tensor new_by_token(const Sizes& sizes, int64_t rows, ScalarType dtype) {
   const int64_t token = sizes.heads * sizes.dim;
-  Tensor t = empty_strided({{sizes.batch, sizes.heads, rows, sizes.dim}},
-                           {{rows * token, sizes.dim, token, 1}}, dtype);
-  advise_huge_pages(t);
-  return t;
+  return empty_strided({{sizes.batch, sizes.heads, rows, sizes.dim}},
+                       {{rows * token, sizes.dim, token, 1}}, dtype);
 }
 
 }  // namespace sdfast::attention

@@ -56,9 +56,7 @@ void check_image(const Tensor& t, const char* name, ScalarType dtype) {
 }
 
 Tensor new_image(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  Tensor result = empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), dtype);
-  advise_huge_pages(result);
-  return result;
+  return empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), dtype);
 }
 
 void check_result(const Tensor& dy, const Shape& s) {

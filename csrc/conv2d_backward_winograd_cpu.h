@@ -114,7 +114,8 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   const int64_t least = (groups + kStripGroups - 1) / kStripGroups;
   const int64_t strips = std::clamp(enough, least, groups);
   const bool streamed =
-      tiling.count <= round && simd::streams_gradient(dw, s.out_channels, kTaps * s.channels);
+      tiling.count <= round &&
+      simd::streams(dw, s.out_channels, kTaps * s.channels, simd::kStreamedGradientBytes);
   // Points in other cache sets.
   const int64_t dy_stride = round * groups * kGroup + 3 * simd::kLanes;
   const Scratch<float> dy_points(kPoints * dy_stride);

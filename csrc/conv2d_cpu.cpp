@@ -162,7 +162,6 @@ Tensor conv2d_kernel(Tensor x, Tensor weight, std::optional<Tensor> bias,
       "bias, time_embedding: expected contiguous");
   const Tensor input = in_layout(x, Layout::kChannelsLast);
   Tensor y = empty_strided(sizes, dense_strides(sizes, Layout::kChannelsLast), x.scalar_type());
-  advise_huge_pages(y);
   if (y.numel() == 0) return y;
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);

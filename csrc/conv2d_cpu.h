@@ -19,13 +19,6 @@ struct Shape {
   bool upsample;      // x's pixels count four times each; 3x3, padding 1
   int64_t pixels() const { return out_height * out_width; }
   bool inside(int64_t y, int64_t x) const { return y >= 0 && y < height && x >= 0 && x < width; }
-  // Whether y is written past the caches: where it is larger than L3 and lines fit pixels.
-  template <typename T>
-  bool streams(const T* y) const {
-    return images * pixels() * out_channels * static_cast<int64_t>(sizeof(T)) >=
-               simd::kStreamedBytes &&
-           out_channels * sizeof(T) % sizeof(Vec) == 0 && simd::is_aligned(y);
-  }
   // Where the channels of a pixel begin in x.
   SDFAST_INLINE int64_t offset(int64_t image, int64_t y, int64_t x) const {
     return ((image * height + y) * width + x) * channels;

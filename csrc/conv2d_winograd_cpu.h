@@ -203,7 +203,8 @@ void finish_tile(const Shape& s, const Phase& phase, const Position& at, int64_t
   const int64_t end = std::min<int64_t>(first_channel + gemm::kColumns, s.out_channels);
   const int64_t rows = std::min<int64_t>(kTile, phase.rows - at.row);
   const int64_t columns = std::min<int64_t>(kTile, phase.columns - at.column);
-  const bool streams = s.streams(y);
+  const bool streams =
+      simd::streams(y, s.images * s.pixels(), s.out_channels, simd::kStreamedBytes);
   [[maybe_unused]] alignas(Vec) T lines[kTile][kTile][gemm::kColumns];  // of what is narrower
   simd::for_each_vector(first_channel, end, [&](int64_t c, auto lanes) {
     const float* from = m + (c - first_channel);

@@ -204,14 +204,6 @@ struct Sums {
   int64_t stride;
 };
 
-// Whether rows of a result that has at least so many bytes can be written past the caches: in whole
-// lines.
-template <typename T>
-bool streams_rows(const T* y, int64_t rows, int64_t width, int64_t least_bytes) {
-  constexpr int64_t kSize = sizeof(T), kLine = 64 / kSize;
-  return rows * width * kSize >= least_bytes && width % kLine == 0 && simd::is_aligned(y);
-}
-
 // How often multiply_panel calls the micro-kernel.
 constexpr int64_t calls_of(int64_t rows, int64_t steps) {
   return (rows + kRows - 1) / kRows * ((steps + kChain - 1) / kChain);

@@ -26,8 +26,7 @@ bool are_many_tokens(const Product& p, int64_t times) {
 // Whether y is written past the caches: more than L3 holds, in whole lines of a panel.
 template <typename T>
 bool streams_past_l3(const T* y, int64_t tokens, int64_t width) {
-  constexpr bool kInLines = simd::kStreams<T> && kColumns * sizeof(T) % 64 == 0;
-  return kInLines && streams_rows(y, tokens, width, 32 << 20);
+  return kColumns * sizeof(T) % 64 == 0 && simd::streams(y, tokens, width, 32 << 20);
 }
 
 // Packs rows of a dense W as columns.

@@ -289,8 +289,6 @@ SDFAST_INLINE void store(T* p, Vec v, int lanes) {
 
 // A store past the caches, for results of more bytes than those hold: the line is not read first.
 // p: on the boundary of a vector. Before another thread may read there, `finish_streams`.
-constexpr int64_t kStreamedBytes = 64 << 20;
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 SDFAST_INLINE void stream(float* p, Vec v, FullVector) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
@@ -328,13 +326,15 @@ template <>
 inline constexpr bool kStreams<BFloat16> = true;
 #endif
 
-// Whether to stream the gradient of a weight, rows of `width` elements in whole lines: nothing
-// reads it before the optimiser does.
-constexpr int64_t kStreamedGradient = 1 << 18;
+// Whether rows of `width` elements can pass the caches, in whole lines, and have enough bytes in
+// all: kStreamedBytes are more than L3 holds; a weight's gradient nothing reads before the
+// optimiser.
+constexpr int64_t kStreamedBytes = 64 << 20, kStreamedGradientBytes = 512 << 10;
 template <typename T>
-bool streams_gradient(const T* p, int64_t rows, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return kStreams<T> && rows * width >= kStreamedGradient && width % kLine == 0 && is_aligned(p);
+bool streams(const T* to, int64_t rows, int64_t width, int64_t least_bytes) {
+  constexpr int64_t kSize = sizeof(T);
+  return kStreams<T> && rows * width * kSize >= least_bytes && width * kSize % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0;
 }
 
 SDFAST_INLINE void finish_streams() {

@@ -69,7 +69,7 @@ struct Lines {
 // Whether y is written past the caches: more than L2 holds.
 template <typename T>
 bool streams(const T* y, int64_t tokens, int64_t width) {
-  return streams_rows(y, tokens, width, 4 << 20);
+  return simd::streams(y, tokens, width, 4 << 20);
 }
 
 // How many bf16 a value is multiplied as.

@@ -71,10 +71,7 @@ struct Tiling {
 // Whether a result is too large for the caches, and whole lines of it can go past them.
 template <bool kChannelsLast, typename T>
 bool streams_result(const Tiling& t, const T* to) {
-  constexpr int64_t kSize = sizeof(T);
-  return kChannelsLast && simd::kStreams<T> && simd::is_aligned(to) &&
-         t.channels * kSize % 64 == 0 &&
-         t.images * t.channels * t.pixels * kSize >= simd::kStreamedBytes;
+  return kChannelsLast && simd::streams(to, t.images * t.pixels, t.channels, simd::kStreamedBytes);
 }
 
 struct Tile {

@@ -236,19 +236,13 @@ Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-Tensor new_contiguous(const Tensor& x) {
-  Tensor result = empty(x.sizes(), x.scalar_type());
-  advise_huge_pages(result);
-  return result;
-}
-
 Tensor normalize(const Tensor& x, int64_t axes, const std::optional<Tensor>& weight,
                  const std::optional<Tensor>& bias, double eps, float* mean, float* rstd) {
   const Shape shape = shape_of(x, axes);
   const auto normalized = x.sizes().slice(x.dim() - axes);
   const Values w(weight, "weight", normalized), b(bias, "bias", normalized);
   const Tensor input = as_contiguous(x);
-  Tensor y = new_contiguous(x);
+  Tensor y = empty(x.sizes(), x.scalar_type());
   if (x.numel() == 0) return y;
   with_element_type(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -294,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tens
   const Values w(weight, "weight", normalized);
   if (bias) check_shape(*bias, "bias", normalized);
   const Tensor input = as_contiguous(x), output_gradient = as_contiguous(dy);
-  Tensor dx = new_contiguous(x);
+  Tensor dx = empty(x.sizes(), x.scalar_type());
   std::vector<double> sums;
   if (weight || bias) sums.assign(2 * shape.width, 0.0);
   if (x.numel() > 0) {

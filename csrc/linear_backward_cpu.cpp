@@ -69,7 +69,8 @@ void weight_gradient(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
                                scratch);
       },
       gemm::MatrixPanels<T>{x.data, x.columns, x.columns},
-      gemm::store_to(dw, x.columns, simd::streams_gradient(dw, dh.columns, x.columns)));
+      gemm::store_to(dw, x.columns,
+                     simd::streams(dw, dh.columns, x.columns, simd::kStreamedGradientBytes)));
 }
 
 #if defined(SDFAST_TILES)
@@ -100,7 +101,7 @@ void input_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
 template <typename T>
 void weight_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
   const MatrixRows<T> left(dh), right(x);
-  const bool streamed = simd::streams_gradient(dw, dh.columns, x.columns);
+  const bool streamed = simd::streams(dw, dh.columns, x.columns, simd::kStreamedGradientBytes);
   gemm::tiles::multiply_taps({x.columns, x.rows}, {}, left.get(), dh.columns, right.get(),
                              gemm::StoreRows<T>{dw, x.columns, streamed});
 }
@@ -112,12 +113,6 @@ void weight_gradient(const Matrix<BFloat16>& dh, const Matrix<BFloat16>& x, BFlo
   weight_gradient_in_tiles(dh, x, dw);
 }
 #endif
-
-Tensor new_tensor(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  Tensor result = empty(sizes, dtype);
-  advise_huge_pages(result);
-  return result;
-}
 
 // Calls body with a value of the type of the elements and whether they are split.
 template <typename Body>
@@ -148,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gradients(Tensor dh, Tensor x, Tensor 
                   "weight: expected (rows, K) to fit x");
   check_shape(dh, "dh", with_width(x, rows));
   const auto made_if = [&](bool wanted, IntHeaderOnlyArrayRef sizes) {
-    return wanted ? new_tensor(sizes, dtype) : empty({0}, dtype);
+    return wanted ? empty(sizes, dtype) : empty({0}, dtype);
   };
   Tensor dx = made_if(for_x, x.sizes()), dw = made_if(for_weight, weight.sizes());
   Tensor db = made_if(for_bias, {rows});
@@ -234,7 +229,7 @@ Tensor linear_activate(Tensor h, int64_t activation) {
   const bool geglu = kind == Activation::kGeglu;
   const Widths sizes(h, kind);
   const int64_t whole = sizes.whole, width = sizes.width, tokens = sizes.tokens;
-  Tensor y = new_tensor(with_width(h, width), h.scalar_type());
+  Tensor y = empty(with_width(h, width), h.scalar_type());
   with_element_type(h.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* from = static_cast<const T*>(h.const_data_ptr());
@@ -260,7 +255,7 @@ Tensor linear_activation_gradient(Tensor dy, Tensor h, int64_t activation) {
   check_shape(dy, "dy", with_width(h, width));
   STD_TORCH_CHECK(dy.is_contiguous() && dy.scalar_type() == h.scalar_type(),
                   "dy: expected dense, in the dtype of h");
-  Tensor dh = new_tensor(h.sizes(), h.scalar_type());
+  Tensor dh = empty(h.sizes(), h.scalar_type());
   with_element_type(h.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* from = static_cast<const T*>(h.const_data_ptr());

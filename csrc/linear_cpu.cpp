@@ -197,7 +197,6 @@ struct Call {
     if (bias) check_shape(*bias, "bias", {weight_rows});
     if (residual) check_shape(*residual, "residual", with_width(x, weight_rows));
     y = empty(with_width(x, width), x.scalar_type());
-    advise_huge_pages(y);
   }
   bool is_gated() const { return activation == Activation::kGeglu; }
   void check_like(const Tensor& t, const char* name) const {
@@ -266,7 +265,6 @@ Tensor linear_split(Tensor x, Tensor weight, std::optional<Tensor> bias,
 template <typename T>
 Tensor pack_phases(const Tensor& weight, gemm::tiles::Product p) {
   Tensor packed = empty({weight.size(0) * p.packed()}, ScalarType::BFloat16);
-  advise_huge_pages(packed);
   const auto* from = static_cast<const T*>(weight.const_data_ptr());
   auto* to = static_cast<BFloat16*>(packed.mutable_data_ptr());
   for (int64_t phase = 0; phase < weight.size(0); ++phase) {

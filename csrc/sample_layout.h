@@ -52,11 +52,7 @@ struct SampleLayout {
     }
     return true;
   }
-  Tensor new_result(ScalarType dtype) const {
-    Tensor result = empty_strided(sizes, strides, dtype);
-    advise_huge_pages(result);
-    return result;
-  }
+  Tensor new_result(ScalarType dtype) const { return empty_strided(sizes, strides, dtype); }
   // Calls body(sample, begin, end) for parts of samples, which threads share out. `joined`: the
   // samples of every tensor lie one after another, and count as one. `grain`: elements worth a
   // thread.

@@ -91,6 +91,22 @@ inline bool has_layout(const Tensor& t, Layout layout) {
   return dim == 0 || fits(0);
 }
 
+// Asks for huge pages under memory that is about to be written for the first time. malloc maps
+// allocations this large anew each time, and faulting them in by 4 KiB costs more than the kernel.
+inline void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && !defined(__CUDACC__)
+  constexpr uintptr_t kHugePageBytes = 2 << 20, kMappedBytes = 32 << 20;
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes < kMappedBytes) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal is no error
+#else
+  (void)t;
+#endif
+}
+
 // A new tensor. Through the C shim: finding the operation by its name, as the dispatcher would,
 // takes longer than the allocation.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
@@ -101,7 +117,9 @@ inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                   strides.data(), to<int32_t>(from(dtype)),
                                                   device_type(), kCurrentDevice, &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  advise_huge_pages(result);
+  return result;
 }
 
 inline Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
@@ -122,29 +140,10 @@ inline Tensor in_layout(const Tensor& t, Layout layout) {
   return copy;
 }
 
-// Asks for huge pages under memory that is about to be written for the first time. malloc maps
-// allocations this large anew each time, and faulting them in by 4 KiB costs more than the kernel.
-inline void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE) && !defined(__CUDACC__)
-  constexpr uintptr_t kHugePageBytes = 2 << 20, kMappedBytes = 32 << 20;
-  const size_t bytes = t.numel() * t.element_size();
-  if (bytes < kMappedBytes) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
-  const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a refusal is no error
-#else
-  (void)t;
-#endif
-}
-
 // A new tensor with the strides of t where t has the layout, also on axes of size 1; else dense.
 inline Tensor empty_in_layout(const Tensor& t, Layout layout) {
-  Tensor result = has_layout(t, layout)
-                      ? empty_strided(t.sizes(), t.strides(), t.scalar_type())
-                      : empty_strided(t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
-  advise_huge_pages(result);
-  return result;
+  if (has_layout(t, layout)) return empty_strided(t.sizes(), t.strides(), t.scalar_type());
+  return empty_strided(t.sizes(), dense_strides(t.sizes(), layout), t.scalar_type());
 }
 
 }  // namespace sdfast
