@@ -48,7 +48,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, size: bool = True) 
     """
     add = parser.add_argument
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    add("--steps", type=int, default=50, help=f"reverse steps, 1 to {MAX_STEPS} (%(default)s)")
+    add("--steps", type=int, default=50, help="reverse steps, at most the model's (%(default)s)")
     add("--guidance-scale", type=float, default=7.5, metavar="G", help="how closely to follow (%(default)s)")
     add("--sampler", help=f"{', '.join(SAMPLER_NAMES)} (the model's own)")
     add("--batch-size", type=int, help="images to run at once (by their size)")

@@ -70,7 +70,7 @@ class StableDiffusion(PipelineBase):
             prompt: one, or P of them. What exceeds the 77 tokens of CLIP is cut, with a warning.
             negative_prompt: what to steer away from, one or P; needs guidance.
             height, width: of the image, multiples of 8; the model's own size when None.
-            steps: reverse steps, 1 to 1000.
+            steps: reverse steps, at most what the model's schedule has, 1000 or little less.
             guidance_scale: g; 1 or less switches guidance off, which halves the work.
             sampler: a name from `sdfast.diffusion.SAMPLERS`; the model's own when None.
             seed: image i gets seed + i; or one seed for each image; or None for fresh ones.

@@ -8,7 +8,6 @@ so that their rate is an effective one and may exceed the peak. "other" is every
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import sdfast.flops  # FlopCounterMode counts our kernels by it  # noqa: F401
 from sdfast.bench.breakdown_kinds import kind
 from sdfast.bench.machine import peak
 from sdfast.bench.plan import Planned
@@ -24,46 +24,12 @@ from sdfast.bench.record import Row
 from sdfast.bench.request import Request, missing
 from sdfast.bench.works import SIZES, Work
 
-Shape = Sequence[int]
 Step = Callable[[], object]
-
-
-def _linear_flops(x: Shape, weight: Shape, *_: object, **__: object) -> int:
-    return 2 * math.prod(x) * weight[0]
-
-
-def _packed_linear_flops(x: Shape, packed: Shape, weight_rows: int, *_: object, **__: object) -> int:
-    return 2 * math.prod(x) * weight_rows
-
-
-def _conv2d_flops(
-    x: Shape, weight: Shape, bias: Shape | None, time_embedding: Shape | None, residual: Shape | None,
-    algorithm: int, out_channels: int, kernel_height: int, kernel_width: int, *_: object,
-    out_shape: Shape, **__: object,
-) -> int:  # fmt: skip
-    return 2 * math.prod(out_shape) * x[1] * kernel_height * kernel_width
-
-
-def _attention_flops(q: Shape, k: Shape, v: Shape, *_: object, **__: object) -> int:
-    return 4 * math.prod(q) * k[-2]
-
-
-FLOPS: dict[str, Callable[..., int]] = {
-    "linear_rows": _linear_flops,
-    "linear_packed": _packed_linear_flops,
-    "linear_split": _linear_flops,
-    "conv2d_kernel": _conv2d_flops,
-    "attention_forward": _attention_flops,
-    "attention_split": _attention_flops,
-}
 
 
 def flops_by_operation(step: Step) -> dict[str, int]:
     """Of our kernels and of torch's, by the names that the profiler gives them."""
-    counter = FlopCounterMode(
-        display=False, custom_mapping={getattr(torch.ops.sdfast, name): f for name, f in FLOPS.items()}
-    )
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         step()
     counted = {str(op).replace(".", "::"): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     if "aten::convolution" in counted:

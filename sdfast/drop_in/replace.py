@@ -186,6 +186,8 @@ def optimize(
     if left and strict:
         listed = "\n".join(f"  {row.name} ({row.module}): {row.detail}" for row in left)
         raise RuntimeError(f"strict: these modules would stay as they were:\n{listed}")
+    import sdfast.flops  # here, for torch's counter takes long to import  # noqa: F401
+
     for step in steps:
         if step.kind is not None:
             _replace(step.module, step.kind, mode)
