@@ -6,9 +6,9 @@
 // products, and no more, because dq, dk and dv are all sums that stay in memory: keys and queries
 // of a head are cut into as many ranges, and in phase p range i of the keys meets range i + p of
 // the queries. So no two threads add to the same sums, and their order is that of phases, which the
-// shape alone decides. Where heads divide among the threads, one goes through all phases of its
-// heads. bf16 is multiplied as in the forward, on AMX too. Bytes: q, k, v, o, do read, dq, dk, dv
-// written. Limit: 10 L S D fused multiply-add flops, L S exponentials. The steps are in
+// shape alone decides. Of as many heads as divide among the threads one thread takes each
+// through all phases. bf16 is multiplied as in the forward, on AMX too. Bytes: q, k, v, o, do read,
+// dq, dk, dv written. Limit: 10 L S D fused multiply-add flops, L S exponentials. The steps are in
 // attention_backward_cpu.h.
 #include "attention_backward_cpu.h"
 
@@ -26,7 +26,7 @@ constexpr int64_t kMostTiles = 256 / kColumns;  // of keys in a block
 constexpr int64_t kMostQueries = 64;            // in a block
 constexpr int64_t kKeyBytes = 640 << 10;        // of a block's operands and sums, in L2
 constexpr int64_t kQueryBytes = 384 << 10;      // beside them
-constexpr int64_t kWantedItems = 64;            // that threads share out in a phase
+constexpr int64_t kWantedItems = 64;            // in a phase, for any number of threads
 constexpr int64_t kLeastRange = 256;            // shorter ranges are packed too often
 
 constexpr int64_t tiles_of(int64_t rows) { return (rows + kColumns - 1) / kColumns; }
@@ -118,6 +118,7 @@ struct AttentionBackward {
     for (int64_t key = 0; key < keys.count; key += kColumns) {
       const int64_t count = std::min<int64_t>(kColumns, keys.count - key);
       const int64_t to = key / kColumns * tile_size;
+      // Rows of a head lie a token apart: no hardware sees where the next one begins.
       const int64_t next = key + count, next_end = std::min(next + kColumns, keys.count);
       for (int64_t row = next; row < next_end; ++row) {
         attention::prefetch_row(k.row(batch, head, keys.first + row), sizes.dim);
@@ -260,39 +261,43 @@ struct AttentionBackward {
 
   void run() const {
     const int64_t all = sizes.batch * sizes.heads, ranges = cuts();
-    Scratch<float> delta(all * sizes.queries);
+    const Scratch<float> delta(all * sizes.queries);
     const int64_t dq_size = sum_size(sizes.queries), dk_size = sum_size(sizes.keys);
-    Scratch<float> memory(all * (dq_size + 2 * dk_size));
-    // In a phase, one range of the keys of a head.
-    const auto add = [&](int64_t phase, int64_t head, int64_t range, Workspace& work) {
-      float* sums = memory.get() + head * (dq_size + 2 * dk_size);
+    const int64_t head_size = dq_size + 2 * dk_size;
+    // In a phase, one range of the keys of a head, whose sums these are.
+    const auto add = [&](int64_t phase, int64_t head, int64_t range, float* sums, Workspace& work) {
       add_range(head, range_of(range, ranges, sizes.keys),
                 range_of((range + phase) % ranges, ranges, sizes.queries),
                 {phase == 0, phase + 1 == ranges}, delta.get(),
                 {sums, sums + dq_size, sums + dq_size + dk_size}, work);
     };
-    // Of as many heads as divide among the threads each stays with one, its sums in cache; the
-    // ranges of the others are shared out phase by phase.
+    // As many heads as divide among the threads are taken through all phases by one thread each, in
+    // sums that stay in cache; the ranges of the others are shared out phase by phase.
     using torch::stable::parallel_for;
     const int64_t threads = torch::stable::get_num_threads(), whole_heads = all / threads * threads;
     parallel_for(0, whole_heads, 1, [&](int64_t begin, int64_t end) {
       const gemm::Tiles<Operand> held;
       Workspace work{sizes.dim, block_tiles(), block_queries()};
+      const Scratch<float> sums(head_size);
       for (int64_t head = begin; head < end; ++head) {
         for (int64_t phase = 0; phase < ranges; ++phase) {
-          for (int64_t range = 0; range < ranges; ++range) add(phase, head, range, work);
+          for (int64_t range = 0; range < ranges; ++range) {
+            add(phase, head, range, sums.get(), work);
+          }
         }
       }
     });
+    const int64_t others = all - whole_heads;
+    const Scratch<float> sums(others * head_size);
     for (int64_t phase = 0; phase < ranges; ++phase) {
-      const auto add_items = [&](int64_t begin, int64_t end) {
+      parallel_for(0, others * ranges, 1, [&](int64_t begin, int64_t end) {
         const gemm::Tiles<Operand> held;
         Workspace work{sizes.dim, block_tiles(), block_queries()};
         for (int64_t item = begin; item < end; ++item) {
-          add(phase, item / ranges, item % ranges, work);
+          const int64_t head = item / ranges;
+          add(phase, whole_heads + head, item % ranges, sums.get() + head * head_size, work);
         }
-      };
-      parallel_for(whole_heads * ranges, all * ranges, 1, add_items);
+      });
     }
   }
 };

@@ -201,8 +201,7 @@ void weight_gradient(const Shape& s, const T* dy, const T* x, T* dw) {
                                scratch);
       },
       PixelPanels<T>{s, x},
-      gemm::store_to(dw, width,
-                     simd::streams(dw, s.out_channels, width, simd::kStreamedGradientBytes)));
+      gemm::store_to(dw, width, simd::streams_gradient(dw, s.out_channels, width)));
 }
 
 }  // namespace sdfast::conv2d::direct

@@ -102,7 +102,7 @@ inline void weight_gradient(const Shape& s, const ParityTaps& parity, const BFlo
 // dW: (out_channels, kernel_height, kernel_width, channels).
 inline void weight_gradient(const Shape& s, const BFloat16* dy, const BFloat16* x, BFloat16* dw) {
   const int64_t rows = s.out_channels * s.kernel_height * s.kernel_width;
-  const bool streamed = simd::streams(dw, rows, s.channels, simd::kStreamedGradientBytes);
+  const bool streamed = simd::streams_gradient(dw, rows, s.channels);
   for (int64_t y = 0; y < std::min(s.stride, s.kernel_height); ++y) {
     for (int64_t x_ = 0; x_ < std::min(s.stride, s.kernel_width); ++x_) {
       weight_gradient(s, {s, y, x_, dw, streamed}, dy, x);

@@ -75,6 +75,7 @@ void transform_result_tile(const Shape& s, const T* dy, const Position& at, int6
 template <typename T>
 void finish_weights(const float* sums, int64_t point_stride, int64_t column, int64_t channels,
                     bool accumulate, bool streamed, T* dw) {
+  [[maybe_unused]] alignas(Vec) T lines[kTaps][gemm::kColumns];  // of what is narrower
   const int64_t end = std::min<int64_t>(column + gemm::kColumns, channels);
   simd::for_each_vector(column, end, [&](int64_t c, auto lanes) {
     Vec half[kSide][kPatch];
@@ -91,14 +92,22 @@ void finish_weights(const float* sums, int64_t point_stride, int64_t column, int
       transform_gradient(half[i], out);
       for (int j = 0; j < kSide; ++j) {
         T* to = dw + (i * kSide + j) * channels + c;
-        if (streamed) {
-          simd::stream_part(to, out[j], lanes);
+        if (streamed && kInLines<T>) {
+          simd::store(&lines[i * kSide + j][c - column], out[j], simd::FullVector());
+        } else if (streamed) {
+          simd::stream(to, out[j], lanes);
         } else {
           simd::store(to, accumulate ? simd::load(to, lanes) + out[j] : out[j], lanes);
         }
       }
     }
   });
+  if (!kInLines<T> || !streamed) return;
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    Vec line;
+    std::memcpy(&line, lines[tap], sizeof line);
+    simd::stream(reinterpret_cast<float*>(dw + tap * channels + column), line, simd::FullVector());
+  }
 }
 
 // dW: (out_channels, 3, 3, channels), the sum over rounds.
@@ -114,8 +123,7 @@ void sum_rounds(const Shape& s, const T* dy, const T* x, Sum* dw) {
   const int64_t least = (groups + kStripGroups - 1) / kStripGroups;
   const int64_t strips = std::clamp(enough, least, groups);
   const bool streamed =
-      tiling.count <= round &&
-      simd::streams(dw, s.out_channels, kTaps * s.channels, simd::kStreamedGradientBytes);
+      tiling.count <= round && simd::streams_gradient(dw, s.out_channels, kTaps * s.channels);
   // Points in other cache sets.
   const int64_t dy_stride = round * groups * kGroup + 3 * simd::kLanes;
   const Scratch<float> dy_points(kPoints * dy_stride);

@@ -287,7 +287,8 @@ SDFAST_INLINE void store(T* p, Vec v, int lanes) {
   std::memcpy(p, values, lanes * sizeof(T));
 }
 
-// A store past the caches, for results of more bytes than those hold: the line is not read first.
+// A store past the caches, for what is not read again while they would hold it: the line is not
+// read first.
 // p: on the boundary of a vector. Before another thread may read there, `finish_streams`.
 SDFAST_INLINE void stream(float* p, Vec v, FullVector) {
 #if defined(__AVX512F__)
@@ -327,14 +328,21 @@ inline constexpr bool kStreams<BFloat16> = true;
 #endif
 
 // Whether rows of `width` elements can pass the caches, in whole lines, and have enough bytes in
-// all: kStreamedBytes are more than L3 holds; a weight's gradient nothing reads before the
-// optimiser.
-constexpr int64_t kStreamedBytes = 64 << 20, kStreamedGradientBytes = 512 << 10;
+// all.
+constexpr int64_t kStreamedBytes = 64 << 20;  // more than caches hold, for any kernel
 template <typename T>
 bool streams(const T* to, int64_t rows, int64_t width, int64_t least_bytes) {
-  constexpr int64_t kSize = sizeof(T);
-  return kStreams<T> && rows * width * kSize >= least_bytes && width * kSize % 64 == 0 &&
-         reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0;
+  constexpr int64_t kSize = sizeof(T), kLine = 64;
+  return kStreams<T> && rows * width * kSize >= least_bytes && width * kSize % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(to) % kLine == 0;
+}
+
+// The same of a weight's gradient, which nothing reads before the optimiser does: of fewer elements
+// too.
+constexpr int64_t kStreamedGradient = 1 << 18;
+template <typename T>
+bool streams_gradient(const T* to, int64_t rows, int64_t width) {
+  return streams(to, rows, width, kStreamedGradient * static_cast<int64_t>(sizeof(T)));
 }
 
 SDFAST_INLINE void finish_streams() {

@@ -69,8 +69,7 @@ void weight_gradient(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
                                scratch);
       },
       gemm::MatrixPanels<T>{x.data, x.columns, x.columns},
-      gemm::store_to(dw, x.columns,
-                     simd::streams(dw, dh.columns, x.columns, simd::kStreamedGradientBytes)));
+      gemm::store_to(dw, x.columns, simd::streams_gradient(dw, dh.columns, x.columns)));
 }
 
 #if defined(SDFAST_TILES)
@@ -101,7 +100,7 @@ void input_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& w, T* dx) {
 template <typename T>
 void weight_gradient_in_tiles(const Matrix<T>& dh, const Matrix<T>& x, T* dw) {
   const MatrixRows<T> left(dh), right(x);
-  const bool streamed = simd::streams(dw, dh.columns, x.columns, simd::kStreamedGradientBytes);
+  const bool streamed = simd::streams_gradient(dw, dh.columns, x.columns);
   gemm::tiles::multiply_taps({x.columns, x.rows}, {}, left.get(), dh.columns, right.get(),
                              gemm::StoreRows<T>{dw, x.columns, streamed});
 }

@@ -278,7 +278,7 @@ Tensor pack_phases(const Tensor& weight, gemm::tiles::Product p) {
 // weight: (phases, rows, kernel_height, kernel_width, channels), bf16 or fp32, contiguous. Returns
 // what conv2d_kernel takes, and linear_packed of one phase and tap: each phase as cpu_tiles.h packs
 // it.
-Tensor pack_tiles(Tensor weight, bool gated) {
+Tensor pack_tiles(Tensor weight, [[maybe_unused]] bool gated) {
 #if defined(SDFAST_TILES)
   check_device(weight, "weight");
   const bool split = weight.scalar_type() == ScalarType::Float;
@@ -293,14 +293,14 @@ Tensor pack_tiles(Tensor weight, bool gated) {
   return split ? pack_phases<float>(weight, p.splits()) : pack_phases<BFloat16>(weight, p);
 #else
   STD_TORCH_CHECK(false, "weight: nothing is packed so where there is no AMX");
-  (void)gated;
   return weight;
 #endif
 }
 
 // packed: pack_tiles of a weight (weight_rows, K) of x's dtype, bf16 or fp32. The others as Call's.
-Tensor linear_packed(Tensor x, Tensor packed, int64_t weight_rows, std::optional<Tensor> bias,
-                     std::optional<Tensor> residual, int64_t activation) {
+Tensor linear_packed(Tensor x, [[maybe_unused]] Tensor packed, int64_t weight_rows,
+                     std::optional<Tensor> bias, std::optional<Tensor> residual,
+                     int64_t activation) {
   Call call(x, weight_rows, bias, residual, activation);
 #if defined(SDFAST_TILES)
   check_device(packed, "packed");
@@ -323,7 +323,6 @@ Tensor linear_packed(Tensor x, Tensor packed, int64_t weight_rows, std::optional
   }
 #else
   STD_TORCH_CHECK(false, "packed: nothing is packed so where there is no AMX");
-  (void)packed;
 #endif
   return call.y;
 }

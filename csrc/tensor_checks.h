@@ -107,8 +107,8 @@ inline void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
-// A new tensor. Through the C shim: finding the operation by its name, as the dispatcher would,
-// takes longer than the allocation.
+// A new tensor, a large one on huge pages. Through the C shim: finding the operation by its name,
+// as the dispatcher would, takes longer than the allocation.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
                             ScalarType dtype) {
   using torch::stable::detail::from;

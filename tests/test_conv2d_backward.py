@@ -135,7 +135,7 @@ def test_large_weight_gradients() -> None:
 
 @pytest.mark.parametrize("winograd", (False, True), ids=("direct", "winograd"))
 def test_large_weight_gradients_of_bf16(winograd: bool) -> None:
-    """Stored past the caches too, as lines of two vectors."""
+    """Stored past the caches too, where a line is two vectors."""
     dy, x = (
         torch.randn(1, channels, 7, 10).bfloat16().contiguous(memory_format=torch.channels_last)
         for channels in (178, 192)
@@ -193,11 +193,13 @@ def test_nothing_is_left_unwritten(dtype: torch.dtype, every_size: None, poisone
         assert all(t.isfinite().all() for t in gradients(call.ours, call.tensors, call.dy))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("numerics", dispatch.NUMERICS)
-def test_bits_do_not_depend_on_threads(numerics: str, every_size: None) -> None:
+def test_bits_do_not_depend_on_threads(numerics: str, dtype: torch.dtype, every_size: None) -> None:
     cases = ((2, 40, 20, 21, 72, 3, 1, 1), (1, 64, 7, 7, 40, 3, 1, 1), (2, 20, 40, 35, 18, 3, 2, 1))
-    for case in (*cases, MORE_CASES[-1], WINOGRAD_CASES[-1]):
-        call = Call(case, torch.float32)
+    large = (1, 192, 7, 10, 178, 3, 1, 1)  # its weight's gradient is stored past the caches
+    for case in (*cases, large, MORE_CASES[-1], WINOGRAD_CASES[-1]):
+        call = Call(case, dtype)
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -263,6 +265,8 @@ def test_lower_instruction_sets(isa: str) -> None:
                 t.test_direct(dtype, upsample)
         t.test_sizes_of_a_model()
         t.test_large_weight_gradients()
+        for winograd in (False, True):
+            t.test_large_weight_gradients_of_bf16(winograd)
         t._conv2d_choice._WINOGRAD_PIXELS = (1, 0)
         for case in t.WINOGRAD_CASES:
             t.check_winograd(case, False)

@@ -186,7 +186,7 @@ def test_gradients_of_what_does_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
-    for tokens, rows, k in ((300, 96, 64), (7, 320, 2700), (2700, 40, 33)):
+    for tokens, rows, k in ((300, 96, 64), (7, 320, 2700), (2700, 40, 33), (40, 530, 512)):
         tensors, dy = make(tokens, rows, k, dtype), torch.randn(tokens, rows // 2).to(dtype)
         results = []
         for threads in (1, 2, 3):
@@ -206,6 +206,7 @@ def test_lower_instruction_sets(isa: str) -> None:
                 t.test_shapes(activation, dtype)
             t.test_strides(dtype)
         t.test_slopes_far_from_zero()
-        t.test_large_weight_gradients(t.torch.float32)
+        for dtype in (t.torch.float32, t.torch.bfloat16):
+            t.test_large_weight_gradients(dtype)
         t.test_many_tokens(t.torch.float32)
     """)  # fmt: skip
