@@ -40,14 +40,19 @@ def count(net: torch.nn.Module, train: bool) -> FlopCounterMode:
     return counter
 
 
+def of_kernels(counter: FlopCounterMode, name: str) -> int:
+    """Of our operations whose names begin so: which of them serve depends on the machine."""
+    counted = counter.get_flop_counts()["Global"].items()
+    return sum(flops for op, flops in counted if str(op).startswith(f"sdfast.{name}"))
+
+
 @needs_kernel
 def test_a_unet_has_the_flops_of_eager(net: torch.nn.Module) -> None:
     expected = count(net, train=False).get_total_flops()
     sdfast.optimize(net)
     counter = count(net, train=False)
-    by_kernel = counter.get_flop_counts()["Global"]
-    for name in ("linear_rows", "conv2d_kernel", "attention_forward"):
-        assert by_kernel[getattr(torch.ops.sdfast, name)] > 0, name
+    for name in ("linear", "conv2d", "attention"):
+        assert of_kernels(counter, name) > 0, name
     assert counter.get_total_flops() == expected
 
 
@@ -56,8 +61,8 @@ def test_training_has_the_flops_of_eager_and_the_scores_again(net: torch.nn.Modu
     expected = count(net, train=True).get_total_flops()
     sdfast.optimize(net, mode="training")
     counter = count(net, train=True)
-    attention = counter.get_flop_counts()["Global"][torch.ops.sdfast.attention_with_lse]
-    assert counter.get_total_flops() == expected + attention // 2
+    attention = of_kernels(counter, "attention")  # four parts of the forward, ten of the gradient
+    assert attention > 0 and counter.get_total_flops() == expected + attention // 7
 
 
 def test_gpu_kernels_have_the_flops_of_eager() -> None:
